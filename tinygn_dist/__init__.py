@@ -1,0 +1,6 @@
+"""Compress Hugging Face models inside distributed Accelerate jobs."""
+
+from tinygn_dist.config import Config, load_config
+from tinygn_dist.pipeline import compress
+
+__all__ = ["Config", "compress", "load_config"]

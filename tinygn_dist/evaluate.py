@@ -1,0 +1,121 @@
+"""Perplexity, accuracy, feature distance, size and speed. Sums are reduced, then divided once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.config import EvaluateConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.objective import Batch, Objective, model_inputs
+from tinygn_dist.progress import Progress
+
+
+def mean_loss(
+    model: nn.Module, objective: Objective, batches: Sequence[Batch], backend: Backend, progress: Progress, doing: str
+) -> float:
+    """Mean loss per token over all sequences, each counted once, whatever the number of ranks.
+
+    Raises UserError naming the first sequence whose loss is NaN or inf.
+    """
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    totals, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(batches)])
+    with torch.no_grad(), progress.bar(doing, len(mine)) as advance:
+        for (batch, start), real in mine:
+            losses = objective(model, {name: value.to(backend.device) for name, value in batch.items()})
+            if real:
+                span = slice(start, start + len(losses.total))
+                totals[span], counts[span] = losses.total.cpu(), losses.count.double().cpu()
+            advance()
+    backend.sum_over_data([totals, counts])
+    if not totals.isfinite().all():
+        bad = int((~totals.isfinite()).nonzero()[0])
+        raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
+    return float(totals.sum() / counts.sum())
+
+
+def quality(
+    model: nn.Module,
+    task: str,
+    objective: Objective,
+    batches: Sequence[Batch],
+    backend: Backend,
+    progress: Progress,
+    doing: str,
+) -> dict[str, float]:
+    """The figures of a task: loss and perplexity; loss and accuracy; or feature distance."""
+    loss = mean_loss(model, objective, batches, backend, progress, doing)
+    if task == "causal-lm":
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if task == "feature-extraction":
+        return {"feature_distance": loss}
+    right = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch, real in backend.share(batches):
+            batch = {name: value.to(backend.device) for name, value in batch.items()}
+            guessed = model(**model_inputs(batch)).logits.argmax(-1)
+            if real:
+                right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
+    backend.sum_over_data([right])
+    return {"loss": loss, "accuracy": float(right[0] / right[1])}
+
+
+def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, backend: Backend) -> dict[str, Any]:
+    """Prefill and decode tokens per second of one sequence (items per second for other tasks), on the main rank alone
+    while the others wait; median of three, after one warm-up. The number of threads is part of the figure."""
+    backend.barrier()
+    figures: dict[str, Any] = {}
+    if backend.is_main:
+        bare = backend.unwrap(model)
+        with torch.no_grad():
+            if task == "causal-lm":
+                figures = _language_speed(bare, example, options, backend.device)
+            else:
+                batch = {k: v.to(backend.device) for k, v in model_inputs(example).items()}
+                figures = {
+                    "items_per_second": round(
+                        len(next(iter(batch.values()))) / _median_seconds(lambda: bare(**batch)), 2
+                    )
+                }
+        figures |= {"threads": torch.get_num_threads(), "device": str(backend.device)}
+    backend.barrier()
+    return figures
+
+
+def _language_speed(
+    model: nn.Module, example: Batch, options: EvaluateConfig, device: torch.device
+) -> dict[str, float]:
+    row = example["input_ids"][:1].to(device)
+    prompt = row.repeat(1, -(-options.prefill_tokens // row.shape[1]))[:, : options.prefill_tokens]
+    prefill = _median_seconds(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
+
+    def decode() -> None:
+        step = model(input_ids=prompt[:, :8], use_cache=True)
+        for _ in range(options.decode_tokens):
+            token = step.logits[:, -1:].argmax(-1)
+            step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+
+    return {
+        "prefill_tokens_per_second": round(options.prefill_tokens / prefill, 1),
+        "decode_tokens_per_second": round(options.decode_tokens / _median_seconds(decode), 1),
+    }
+
+
+def _median_seconds(work) -> float:
+    work()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

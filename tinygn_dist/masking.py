@@ -1,0 +1,63 @@
+"""Masks of the live weights: applied in place, enforced after each optimizer step, counted, hashed.
+
+A mask is a bool tensor shaped like this rank's shard of its target, True = keep. Masks are plain tensors beside the
+model, not buffers: DDP would broadcast buffers and a checkpoint would carry them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.estimate.directions import hash64, key_of
+
+_CHUNK = 1 << 20
+
+
+class Masks:
+    """masks: target name -> bool, the shape of this rank's shard."""
+
+    def __init__(self, targets: Sequence[Target], masks: Mapping[str, torch.Tensor]) -> None:
+        self.targets = tuple(targets)
+        self.by_name = {target.name: masks[target.name] for target in targets}
+
+    def apply_(self, model: nn.Module, backend: Backend) -> None:
+        """Zero what is not kept, in the live weights and in any master copy behind them."""
+        for target in self.targets:
+            backend.write_mask(model, target, self.by_name[target.name])
+
+    def enforce(self, model: nn.Module, optimizer: object, backend: Backend):
+        """Apply after every step of the optimizer that really moves the weights; returns the handle to remove it.
+
+        After, not before: momentum and weight decay move weights whose gradient is zero.
+        """
+        inner = backend.inner_optimizer(optimizer)
+        return inner.register_step_post_hook(lambda *_: self.apply_(model, backend))
+
+    def violations(self, model: nn.Module, backend: Backend) -> int:
+        """Masked weights that are not zero, over all shards."""
+        count = torch.zeros(1, dtype=torch.int64)
+        for target in self.targets:
+            weight = backend.shard(model, target).weight
+            count += int(torch.count_nonzero(weight.masked_fill(self.by_name[target.name], 0)))
+        return int(backend.sum_over_shards(count))
+
+    def kept(self, backend: Backend) -> dict[str, int]:
+        """Number kept per target, over all shards."""
+        counts = torch.tensor([int(self.by_name[t.name].sum()) for t in self.targets], dtype=torch.int64)
+        return dict(zip((t.name for t in self.targets), backend.sum_over_shards(counts).tolist(), strict=True))
+
+    def fingerprint(self, model: nn.Module, backend: Backend) -> str:
+        """16 hex digits, the same for equal masks however they are sharded: a wrapping sum over kept elements of a
+        hash of (target, global index)."""
+        total = torch.zeros(1, dtype=torch.int64)
+        for target in self.targets:
+            key, start = key_of(0, target.name), backend.shard(model, target).offset
+            for number, chunk in enumerate(self.by_name[target.name].reshape(-1).split(_CHUNK)):
+                kept = chunk.nonzero().squeeze(1).cpu() + (start + number * _CHUNK)
+                total += hash64(kept, key).sum()
+        return f"{int(backend.sum_over_shards(total)) & ((1 << 64) - 1):016x}"

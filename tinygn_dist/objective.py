@@ -1,0 +1,89 @@
+"""The loss as (sum, number of tokens) per sequence, so that sums can be added over ranks and divided once, last.
+
+Per-token losses are computed in fp32 and summed in fp64: finite differences subtract nearly equal numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORED = -100
+Batch = dict[str, torch.Tensor]
+
+
+class Losses(NamedTuple):
+    """total: (batch,) float64 sums over tokens, differentiable. count: (batch,) int64 tokens that count."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def mean(self) -> torch.Tensor:
+        """Mean loss per token over the batch, 0-dim float64."""
+        return self.total.sum() / self.count.sum().clamp(min=1)
+
+
+Objective = Callable[[nn.Module, Batch], Losses]
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """What the model's forward takes; labels stay out so that it does not compute a loss of its own."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "reference")}
+
+
+def causal_lm(model: nn.Module, batch: Batch) -> Losses:
+    """Cross-entropy of each next token. labels: (batch, seq) int64, IGNORED where a token does not count."""
+    logits = model(**model_inputs(batch), use_cache=False).logits
+    return token_losses(logits[:, :-1], batch["labels"][:, 1:])
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
+    """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence."""
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1))
+
+
+def classification(model: nn.Module, batch: Batch) -> Losses:
+    """Cross-entropy of one class per sequence or image. labels: (batch,) int64."""
+    logits = model(**model_inputs(batch)).logits
+    losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none").double()
+    return Losses(losses, torch.ones_like(batch["labels"]))
+
+
+def feature_match(model: nn.Module, batch: Batch) -> Losses:
+    """Squared distance of each token's features from the dense model's, relative to their squared length.
+
+    For encoders without a head: 0 at the dense model. batch["reference"]: (batch, seq, hidden) dense features.
+    """
+    features, reference = model(**model_inputs(batch)).last_hidden_state.float(), batch["reference"].float()
+    away = (features - reference).square().sum(-1) / reference.square().sum(-1).clamp(min=1e-12)
+    counts = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(away)
+    return Losses((away * counts).sum(1, dtype=torch.float64), counts.sum(1).long())
+
+
+def add_reference(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    """The batches with the model's present features as their reference."""
+    with torch.no_grad():
+        return [{**b, "reference": model(**model_inputs(b)).last_hidden_state} for b in batches]
+
+
+def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> Losses:
+    """Divergence KL(teacher || student) per counted token, times temperature^2 (Hinton et al. 2015, so that its gradient
+    keeps the scale of the task's). Logits (batch, seq, vocab) of equal vocabulary, counts (batch, seq) bool."""
+    log_student = F.log_softmax(student.float() / temperature, -1)
+    log_teacher = F.log_softmax(teacher.float() / temperature, -1)
+    away = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+    return Losses((away * counts).sum(1, dtype=torch.float64), counts.sum(1))
+
+
+def objective_of(task: str) -> Objective:
+    return {
+        "causal-lm": causal_lm,
+        "sequence-classification": classification,
+        "image-classification": classification,
+        "feature-extraction": feature_match,
+    }[task]

@@ -1,0 +1,120 @@
+"""One value that says what happened, as JSON for machines, Markdown for the model card, a table for the terminal."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPORT_FILE = "tinygn_report.json"
+
+
+@dataclass
+class Report:
+    """Every `after` figure is of the checkpoint re-read from disk."""
+
+    model: str
+    task: str
+    output: str
+    recipe: dict[str, Any]
+    fingerprint: str
+    num_processes: int
+    before: dict[str, Any] = field(default_factory=dict)
+    compressed: dict[str, Any] = field(default_factory=dict)
+    """quality after compression, before recovery"""
+    after: dict[str, Any] = field(default_factory=dict)
+    sparsity: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    """mask or unit fingerprint, kept counts, scores with standard errors, tried mixes"""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """all parameters accounted for: pruned, kept and why"""
+    recovery: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gib: list[float] = field(default_factory=list)
+    """per rank"""
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, default=str)
+
+    @classmethod
+    def read(cls, folder: Path) -> Report:
+        return cls(**json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(figure, before, after) as people read them."""
+        rows = [
+            ("parameters", f"{self.before['num_params']:,}", f"{self.after['num_params']:,}"),
+            ("bytes on disk", f"{self.before['bytes']:,}", f"{self.after['bytes']:,}"),
+        ]
+        if self.sparsity.get("targeted_weights", 0) > 0.001:
+            rows.append(("zeros in pruned weights", "", f"{self.sparsity['targeted_weights']:.2%}"))
+        for key, name in (
+            ("perplexity", "perplexity"),
+            ("accuracy", "accuracy"),
+            ("feature_distance", "feature distance"),
+        ):
+            if key in self.after:
+                if self.recovery:
+                    rows.append((f"{name} before recovery", "", _number(self.compressed[key])))
+                rows.append((name, _number(self.before[key]), _number(self.after[key])))
+        for key, name in (
+            ("prefill_tokens_per_second", "prefill tokens/s"),
+            ("decode_tokens_per_second", "decode tokens/s"),
+            ("items_per_second", "items/s"),
+        ):
+            if key in self.after.get("speed", {}):
+                rows.append((name, _number(self.before["speed"][key]), _number(self.after["speed"][key])))
+        return rows
+
+    def print(self, console: Console | None = None) -> None:
+        console = console or Console()
+        table = Table(title=f"{self.model}: {self.recipe['prune']['pattern']} {self.recipe['prune']['sparsity']:g}")
+        for heading in ("", "before", "after"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for row in self.rows():
+            table.add_row(*row)
+        console.print(table)
+        for note in self.notes:
+            console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"model:  {self.output}\nreport: {Path(self.output) / REPORT_FILE}", soft_wrap=True)
+
+    def to_markdown(self) -> str:
+        """The model card."""
+        prune, data = self.recipe["prune"], self.data
+        table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in self.rows())
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        recovery = f"{self.recovery['steps']} steps on {self.recovery['tokens']:,} tokens" if self.recovery else "none"
+        front = f"---\nbase_model: {self.model}\ntags:\n- pruned\n- tinygn_dist\n---\n"
+        return (
+            f"{front}\n# {Path(self.output).name}\n\n`{self.model}` compressed with tinygn_dist: pattern `{prune['pattern']}`, "
+            f"sparsity {prune['sparsity']:g}, criterion `{prune['criterion']}`.\n\n| | before | after |\n|---|---|---|\n{table}\n\n"
+            f"- calibration: {data['calibration']['sequences']} sequences of {data['calibration']['source']}\n"
+            f"- evaluation: {data['evaluation']['sequences']} sequences, used for nothing else\n- recovery: {recovery}\n"
+            f"- selection fingerprint: `{self.selection.get('fingerprint')}`, {self.num_processes} processes{notes}\n\n"
+            "Loads with plain `from_pretrained`. Every figure was measured on the files in this folder; the full record is "
+            f"`{REPORT_FILE}`.\n"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Of everything that can change a figure."""
+    found = {"python": platform.python_version()}
+    for package in ("tinygn-dist", "torch", "accelerate", "transformers", "datasets", "deepspeed"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _number(value: float) -> str:
+    return f"{value:,.2f}" if value >= 10 else f"{value:.4g}"

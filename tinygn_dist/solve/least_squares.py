@@ -1,0 +1,66 @@
+"""Removing whole input features of a linear layer: which ones, and the best weights for those that stay.
+
+With G = X^T X over the calibration tokens and kept inputs K, the weights that come closest to the dense output are
+W' = W G[:, K] (G[K, K] + lambda I)^-1 (normal equations of min ||X W^T - X_K W'^T||^2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tinygn_dist.solve.obs import damped
+
+
+def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+    """(out, len(kept)) fp32 weights re-fitted on the kept inputs. weight (out, in), gram (in, in), kept (k,) int64.
+
+    The damping pulls towards the present weights, not towards zero, so that keeping everything changes nothing.
+    """
+    solver, ridge = _solver(gram, kept, damping)
+    wanted = weight.float() @ gram[:, kept] + ridge * weight[:, kept].float()
+    return torch.cholesky_solve(wanted.t(), solver).t()
+
+
+def choose_inputs(
+    weight: torch.Tensor, gram: torch.Tensor, num_units: int, num_removed: int, *, damping: float, rounds: int = 8
+) -> torch.Tensor:
+    """Indices (int64, ascending) of the units to keep, by optimal-brain-surgeon saliency in a few rounds.
+
+    Units are equal blocks of consecutive inputs. The saliency of unit Q given the units still there is
+    tr(W_Q ([P]_QQ)^-1 W_Q^T) with P = (G[K, K])^-1 and W re-fitted: the output error its removal adds when everything
+    else adapts. After each round the rest is re-fitted.
+    """
+    width = weight.shape[1] // num_units
+    kept = torch.arange(num_units, device=weight.device)
+    left = num_removed
+    for remaining in range(min(rounds, max(num_removed, 1)), 0, -1):
+        goes = left // remaining
+        if goes == 0:
+            continue
+        columns = (kept[:, None] * width + torch.arange(width, device=weight.device)).flatten()
+        solver, ridge = _solver(gram, columns, damping)
+        wanted = weight.float() @ gram[:, columns] + ridge * weight[:, columns].float()
+        present = torch.cholesky_solve(wanted.t(), solver).t()
+        saliency = _block_saliency(present, torch.cholesky_inverse(solver), width)
+        order = saliency.argsort(stable=True)
+        kept = kept[order[goes:].sort().values]
+        left -= goes
+    return kept
+
+
+def _block_saliency(weight: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:
+    """tr(W_Q (P_QQ)^-1 W_Q^T) of consecutive blocks Q of `width` inputs."""
+    if width == 1:
+        return weight.square().sum(0) / inverse.diagonal()
+    count = weight.shape[1] // width
+    index = torch.arange(count, device=weight.device)
+    blocks = inverse.view(count, width, count, width)[index, :, index, :]
+    columns = weight.view(-1, count, width).permute(1, 2, 0)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+
+def _solver(gram: torch.Tensor, columns: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cholesky factor of the damped Gram matrix of some inputs, and what was added to its diagonal."""
+    inside = gram[columns[:, None], columns].float()
+    solid = damped(inside, damping)
+    return torch.linalg.cholesky(solid), solid.diagonal() - inside.diagonal()
