@@ -79,6 +79,10 @@ class Anatomy:
         """The unit groups of one kind, in layer order."""
         return tuple(group for group in self.groups if group.kind == kind)
 
+    def target_of(self, module: str) -> Target:
+        """The target that is the weight of a module."""
+        return next(target for target in self.targets if target.module == module)
+
     def choose_targets(self, wanted: Iterable[str], ignored: Iterable[str]) -> tuple[Target, ...]:
         """Targets whose name matches a `wanted` and no `ignored` regular expression. A pattern that matches nothing
         is a UserError, so a typo cannot end in an untouched model."""

@@ -63,6 +63,14 @@ class _Window:
     label: int | None = None
 
 
+def load_splits(options: DataConfig, task: str, processor: Any, train_len: int, rows: Rows | None = None) -> Splits:
+    """Splits for a task. train_len: tokens per training sequence, 0 for no training. rows: used instead of reading
+    `options.name` (self-generated text)."""
+    if task == "image-classification":
+        return load_images(options, processor, training=bool(train_len))
+    return load_text(options, processor, classes=task == "sequence-classification", train_len=train_len, rows=rows)
+
+
 def load_text(
     options: DataConfig, tokenizer: Any, *, classes: bool, train_len: int, rows: Rows | None = None
 ) -> Splits:

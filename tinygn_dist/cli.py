@@ -7,6 +7,7 @@ anything else is a bug of ours.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import datasets
 import psutil
 import transformers
+import transformers.modeling_gguf_pytorch_utils as gguf_reader
 import yaml
 from rich.console import Console
 from rich.logging import RichHandler
@@ -216,6 +218,7 @@ def _configure_logging(is_main: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    gguf_reader.tqdm = functools.partial(gguf_reader.tqdm, disable=True)  # its bar knows no switch
     datasets.disable_progress_bars()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
 
 from tinygn_dist.errors import UserError
 
@@ -106,6 +106,8 @@ class PruneConfig(Section):
     """re-fit the remaining weights by least squares to the dense activations after units are removed"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
+    counts: dict[Literal["layers", "heads", "channels"], NonNegativeInt] | None = None
+    """remove exactly these many layers, and KV groups and channels of each other layer, instead of meeting sparsity"""
     probe_channels: int = Field(256, ge=1)
     """channels per removal probe"""
     damping: float = Field(0.01, gt=0, lt=1)

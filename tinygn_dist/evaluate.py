@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,23 +13,21 @@ from torch import nn
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import EvaluateConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.objective import Batch, Objective, model_inputs
-from tinygn_dist.progress import Progress
+from tinygn_dist.estimate.setting import Setting, batch_size
+from tinygn_dist.objective import Batch, model_inputs
 
 
-def mean_loss(
-    model: nn.Module, objective: Objective, batches: Sequence[Batch], backend: Backend, progress: Progress, doing: str
-) -> float:
+def mean_loss(setting: Setting, doing: str) -> float:
     """Mean loss per token over all sequences, each counted once, whatever the number of ranks.
 
     Raises UserError naming the first sequence whose loss is NaN or inf.
     """
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    backend, sizes = setting.backend, [batch_size(batch) for batch in setting.batches]
     totals, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
-    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(batches)])
-    with torch.no_grad(), progress.bar(doing, len(mine)) as advance:
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
+    with torch.no_grad(), setting.progress.bar(doing, len(mine)) as advance:
         for (batch, start), real in mine:
-            losses = objective(model, {name: value.to(backend.device) for name, value in batch.items()})
+            losses = setting.objective(setting.model, setting.on_device(batch))
             if real:
                 span = slice(start, start + len(losses.total))
                 totals[span], counts[span] = losses.total.cpu(), losses.count.double().cpu()
@@ -42,29 +39,21 @@ def mean_loss(
     return float(totals.sum() / counts.sum())
 
 
-def quality(
-    model: nn.Module,
-    task: str,
-    objective: Objective,
-    batches: Sequence[Batch],
-    backend: Backend,
-    progress: Progress,
-    doing: str,
-) -> dict[str, float]:
+def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
     """The figures of a task: loss and perplexity; loss and accuracy; or feature distance."""
-    loss = mean_loss(model, objective, batches, backend, progress, doing)
+    loss = mean_loss(setting, doing)
     if task == "causal-lm":
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "feature-extraction":
         return {"feature_distance": loss}
     right = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for batch, real in backend.share(batches):
-            batch = {name: value.to(backend.device) for name, value in batch.items()}
-            guessed = model(**model_inputs(batch)).logits.argmax(-1)
+        for batch, real in setting.backend.share(setting.batches):
+            batch = setting.on_device(batch)
+            guessed = setting.model(**model_inputs(batch)).logits.argmax(-1)
             if real:
                 right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
-    backend.sum_over_data([right])
+    setting.backend.sum_over_data([right])
     return {"loss": loss, "accuracy": float(right[0] / right[1])}
 
 
@@ -98,10 +87,18 @@ def _language_speed(
     prefill = _median_seconds(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
 
     def decode() -> None:
-        step = model(input_ids=prompt[:, :8], use_cache=True)
-        for _ in range(options.decode_tokens):
-            token = step.logits[:, -1:].argmax(-1)
-            step = model(input_ids=token, past_key_values=step.past_key_values, use_cache=True)
+        length = options.decode_tokens
+        model.generate(
+            prompt[:, :8],
+            attention_mask=torch.ones_like(prompt[:, :8]),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=0,
+        )
 
     return {
         "prefill_tokens_per_second": round(options.prefill_tokens / prefill, 1),

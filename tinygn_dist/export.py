@@ -6,10 +6,11 @@ or none. What the report says about the result is read from the files, not from 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from tinygn_dist.anatomy import Target
+from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import OutputConfig
 from tinygn_dist.errors import UserError
 
@@ -55,26 +57,36 @@ def claim(options: OutputConfig, source_path: str, needed_bytes: int) -> Path:
     return path
 
 
-class Draft:
-    """The folder being written beside its final place (main rank only)."""
+@contextlib.contextmanager
+def draft(destination: Path, backend: Backend) -> Iterator[Path]:
+    """A folder beside the destination, the same on every rank; moved into place when the context ends well, removed
+    otherwise. An older destination is gone only after the new one is complete."""
+    made = None
+    try:
+        with backend.together("making the output folder"):
+            if backend.is_main:
+                made = Path(tempfile.mkdtemp(prefix=f"{_LEFTOVER}{destination.name}-", dir=destination.parent))
+        yield Path(backend.everyone(str(made))[0])
+        with backend.together("publishing the checkpoint"):
+            if made:
+                _publish(made, destination)
+    except BaseException:
+        if made:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
 
-    def __init__(self, destination: Path) -> None:
-        self.destination = destination
-        self.path = Path(tempfile.mkdtemp(prefix=f"{_LEFTOVER}{destination.name}-", dir=destination.parent))
 
-    def publish(self) -> None:
-        """Move the finished folder into place; an older one is gone only after the new one is complete."""
-        os.chmod(self.path, 0o755)
-        old = None
-        if self.destination.exists():
-            old = self.destination.with_name(f"{_LEFTOVER}{self.destination.name}-old-{os.getpid()}")
-            os.rename(self.destination, old)
-        os.rename(self.path, self.destination)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def discard(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+def _publish(made: Path, destination: Path) -> None:
+    made.chmod(0o755)  # made private by mkdtemp, and by safetensors for its files
+    for file in made.iterdir():
+        file.chmod(0o644)
+    old = None
+    if destination.exists():
+        old = destination.with_name(f"{_LEFTOVER}{destination.name}-old-{os.getpid()}")
+        os.rename(destination, old)
+    os.rename(made, destination)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_checkpoint(
@@ -96,7 +108,7 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Disk:
-    """What the files hold. bytes: of the safetensors files. num_params: distinct stored values. zeros, sizes: per tensor."""
+    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor."""
 
     bytes: int
     num_params: int
@@ -110,7 +122,7 @@ def read_back(folder: Path, state: Mapping[str, torch.Tensor]) -> Disk:
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
+            for name in stored.keys():  # noqa: SIM118 - not a dict
                 tensor = stored.get_tensor(name)
                 if name in state and not torch.equal(tensor, state[name].cpu()):
                     raise RuntimeError(

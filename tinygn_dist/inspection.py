@@ -15,6 +15,7 @@ from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.config import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.families import family_of
 from tinygn_dist.objective import objective_of
@@ -124,12 +125,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     model, processor = load.load_model(source), load.load_processor(source)
     model = backend.prepare(model)
     train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
-    if source.task == "image-classification":
-        splits = calibration.load_images(data, processor, training=bool(train_len))
-    else:
-        splits = calibration.load_text(
-            data, processor, classes=source.task == "sequence-classification", train_len=train_len
-        )
+    splits = calibration.load_splits(data, source.task, processor, train_len)
     figures: dict[str, Any] = {
         "num_params": sum(p.numel() for p in model.parameters()),
         "bytes": sum(file.stat().st_size for file in Path(source.path).glob(source.gguf_file or "*.safetensors"))
@@ -137,9 +133,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
         else None,
     }
     progress = Progress(shown=backend.is_main)
-    figures |= quality(
-        model, source.task, objective_of(source.task), splits.evaluation, backend, progress, "evaluating"
-    )
+    anatomy = read_anatomy(model, needs_units=False)
+    setting = Setting(model, anatomy, objective_of(source.task), splits.evaluation, backend, progress)
+    figures |= quality(setting, source.task, "evaluating")
     if not arguments.no_latency:
         figures |= speed(
             model, source.task, splits.evaluation[0], EvaluateConfig(**recipe.get("evaluate", {})), backend

@@ -51,6 +51,11 @@ class Source:
     options: ModelConfig
 
     @property
+    def is_local(self) -> bool:
+        """Whether nothing has to be downloaded first."""
+        return Path(self.path).is_dir()
+
+    @property
     def load_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"trust_remote_code": self.options.trust_remote_code}
         if self.options.revision:
@@ -139,6 +144,13 @@ def refuse_nonfinite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"weight {name} holds NaN or inf; the checkpoint is broken, use another one")
+
+
+def stored_bytes(skeleton: nn.Module, source: Source) -> int:
+    """Bytes the checkpoint will take at most, from its skeleton."""
+    dtype = source.options.dtype if source.options.dtype != "auto" else getattr(source.config, "dtype", None)
+    width = torch.finfo(getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32).bits // 8
+    return sum(p.numel() for p in skeleton.parameters()) * width
 
 
 def rebuild(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:

@@ -73,7 +73,7 @@ def add_reference(model: nn.Module, batches: list[Batch]) -> list[Batch]:
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> Losses:
     """Divergence KL(teacher || student) per counted token, times temperature^2 (Hinton et al. 2015, so that its gradient
-    keeps the scale of the task's). Logits (batch, seq, vocab) of equal vocabulary, counts (batch, seq) bool."""
+    keeps the scale of the task's). Logits (batch, seq, vocab), counts (batch, seq) bool."""
     log_student = F.log_softmax(student.float() / temperature, -1)
     log_teacher = F.log_softmax(teacher.float() / temperature, -1)
     away = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2

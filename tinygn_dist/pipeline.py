@@ -7,12 +7,10 @@ import copy
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tinygn_dist import calibration, export, load
@@ -21,8 +19,10 @@ from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
-from tinygn_dist.objective import Objective, add_reference, objective_of
+from tinygn_dist.masking import Masks
+from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import check_batch, recover
 from tinygn_dist.report import REPORT_FILE, Report, versions
@@ -44,53 +44,44 @@ def compress(config: Config, backend: Backend | None = None) -> Report:
     run = _Run(config, backend)
     backend.agree(config.fingerprint(), "the config")
     with backend.together("checking the request"):
-        source = load.find_model(config.model)
-        skeleton = load.skeleton(source)
-        anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
-        plan = _plan(config, anatomy)
-        check_batch(config.recover, backend.num_ranks)
-        destination = export.claim(config.output, source.path, _bytes(skeleton, source))
-    backend.start_trackers({"fingerprint": config.fingerprint()})
+        run.check()
 
     with run.stage("load"), backend.together("loading the model"):
-        model = backend.main_first(lambda: load.load_model(source))
-        processor = load.load_processor(source)
-    model = backend.prepare(model)
-    objective = objective_of(source.task)
+        run.load()
     with run.stage("data"):
-        splits = _load_data(config, source.task, model, processor, backend, run.progress)
-    report = run.report(source.task, destination, splits)
-
+        run.read_data()
     with run.stage("evaluate before"):
-        before = quality(model, source.task, objective, splits.evaluation, backend, run.progress, "evaluating")
-        report.before = before | _size(model) | {"speed": run.speed(model, source.task, splits)}
-    teacher = copy.deepcopy(model) if config.recover.steps and config.recover.distill else None
-
+        run.evaluate_before()
     with run.stage("compress"):
-        model, masks, targets = _compress(model, source, anatomy, plan, config, objective, splits, backend, run, report)
+        if config.prune.unit_kinds:
+            run.remove_units()
+        else:
+            run.sparsify()
     if config.recover.steps:
         with run.stage("evaluate compressed"):
-            report.compressed = quality(
-                model, source.task, objective, splits.evaluation, backend, run.progress, "evaluating"
-            )
+            run.report.compressed = run.quality(run.model)
         with run.stage("recover"):
-            done = recover(model, teacher, source.task, splits.training, masks, config.recover, backend, run.progress)
-            report.recovery = asdict(done)
-        del teacher
-
+            run.recover()
     with run.stage("export"):
-        _export(model, processor, targets, masks, destination, config, source, objective, splits, backend, run, report)
-    backend.track({f"after/{k}": v for k, v in report.after.items() if isinstance(v, float)})
-    return report
+        run.export()
+    return run.report
 
 
 class _Run:
-    """Clock, progress and logging of one run."""
+    """What one run holds between its stages. Each method is one stage: it calls the method's parts and keeps the
+    result."""
+
+    model: nn.Module
+    processor: Any
+    splits: calibration.Splits
+    report: Report
 
     def __init__(self, config: Config, backend: Backend) -> None:
         self.config, self.backend = config, backend
         self.progress = Progress(shown=backend.is_main)
         self.seconds: dict[str, float] = {}
+        self.masks: Masks | None = None
+        self.teacher: nn.Module | None = None
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -99,154 +90,169 @@ class _Run:
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
 
-    def speed(self, model: nn.Module, task: str, splits: calibration.Splits) -> dict[str, Any]:
-        options = self.config.evaluate
-        return speed(model, task, splits.evaluation[0], options, self.backend) if options.latency else {}
-
-    def report(self, task: str, destination: Path, splits: calibration.Splits) -> Report:
+    def check(self) -> None:
+        """Everything that can be refused without reading a weight."""
         config = self.config
-        return Report(
+        self.source = load.find_model(config.model)
+        skeleton = load.skeleton(self.source)
+        self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
+        self.mixes: list[Mix] = []
+        self.targets: tuple[Target, ...] = ()
+        if config.prune.unit_kinds:
+            self.mixes = plan_mixes(self.anatomy, config.prune)
+        else:
+            self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
+            if config.prune.nm:
+                check_nm(self.targets, config.prune.nm.m)
+        check_batch(config.recover, self.backend.num_ranks)
+        if config.data.name == "self" and self.source.task != "causal-lm":
+            raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
+        self.destination = export.claim(config.output, self.source.path, load.stored_bytes(skeleton, self.source))
+        self.objective = objective_of(self.source.task)
+        self.backend.start_trackers({"fingerprint": config.fingerprint()})
+
+    def load(self) -> None:
+        if self.source.is_local:
+            model = load.load_model(self.source)
+        else:
+            model = self.backend.main_first(lambda: load.load_model(self.source))
+        self.model = self.backend.prepare(model)
+        self.processor = load.load_processor(self.source)
+        if self.config.recover.steps and self.config.recover.distill:
+            self.teacher = copy.deepcopy(self.model)
+
+    def read_data(self) -> None:
+        config, rows = self.config, None
+        if config.data.name == "self":
+            rows = write_rows(self.model, self.processor, config.data, self.backend, self.progress)
+        train_len = config.recover.seq_len if config.recover.steps else 0
+        with self.backend.together("reading the data"):
+            self.splits = self.backend.main_first(
+                lambda: calibration.load_splits(config.data, self.source.task, self.processor, train_len, rows)
+            )
+        self.backend.agree(self.splits.fingerprint(), "the data")
+        self.report = Report(
             model=config.model.name,
-            task=task,
-            output=str(destination),
+            task=self.source.task,
+            output=str(self.destination),
             recipe=config.model_dump(mode="json"),
             fingerprint=config.fingerprint(),
             num_processes=self.backend.num_ranks,
-            data={**splits.used, "calibration_tokens": splits.num_tokens(), "fingerprint": splits.fingerprint()},
+            data={
+                **self.splits.used,
+                "calibration_tokens": self.splits.num_tokens(),
+                "fingerprint": self.splits.fingerprint(),
+            },
             seconds=self.seconds,
             versions=versions(),
         )
+        if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
+            for name in ("calibration", "evaluation", "training"):
+                setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name)))
 
+    def evaluate_before(self) -> None:
+        parameters = list(self.backend.unwrap(self.model).parameters())
+        size = {
+            "num_params": sum(p.numel() for p in parameters),
+            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        }
+        self.report.before = self.quality(self.model) | size | {"speed": self.speed(self.model)}
 
-def _plan(config: Config, anatomy: Anatomy) -> list[Mix] | tuple[Target, ...]:
-    """What is to be cut, refused here when it cannot be."""
-    if config.prune.unit_kinds:
-        return plan_mixes(anatomy, config.prune)
-    targets = anatomy.choose_targets(config.prune.targets, config.prune.ignore)
-    if config.prune.nm:
-        check_nm(targets, config.prune.nm.m)
-    return targets
-
-
-def _load_data(config: Config, task: str, model, processor, backend: Backend, progress: Progress) -> calibration.Splits:
-    train_len = config.recover.seq_len if config.recover.steps else 0
-    rows = None
-    if config.data.name == "self":
-        if task != "causal-lm":
-            raise UserError(f"data self needs a model that writes text, got a {task} model; name a dataset")
-        rows = write_rows(model, processor, config.data, backend, progress)
-    with backend.together("reading the data"):
-        if task == "image-classification":
-            load_splits = lambda: calibration.load_images(config.data, processor, training=bool(train_len))  # noqa: E731
-        else:
-            classes = task == "sequence-classification"
-            load_splits = lambda: calibration.load_text(  # noqa: E731
-                config.data, processor, classes=classes, train_len=train_len, rows=rows
-            )
-        splits = backend.main_first(load_splits)
-    backend.agree(splits.fingerprint(), "the data")
-    if task == "feature-extraction":
-        splits.calibration = add_reference(model, splits.calibration)
-        splits.evaluation = add_reference(model, splits.evaluation)
-        splits.training = add_reference(model, splits.training)
-    return splits
-
-
-def _compress(
-    model, source, anatomy: Anatomy, plan, config: Config, objective: Objective, splits, backend, run, report
-):
-    """The compressed model, its masks (None when units were removed) and the weights a sparsity is asked of."""
-    if config.prune.unit_kinds:
+    def remove_units(self) -> None:
+        """Choose, re-fit and take out units; the model is a smaller one afterwards."""
         kept, scores, trials = remove_units(
-            model, anatomy, plan, config.prune, objective, splits.calibration, backend, run.progress
+            self.setting(self.model, self.splits.calibration), self.mixes, self.config.prune
         )
-        backend.agree(kept.fingerprint(), "the kept units")
-        report.selection = {
+        self.backend.agree(kept.fingerprint(), "the kept units")
+        self.report.selection = {
             "fingerprint": kept.fingerprint(),
             "kept": asdict(kept),
             "scores": scores.table,
             "tried": [asdict(trial) for trial in trials],
             "probe_forwards": scores.forwards,
         }
-        dense_params = anatomy.total_params
-        is_conv1d = {target.module: target.input_dim == 0 for target in anatomy.targets}
-        state = smaller_state(backend.unwrap(model).state_dict(), anatomy, kept, is_conv1d)
-        small = load.rebuild(source, smaller_config(backend.unwrap(model).config, anatomy, kept), model.dtype)
+        bare = self.backend.unwrap(self.model)
+        is_conv1d = {target.module: target.input_dim == 0 for target in self.anatomy.targets}
+        state = smaller_state(bare.state_dict(), self.anatomy, kept, is_conv1d)
+        small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
         small.load_state_dict(state, strict=True)
         small.tie_weights()
-        small.generation_config = getattr(model, "generation_config", None)
+        small.generation_config = getattr(bare, "generation_config", None)
+        self.model = self.backend.prepare(small.eval())
         left = sum(p.numel() for p in small.parameters())
-        report.parameters = {"dense": dense_params, "removed": dense_params - left, "kept": left}
-        return backend.prepare(small.eval()), None, ()
-    masks = sparsify(model, plan, config.prune, objective, splits.calibration, backend, run.progress)
-    fingerprint = masks.fingerprint(model, backend)
-    backend.agree(fingerprint, "the mask")
-    kept = masks.kept(backend)
-    targeted = sum(target.numel for target in plan)
-    report.selection = {"fingerprint": fingerprint, "kept": kept}
-    report.parameters = {
-        "dense": anatomy.total_params,
-        "targeted": targeted,
-        "set_to_zero": targeted - sum(kept.values()),
-        "kept_by_pattern": sum(t.numel for t in anatomy.targets) - targeted,
-        "kept_not_a_layer_matrix": anatomy.total_params - sum(t.numel for t in anatomy.targets),
-    }
-    report.notes.append(
-        "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; "
-        "sparsity serves storage with compression, research, and kernels made for it"
-    )
-    return model, masks, plan
-
-
-def _export(
-    model, processor, targets, masks, destination, config, source, objective, splits, backend, run, report
-) -> None:
-    """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
-    state = backend.full_state(model)
-    draft: export.Draft | None = None
-    try:
-        with backend.together("writing the checkpoint"):
-            if backend.is_main:
-                draft = export.Draft(destination)
-                export.write_checkpoint(
-                    draft.path, backend.unwrap(model), state, processor, config.output.max_shard_gib
-                )
-        folder = next(path for path in backend.everyone(str(draft.path) if draft else None) if path)
-        with backend.together("reading the checkpoint back (the output folder must be visible to every rank)"):
-            disk = export.read_back(Path(folder), state)
-            reloaded = load.load_model(
-                load.find_model(config.model.model_copy(update={"name": folder, "task": source.task}))
-            )
-        reloaded = backend.prepare(reloaded)
-        report.after = quality(reloaded, source.task, objective, splits.evaluation, backend, run.progress, "evaluating")
-        report.after |= {
-            "num_params": disk.num_params,
-            "bytes": disk.bytes,
-            "speed": run.speed(reloaded, source.task, splits),
+        self.report.parameters = {
+            "dense": self.anatomy.total_params,
+            "removed": self.anatomy.total_params - left,
+            "kept": left,
         }
-        report.sparsity = export.sparsity_figures(disk, tuple(targets))
-        report.peak_memory_gib = backend.everyone(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2))
-        with backend.together("publishing the checkpoint"):
-            if draft:
-                (draft.path / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
-                (draft.path / "README.md").write_text(report.to_markdown(), encoding="utf-8")
-                draft.publish()
-    except BaseException:
-        if draft:
-            draft.discard()
-        raise
 
+    def sparsify(self) -> None:
+        """Choose and apply masks; the weights that are kept may have been updated."""
+        self.masks = sparsify(self.setting(self.model, self.splits.calibration), self.targets, self.config.prune)
+        fingerprint = self.masks.fingerprint(self.model, self.backend)
+        self.backend.agree(fingerprint, "the mask")
+        kept = self.masks.kept(self.backend)
+        targeted, in_layers = (sum(t.numel for t in ts) for ts in (self.targets, self.anatomy.targets))
+        self.report.selection = {"fingerprint": fingerprint, "kept": kept}
+        self.report.parameters = {
+            "dense": self.anatomy.total_params,
+            "targeted": targeted,
+            "set_to_zero": targeted - sum(kept.values()),
+            "kept_by_pattern": in_layers - targeted,
+            "kept_not_a_layer_matrix": self.anatomy.total_params - in_layers,
+        }
+        self.report.notes.append(
+            "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
+            "storage with compression, research, and kernels made for it"
+        )
 
-def _size(model: nn.Module) -> dict[str, int]:
-    """Parameters, and the bytes they take at their dtype (tied ones once)."""
-    parameters = list(model.parameters())
-    return {
-        "num_params": sum(p.numel() for p in parameters),
-        "bytes": sum(p.numel() * p.element_size() for p in parameters),
-    }
+    def recover(self) -> None:
+        done = recover(
+            self.model,
+            self.teacher,
+            self.source.task,
+            self.splits.training,
+            self.masks,
+            self.config.recover,
+            self.backend,
+            self.progress,
+        )
+        self.report.recovery = asdict(done)
+        self.teacher = None
 
+    def export(self) -> None:
+        """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
+        state = self.backend.full_state(self.model)
+        with export.draft(self.destination, self.backend) as draft:
+            with self.backend.together("writing the checkpoint"):
+                if self.backend.is_main:
+                    bare = self.backend.unwrap(self.model)
+                    export.write_checkpoint(draft, bare, state, self.processor, self.config.output.max_shard_gib)
+            self.backend.barrier()
+            with self.backend.together("reading the checkpoint back (every rank must see the output folder)"):
+                disk = export.read_back(draft, state)
+                written = self.config.model.model_copy(
+                    update={"name": str(draft), "task": self.source.task, "revision": None}
+                )
+                reloaded = load.load_model(load.find_model(written))
+            reloaded = self.backend.prepare(reloaded)
+            size = {"num_params": disk.num_params, "bytes": disk.bytes}
+            self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
+            self.report.sparsity = export.sparsity_figures(disk, self.targets)
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
+            if self.backend.is_main:
+                (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
+                (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
+        self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
 
-def _bytes(skeleton: nn.Module, source: load.Source) -> int:
-    asked = source.options.dtype
-    width = torch.finfo(getattr(torch, asked)).bits // 8 if asked != "auto" else 4
-    return sum(p.numel() for p in skeleton.parameters()) * width
+    def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
+        return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress)
+
+    def quality(self, model: nn.Module) -> dict[str, float]:
+        return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")
+
+    def speed(self, model: nn.Module) -> dict[str, Any]:
+        if not self.config.evaluate.latency:
+            return {}
+        return speed(model, self.source.task, self.splits.evaluation[0], self.config.evaluate, self.backend)

@@ -75,9 +75,14 @@ class Report:
                 rows.append((name, _number(self.before["speed"][key]), _number(self.after["speed"][key])))
         return rows
 
+    def asked(self) -> str:
+        """The pattern, with its sparsity where it has one."""
+        prune = self.recipe["prune"]
+        return prune["pattern"] if ":" in prune["pattern"] else f"{prune['pattern']} {prune['sparsity']:.0%}"
+
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
-        table = Table(title=f"{self.model}: {self.recipe['prune']['pattern']} {self.recipe['prune']['sparsity']:g}")
+        table = Table(title=f"{self.model}: {self.asked()}")
         for heading in ("", "before", "after"):
             table.add_column(heading, justify="left" if not heading else "right")
         for row in self.rows():

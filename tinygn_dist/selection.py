@@ -58,14 +58,14 @@ def choose_masks(
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Mask of the n largest in each group of m consecutive inputs. scores: (rows, in), m divides in."""
     groups = scores.reshape(-1, m)
-    order = groups.argsort(1, descending=True, stable=True)
+    order = groups.argsort(dim=1, descending=True, stable=True)
     keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
     return keep.view(scores.shape)
 
 
 def keep_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """Mask of the num_kept(in, sparsity) largest in each row."""
-    order = scores.argsort(1, descending=True, stable=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)
     keep = torch.zeros_like(scores, dtype=torch.bool)
     return keep.scatter_(1, order[:, : num_kept(scores.shape[1], sparsity)], True)
 

@@ -1,17 +1,18 @@
-"""Scores of units by every criterion, each with what it is measured in. Larger = more important."""
+"""Scores of units by every criterion. Larger = more important; those of probes and gates are in units of loss."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from tinygn_dist import score
-from tinygn_dist.anatomy import Anatomy, UnitGroup
-from tinygn_dist.backends.base import Backend
+from tinygn_dist.anatomy import UnitGroup
+from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate import probes
@@ -19,242 +20,222 @@ from tinygn_dist.estimate.activations import InputMoments, block_influence
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.probes import Probe
-from tinygn_dist.objective import Batch, Objective
-from tinygn_dist.progress import Progress
+from tinygn_dist.estimate.setting import Setting
 
 log = logging.getLogger(__name__)
 REPROBED = 4
-"""candidates probed again after each removed layer: removing one changes what the others are worth"""
+"""layers probed again after each removed one: removing one changes what the others are worth"""
+MANY = 64
+"""units per group above which single probes are too many, and the report lists none"""
 
 
 @dataclass
 class UnitScores:
     """by_group: (kind, layer) -> (units,) scores; a missing group is chosen by its solver. layer_order: layers, the
-    first to go first. table: what the report shows, in units of loss per token where `unit` says so."""
+    first to go first. table: what the report shows. forwards: probe passes spent."""
 
     by_group: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     layer_order: list[int] = field(default_factory=list)
-    table: list[dict] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
     forwards: int = 0
 
 
-def score_units(
-    model: nn.Module,
-    anatomy: Anatomy,
-    needed: Collection[str],
-    max_layers: int,
-    options: PruneConfig,
-    objective: Objective,
-    batches: Sequence[Batch],
-    moments: InputMoments | None,
-    backend: Backend,
-    progress: Progress,
-) -> UnitScores:
-    """Scores of the needed kinds. auto: removal probes for layers and heads, the solver's own saliency for channels."""
+def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: InputMoments | None) -> UnitScores:
+    """Scores of every kind of which `most` removes some.
+
+    auto: removal probes for layers and heads, the solver's own saliency for channels. moments: unreduced Gram matrices
+    of the groups' outputs, read by the criteria activation and removal of channels.
+    """
     scores = UnitScores()
-    context = (model, anatomy, options, objective, batches, moments, backend, progress)
-    if "layers" in needed:
+    if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
-        _order_layers(scores, criterion, max_layers, *context)
-    for kind in ("heads", "channels"):
-        criterion = {"heads": "removal", "channels": "obs"}[kind] if options.criterion == "auto" else options.criterion
-        if kind in needed and criterion != "obs":
-            _score_groups(scores, anatomy.of_kind(kind), criterion, *context)
+        if criterion == "removal":
+            _order_by_removal(scores, setting, most.layers, options)
+        else:
+            _order_by_score(scores, setting, criterion, options)
+    for kind, default in (("heads", "removal"), ("channels", "obs")):
+        criterion = default if options.criterion == "auto" else options.criterion
+        if getattr(most, kind) and criterion != "obs":
+            groups = setting.anatomy.of_kind(kind)
+            values = _group_scores(scores, setting, groups, criterion, options, moments)
+            scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
     return scores
 
 
-def _order_layers(
-    scores, criterion, max_layers, model, anatomy, options, objective, batches, moments, backend, progress
-):
-    allowed = [layer for layer in range(anatomy.num_layers) if layer not in options.protect]
-    match criterion:
-        case "removal":
-            _order_by_removal(scores, allowed, max_layers, model, anatomy, objective, batches, backend, progress)
-            return
-        case "gate":
-            derivatives, counts = _gate_grads(
-                scores,
-                [Probe(layer) for layer in range(anatomy.num_layers)],
-                model,
-                anatomy,
-                options,
-                objective,
-                batches,
-                backend,
-                progress,
-            )
-            values = score.second_order(derivatives, counts)
-        case "activation":
-            sums, tokens = block_influence(model, anatomy, batches, backend, progress)
-            values = score.block_influence(sums, tokens)
-        case "magnitude":
-            values = torch.tensor(
-                [
-                    sum(
-                        float(backend.shard(model, t).weight.double().square().sum())
-                        for t in anatomy.targets
-                        if t.layer == layer
-                    )
-                    for layer in range(anatomy.num_layers)
-                ],
-                dtype=torch.float64,
-            )
-            values = backend.sum_over_shards(values)
-        case "random":
-            values = uniform(0, anatomy.num_layers, key_of(options.seed, "layers"))
-    scores.layer_order = sorted(allowed, key=lambda layer: (float(values[layer]), layer))
-    scores.table += [
-        {"kind": "layer", "layer": k, "score": float(v), "criterion": criterion} for k, v in enumerate(values)
-    ]
-
-
-def _order_by_removal(scores, allowed, max_layers, model, anatomy, objective, batches, backend, progress) -> None:
+def _order_by_removal(scores: UnitScores, setting: Setting, num_removed: int, options: PruneConfig) -> None:
     """Greedy: probe every layer once, then after each removal probe the few best again without the removed ones."""
     known: dict[int, float] = {}
-    ask, gone = list(allowed), []
-    while len(gone) < max_layers:
-        seen = probes.measure(
-            model, anatomy, objective, batches, [Probe(layer) for layer in ask], backend, progress, without=gone
-        )
+    ask, gone = _removable(setting, options), []
+
+    def by_loss(layers: Sequence[int]) -> list[int]:
+        return sorted(layers, key=lambda layer: (known[layer], layer))
+
+    while len(gone) < num_removed:
+        seen = probes.measure(setting, [Probe(layer) for layer in ask], without=gone)
         mean, error = score.ratio_mean(seen.differences, seen.counts)
         scores.forwards += seen.forwards
         for layer, value, deviation in zip(ask, mean.tolist(), error.tolist(), strict=True):
             known[layer] = value
-            scores.table.append(
-                {
-                    "kind": "layer",
-                    "layer": layer,
-                    "score": value,
-                    "std_error": deviation,
-                    "without": list(gone),
-                    "criterion": "removal",
-                }
-            )
-        best = min((layer for layer in known if layer not in gone), key=lambda layer: (known[layer], layer))
-        gone.append(best)
-        ask = sorted((layer for layer in known if layer not in gone), key=lambda layer: (known[layer], layer))[
-            :REPROBED
-        ]
+            scores.table.append(_row("layers", layer, "removal", value, deviation) | {"without": list(gone)})
+        gone.append(by_loss([layer for layer in known if layer not in gone])[0])
+        ask = by_loss([layer for layer in known if layer not in gone])[:REPROBED]
     scores.layer_order = gone
 
 
-def _score_groups(scores, groups, criterion, model, anatomy, options, objective, batches, moments, backend, progress):
+def _order_by_score(scores: UnitScores, setting: Setting, criterion: str, options: PruneConfig) -> None:
+    num_layers = setting.anatomy.num_layers
+    match criterion:
+        case "gate":
+            values = score.second_order(
+                *_gate_grads(scores, setting, [Probe(layer) for layer in range(num_layers)], options)
+            )
+        case "activation":
+            values = score.block_influence(*block_influence(setting))
+        case "magnitude":
+            values = torch.zeros(num_layers, dtype=torch.float64)
+            for target in setting.anatomy.targets:
+                weight = setting.backend.shard(setting.model, target).weight
+                values[target.layer] += float(weight.double().square().sum())
+            values = setting.backend.sum_over_shards(values)
+        case "random":
+            values = uniform(0, num_layers, key_of(options.seed, "layers"))
+        case _:
+            raise AssertionError(criterion)
+    scores.layer_order = sorted(_removable(setting, options), key=lambda layer: (float(values[layer]), layer))
+    scores.table += [_row("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
+
+
+def _removable(setting: Setting, options: PruneConfig) -> list[int]:
+    return [layer for layer in range(setting.anatomy.num_layers) if layer not in options.protect]
+
+
+def _group_scores(
+    scores: UnitScores,
+    setting: Setting,
+    groups: Sequence[UnitGroup],
+    criterion: str,
+    options: PruneConfig,
+    moments: InputMoments | None,
+) -> list[torch.Tensor]:
     match criterion:
         case "removal":
-            values = _removal(scores, groups, model, anatomy, options, objective, batches, moments, backend, progress)
+            return _removal(scores, setting, groups, options, moments)
         case "gate":
-            values = _gates(scores, groups, model, anatomy, options, objective, batches, backend, progress)
+            values = _gates(scores, setting, groups, options)
         case "activation":
-            diagonals = _input_energy(moments, groups, backend)
             values = [
-                score.unit_sums(score.column_energy(_output(model, g, anatomy, backend), d), g.output_width)
-                for g, d in zip(groups, diagonals, strict=True)
+                score.unit_sums(energy, group.output_width)
+                for group, energy in zip(groups, _column_energies(setting, groups, moments), strict=True)
             ]
         case "magnitude":
-            values = [_unit_magnitude(model, group, backend) for group in groups]
+            values = [_unit_magnitude(setting.bare, group) for group in groups]
         case "random":
             values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
+        case _:
+            raise AssertionError(criterion)
     for group, value in zip(groups, values, strict=True):
-        scores.by_group[group.kind, group.layer] = value
-        if group.num_units <= 64 and criterion != "removal":
+        if group.num_units <= MANY:
             scores.table += [
-                {"kind": group.kind, "layer": group.layer, "unit": unit, "score": float(v), "criterion": criterion}
-                for unit, v in enumerate(value)
+                _row(group.kind, group.layer, criterion, float(v)) | {"unit": unit} for unit, v in enumerate(value)
             ]
+    return values
 
 
 def _removal(
-    scores, groups, model, anatomy, options, objective, batches, moments, backend, progress
+    scores: UnitScores,
+    setting: Setting,
+    groups: Sequence[UnitGroup],
+    options: PruneConfig,
+    moments: InputMoments | None,
 ) -> list[torch.Tensor]:
     """One probe per head; channels in blocks of similar activation energy, the energy ordering inside a block."""
-    blocks: list[list[torch.Tensor]] = []
-    asked: list[Probe] = []
-    energies = _input_energy(moments, groups, backend) if groups[0].kind == "channels" else [None] * len(groups)
-    for group, energy in zip(groups, energies, strict=True):
-        if energy is None:
-            order, size = torch.arange(group.num_units), 1
-        else:
-            order = score.column_energy(_output(model, group, anatomy, backend), energy).argsort(stable=True).cpu()
-            size = options.probe_channels
-        blocks.append(list(order.split(size)))
-        asked += [Probe(group.layer, group, tuple(block.tolist())) for block in blocks[-1]]
-    seen = probes.measure(model, anatomy, objective, batches, asked, backend, progress)
+    if groups[0].num_units <= MANY:
+        blocks = [list(torch.arange(group.num_units).split(1)) for group in groups]
+    else:
+        energies = _column_energies(setting, groups, moments)
+        blocks = [list(energy.argsort(stable=True).cpu().split(options.probe_channels)) for energy in energies]
+    asked = [
+        Probe(group.layer, group, tuple(block.tolist()))
+        for group, parts in zip(groups, blocks, strict=True)
+        for block in parts
+    ]
+    seen = probes.measure(setting, asked)
     scores.forwards += seen.forwards
     mean, error = score.ratio_mean(seen.differences, seen.counts)
+    for probe, value, deviation in zip(asked, mean.tolist(), error.tolist(), strict=True):
+        row = _row(probe.group.kind, probe.layer, "removal", value, deviation)
+        scores.table.append(row | {"unit": probe.units[0], "units": len(probe.units)})
     values, position = [], 0
     for group, parts in zip(groups, blocks, strict=True):
-        value = torch.empty(group.num_units, dtype=torch.float64)
-        here = mean[position : position + len(parts)]
-        for rank, block in enumerate(here.argsort(stable=True).tolist()):
-            # the report shows losses; selection needs an order, and a block's channels keep theirs
-            inside = torch.arange(len(parts[block]), dtype=torch.float64) / len(parts[block])
-            value[parts[block]] = float(here[block]) if len(parts[block]) == 1 else rank + inside
-            scores.table.append(
-                {
-                    "kind": group.kind,
-                    "layer": group.layer,
-                    "units": len(parts[block]),
-                    "first": int(parts[block][0]),
-                    "score": float(here[block]),
-                    "std_error": float(error[position + block]),
-                    "criterion": "removal",
-                }
-            )
-        values.append(value)
+        values.append(_spread_over_units(mean[position : position + len(parts)], parts, group.num_units))
         position += len(parts)
     return values
 
 
-def _gate_grads(scores, gates, model, anatomy, options, objective, batches, backend, progress):
-    """(gates, sequences) derivatives by the configured estimator."""
-    if options.estimator == "backprop":
-        groups = list(dict.fromkeys(g.group for g in gates if g.group is not None))
-        layers = [g.layer for g in gates if g.group is None]
-        by_group, by_layer, counts = gate_gradients(
-            model, anatomy, objective, batches, groups, layers, backend, progress
-        )
-        return torch.cat([*by_group, by_layer]), counts
-    step = probes.default_step(next(backend.unwrap(model).parameters()).dtype)
-    scores.forwards += 2 * len(gates) * len(batches)
-    log.info(
-        "gate derivatives by central differences, step %.2g, %d partial forwards", step, 2 * len(gates) * len(batches)
-    )
-    return probes.gate_derivatives(model, anatomy, objective, batches, gates, backend, progress, step)
+def _spread_over_units(losses: torch.Tensor, blocks: Sequence[torch.Tensor], num_units: int) -> torch.Tensor:
+    """One score per unit: blocks in order of their loss, the units of a block in the block's own order."""
+    value = torch.empty(num_units, dtype=torch.float64)
+    for rank, index in enumerate(losses.argsort(stable=True).tolist()):
+        value[blocks[index]] = rank + torch.arange(len(blocks[index]), dtype=torch.float64) / len(blocks[index])
+    return value
 
 
-def _gates(scores, groups, model, anatomy, options, objective, batches, backend, progress) -> list[torch.Tensor]:
-    if options.estimator != "backprop" and groups[0].num_units > 64:
+def _gates(
+    scores: UnitScores, setting: Setting, groups: Sequence[UnitGroup], options: PruneConfig
+) -> list[torch.Tensor]:
+    if options.estimator != "backprop" and groups[0].num_units > MANY:
         raise UserError(
             f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} channels are too many for "
             "finite differences: use --estimator backprop, or criterion obs or removal"
         )
-    gates = list(probes.single_units(groups))
-    derivatives, counts = _gate_grads(scores, gates, model, anatomy, options, objective, batches, backend, progress)
+    derivatives, counts = _gate_grads(scores, setting, list(probes.single_units(groups)), options)
     return list(score.second_order(derivatives, counts).split([group.num_units for group in groups]))
 
 
-def _input_energy(moments: InputMoments, groups: Sequence[UnitGroup], backend: Backend) -> list[torch.Tensor]:
-    """fp32 sums of x^2 over all ranks, per group; the Gram matrices themselves stay unreduced."""
+def _gate_grads(
+    scores: UnitScores, setting: Setting, gates: Sequence[Probe], options: PruneConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gates, sequences) derivatives of summed losses by the configured estimator, and the token counts."""
+    if options.estimator == "backprop":
+        groups = list(dict.fromkeys(gate.group for gate in gates if gate.group is not None))
+        layers = [gate.layer for gate in gates if gate.group is None]
+        by_group, by_layer, counts = gate_gradients(setting, groups, layers)
+        return torch.cat([*by_group, by_layer]), counts
+    step = probes.default_step(next(setting.bare.parameters()).dtype)
+    forwards = 2 * len(gates) * len(setting.batches)
+    scores.forwards += forwards
+    log.info("gate derivatives by central differences, step %.2g, %d partial forwards", step, forwards)
+    return probes.gate_derivatives(setting, gates, step)
+
+
+def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
+    """||W_:,j||^2 sum x_j^2 of every input feature of the groups' outputs, over the data of all ranks."""
+    assert moments is not None
     diagonals = [moments.moments.sum(moments.of(group.output)).diagonal().clone() for group in groups]
-    backend.sum_over_data(diagonals)
-    return [diagonal.float() for diagonal in diagonals]
+    setting.backend.sum_over_data(diagonals)
+    energies = []
+    for group, diagonal in zip(groups, diagonals, strict=True):
+        target = setting.anatomy.target_of(group.output)
+        weight = target.matrix(setting.backend.shard(setting.model, target).weight)
+        energies.append(score.column_energy(weight, diagonal.float()))
+    return energies
 
 
-def _output(model, group: UnitGroup, anatomy: Anatomy, backend: Backend) -> torch.Tensor:
-    target = next(target for target in anatomy.targets if target.module == group.output)
-    return target.matrix(backend.shard(model, target).weight)
-
-
-def _unit_magnitude(model: nn.Module, group: UnitGroup, backend: Backend) -> torch.Tensor:
+def _unit_magnitude(bare: nn.Module, group: UnitGroup) -> torch.Tensor:
     """Sum of squares of every weight that goes with a unit."""
-    bare = backend.unwrap(model)
-    weight = bare.get_submodule(group.output).weight.detach().double()
-    rows = weight if isinstance(bare.get_submodule(group.output), nn.Linear) else weight.t()
-    total = score.unit_sums(rows.square().sum(0), group.output_width)
-    for row in group.inputs:
-        module = bare.get_submodule(row.part.path)
+
+    def matrix(path: str) -> torch.Tensor:
+        module = bare.get_submodule(path)
         weight = module.weight.detach().double()
-        matrix = weight if isinstance(module, nn.Linear) else weight.t()
-        block = matrix.chunk(row.part.of)[row.part.index]
+        return weight if isinstance(module, nn.Linear) else weight.t()
+
+    total = score.unit_sums(matrix(group.output).square().sum(0), group.output_width)
+    for row in group.inputs:
+        block = matrix(row.part.path).chunk(row.part.of)[row.part.index]
         total = total + score.unit_sums(block.square().sum(1), row.width)
     return total
+
+
+def _row(kind: str, layer: int, criterion: str, value: float, error: float | None = None) -> dict[str, Any]:
+    row = {"kind": kind, "layer": layer, "criterion": criterion, "score": value}
+    return row if error is None else row | {"std_error": error}

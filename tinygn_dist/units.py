@@ -10,22 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
-from tinygn_dist.anatomy import Anatomy, Target, UnitGroup
-from tinygn_dist.backends.base import Backend, Job
+from tinygn_dist.anatomy import Anatomy, UnitGroup
+from tinygn_dist.backends.base import Job
 from tinygn_dist.budget import Mix, UnitSizes, mixes
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.activations import input_moments
+from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.restart import running_layers
+from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.objective import Batch, Objective
-from tinygn_dist.progress import Progress
 from tinygn_dist.solve import least_squares
 from tinygn_dist.unit_scores import UnitScores, score_units
 
@@ -74,6 +72,8 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
             "prune.protect keeps whole layers; heads and channels are cut evenly in all, so use --pattern layers"
         )
     sizes = unit_sizes(anatomy)
+    if options.counts is not None:
+        return [_fixed_mix(sizes, options)]
     found = list(mixes(sizes, options.sparsity, options.unit_kinds, options.multiple_of))
     found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
     if not found:
@@ -85,133 +85,130 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     return found
 
 
-@dataclass
+def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
+    mix = Mix(**options.counts)
+    for kind in UNIT_KINDS:
+        there, asked = getattr(sizes, kind), getattr(mix, kind)
+        if asked and (kind not in options.unit_kinds or asked >= there):
+            raise UserError(
+                f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which one stays, and pattern "
+                f"{options.pattern} removes {', '.join(options.unit_kinds)}"
+            )
+    return mix
+
+
+@dataclass(frozen=True)
 class Trial:
+    """A mix that was applied to the live model, and the loss per token it left."""
+
     mix: Mix
     loss: float
 
 
 def remove_units(
-    model: nn.Module,
-    anatomy: Anatomy,
-    candidates: Sequence[Mix],
-    options: PruneConfig,
-    objective: Objective,
-    batches: Sequence[Batch],
-    backend: Backend,
-    progress: Progress,
+    setting: Setting, candidates: Sequence[Mix], options: PruneConfig
 ) -> tuple[KeptUnits, UnitScores, list[Trial]]:
     """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out.
 
     Returns what stays, the scores with their standard errors, and every mix that was measured.
     """
-    needed = {kind for mix in candidates for kind in ("layers", "heads", "channels") if getattr(mix, kind)}
-    probed = batches[: max(1, -(-options.probe_samples // len(next(iter(batches[0].values())))))]
-    moments = None
-    if needed & {"heads", "channels"}:
-        outputs = [g.output for g in anatomy.groups if g.kind in needed]
-        moments = input_moments(model, batches, outputs, backend, progress, full=True)
-    scores = score_units(
-        model,
-        anatomy,
-        needed,
-        max(mix.layers for mix in candidates),
-        options,
-        objective,
-        probed,
-        moments,
-        backend,
-        progress,
-    )
-    jobs = _jobs(anatomy, moments, needed, backend) if moments else {}
+    most = Mix(*(max(getattr(mix, kind) for mix in candidates) for kind in UNIT_KINDS))
+    groups = [group for group in setting.anatomy.groups if getattr(most, group.kind)]
+    moments = input_moments(setting, [group.output for group in groups], full=True) if groups else None
+    probed = setting.first(options.probe_samples)
+    scores = score_units(probed, most, options, moments)
+    jobs = _jobs(setting, moments, groups) if moments else {}
     if len(candidates) == 1:
-        return _apply(model, anatomy, candidates[0], scores, jobs, options, backend), scores, []
-    dense = {t.name: backend.shard(model, t).weight.clone() for job in jobs.values() for t in job.targets}
+        return _apply(setting, candidates[0], most, scores, jobs, options), scores, []
+    dense = {t.name: setting.backend.shard(setting.model, t).weight.clone() for j in jobs.values() for t in j.targets}
     trials: list[Trial] = []
 
     def loss_of(mix: Mix) -> float:
-        kept = _apply(model, anatomy, mix, scores, jobs, options, backend)
-        with running_layers(backend.unwrap(model), anatomy, kept.layers):
-            loss = mean_loss(
-                model, objective, probed, backend, progress, f"mix {mix.layers}L {mix.heads}H {mix.channels}C"
-            )
-        for job in jobs.values():
-            for target in job.targets:
-                backend.shard(model, target).weight.copy_(dense[target.name])
+        kept = _apply(setting, mix, most, scores, jobs, options)
+        told = f"{mix.layers} layers, {mix.heads} KV groups and {mix.channels} channels of each"
+        with running_layers(setting.bare, setting.anatomy, kept.layers):
+            loss = mean_loss(probed, "trying a mix")
+        for name, weight in dense.items():
+            _shard_named(setting, name).copy_(weight)
         trials.append(Trial(mix, loss))
-        log.info(
-            "removing %d layers, %d KV groups and %d channels of each: loss %.4f",
-            mix.layers,
-            mix.heads,
-            mix.channels,
-            loss,
-        )
+        log.info("without %s: loss %.4f", told, loss)
         return loss
 
     best = _walk(candidates, loss_of)
-    return _apply(model, anatomy, best, scores, jobs, options, backend), scores, trials
+    return _apply(setting, best, most, scores, jobs, options), scores, trials
 
 
-def _walk(candidates: Sequence[Mix], loss_of) -> Mix:
-    """For each number of heads, more and more layers until the loss has risen twice in a row."""
+def _walk(candidates: Sequence[Mix], loss_of: Callable[[Mix], float]) -> Mix:
+    """More and more layers until the loss has risen twice in a row, for each number of heads until more heads are no
+    better than fewer."""
     measured: dict[Mix, float] = {}
+    best_before = float("inf")
     for heads in sorted({mix.heads for mix in candidates}):
         rises, last = 0, float("inf")
-        for mix in sorted(m for m in candidates if m.heads == heads):
+        level = sorted(mix for mix in candidates if mix.heads == heads)
+        for mix in level:
             measured[mix] = loss_of(mix)
             rises = rises + 1 if measured[mix] > last else 0
             last = measured[mix]
             if rises == 2:
                 break
+        best_here = min(measured[mix] for mix in level if mix in measured)
+        if best_here > best_before:
+            break
+        best_before = best_here
     return min(measured, key=lambda mix: (measured[mix], mix))
 
 
-def output_target(group: UnitGroup, anatomy: Anatomy) -> Target:
-    return next(target for target in anatomy.targets if target.module == group.output)
-
-
-def _jobs(anatomy: Anatomy, moments, needed, backend: Backend) -> dict[UnitGroup, Job]:
+def _jobs(setting: Setting, moments: InputMoments, groups: Sequence[UnitGroup]) -> dict[UnitGroup, Job]:
+    """One job per unit group: its output weight, and the Gram matrix of the inputs the units feed."""
     jobs = {}
-    for group in anatomy.groups:
-        if group.kind in needed:
-            target = output_target(group, anatomy)
-            gram = moments.moments.pop(moments.of(group.output))
-            jobs[group] = Job((target,), [gram], target.shape[1] ** 3 + target.shape[0] * target.shape[1] ** 2)
-    backend.sum_for_jobs(list(jobs.values()))
+    for group in groups:
+        target = setting.anatomy.target_of(group.output)
+        gram = moments.moments.pop(moments.of(group.output))
+        jobs[group] = Job((target,), [gram], target.shape[1] ** 3 + target.shape[0] * target.shape[1] ** 2)
+    setting.backend.sum_for_jobs(list(jobs.values()))
     return jobs
 
 
-def _apply(model, anatomy, mix: Mix, scores: UnitScores, jobs: dict[UnitGroup, Job], options, backend) -> KeptUnits:
+def _apply(
+    setting: Setting, mix: Mix, most: Mix, scores: UnitScores, jobs: dict[UnitGroup, Job], options: PruneConfig
+) -> KeptUnits:
     """Zero the units of one mix in the live weights, re-fit the columns that stay, and say what stays."""
     gone = set(scores.layer_order[: mix.layers])
-    kept_layers = tuple(layer for layer in range(anatomy.num_layers) if layer not in gone)
     for group, job in jobs.items():
-        removed = mix.heads if group.kind == "heads" else mix.channels
-        job.extra = {"group": group, "removed": 0 if group.layer in gone else removed}
+        job.extra |= {"group": group, "removed": 0 if group.layer in gone else getattr(mix, group.kind)}
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [_solve_columns(job, weights[0], scores, options)]
+        return [_solve_columns(job, weights[0], most, scores, options)]
 
-    masks = backend.map_targets(model, list(jobs.values()), solve)
+    masks = setting.backend.map_targets(setting.model, list(jobs.values()), solve)
     kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
     for group, job in jobs.items():
-        if group.layer in gone:
-            continue
-        columns = job.targets[0].matrix(masks[job.targets[0].name])[0]
-        kept[group.kind][group.layer] = tuple(columns[:: group.output_width].nonzero().squeeze(1).tolist())
-    return KeptUnits(kept_layers, kept["heads"], kept["channels"])
+        if group.layer not in gone:
+            columns = job.targets[0].matrix(masks[job.targets[0].name])[0]
+            kept[group.kind][group.layer] = tuple(columns[:: group.output_width].nonzero().squeeze(1).tolist())
+    layers = tuple(layer for layer in range(setting.anatomy.num_layers) if layer not in gone)
+    return KeptUnits(layers, kept["heads"], kept["channels"])
 
 
-def _solve_columns(job: Job, weight: torch.Tensor, scores: UnitScores, options: PruneConfig):
+def _solve_columns(
+    job: Job, weight: torch.Tensor, most: Mix, scores: UnitScores, options: PruneConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     group, removed, gram = job.extra["group"], job.extra["removed"], job.moments[0].float()
     if removed == 0:
         return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     ranked = scores.by_group.get((group.kind, group.layer))
-    if ranked is None:
-        units = least_squares.choose_inputs(weight, gram, group.num_units, removed, damping=options.damping)
-    else:
-        units = ranked.argsort(stable=True)[removed:].sort().values
-    columns = (units[:, None] * group.output_width + torch.arange(group.output_width, device=units.device)).flatten()
+    if ranked is not None:
+        order = ranked.argsort(stable=True)
+    else:  # the order is nested, so it serves every mix; the first call sees the dense weight
+        if "order" not in job.extra:
+            job.extra["order"] = least_squares.elimination_order(
+                weight, gram, group.num_units, getattr(most, group.kind), damping=options.damping
+            )
+        order = job.extra["order"]
+    keep_unit = torch.ones(group.num_units, dtype=torch.bool, device=weight.device)
+    keep_unit[order[:removed]] = False
+    columns = least_squares.unit_columns(keep_unit.nonzero().squeeze(1), group.output_width)
     fitted = torch.zeros_like(weight)
     if options.compensate:
         fitted[:, columns] = least_squares.refit(weight, gram, columns, options.damping).to(weight.dtype)
@@ -220,3 +217,8 @@ def _solve_columns(job: Job, weight: torch.Tensor, scores: UnitScores, options: 
     keep = torch.zeros_like(weight, dtype=torch.bool)
     keep[:, columns] = True
     return fitted, keep
+
+
+def _shard_named(setting: Setting, name: str) -> torch.Tensor:
+    target = next(target for target in setting.anatomy.targets if target.name == name)
+    return setting.backend.shard(setting.model, target).weight

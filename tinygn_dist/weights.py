@@ -6,19 +6,17 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
-from tinygn_dist.backends.base import Backend, Job
+from tinygn_dist.backends.base import Job, Shard
 from tinygn_dist.budget import num_kept
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
+from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
-from tinygn_dist.objective import Batch, Objective
-from tinygn_dist.progress import Progress
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import obs
 
@@ -26,59 +24,55 @@ log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row"}  # as published; elsewhere a weight matrix is the group
 
 
-def sparsify(
-    model: nn.Module,
-    targets: Sequence[Target],
-    options: PruneConfig,
-    objective: Objective,
-    batches: Sequence[Batch],
-    backend: Backend,
-    progress: Progress,
-) -> Masks:
+def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept)."""
     criterion = "obs" if options.criterion == "auto" else options.criterion
     if criterion == "obs":
-        found = input_moments(model, batches, [t.module for t in targets], backend, progress, full=True)
-        masks = _solve(model, targets, options, found, backend)
+        masks = _solve(setting, targets, options)
     else:
-        scores = _scores(model, targets, criterion, options, objective, batches, backend, progress)
+        scores = _scores(setting, targets, criterion, options.seed)
         scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
         masks = choose_masks(
-            model, targets, scores, sparsity=options.sparsity, scope=scope, nm=options.nm, backend=backend
+            setting.model,
+            targets,
+            scores,
+            sparsity=options.sparsity,
+            scope=scope,
+            nm=options.nm,
+            backend=setting.backend,
         )
     chosen = Masks(targets, masks)
-    chosen.apply_(model, backend)
+    chosen.apply_(setting.model, setting.backend)
     return chosen
 
 
-def _scores(model, targets, criterion, options, objective, batches, backend, progress) -> dict[str, torch.Tensor]:
+def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: int) -> dict[str, torch.Tensor]:
     """fp32 scores shaped like this rank's shards."""
-    weight = {target.name: backend.shard(model, target).weight for target in targets}
+    shards = {target.name: setting.backend.shard(setting.model, target) for target in targets}
     match criterion:
         case "magnitude":
-            return {name: score.magnitude(w) for name, w in weight.items()}
+            return {name: score.magnitude(shard.weight) for name, shard in shards.items()}
         case "random":
-            return {
-                t.name: _random(weight[t.name], backend.shard(model, t).offset, options.seed, t.name) for t in targets
-            }
+            return {name: _random(shard, key_of(seed, name)) for name, shard in shards.items()}
         case "wanda":
-            found = input_moments(model, batches, [t.module for t in targets], backend, progress, full=False)
-            backend.sum_over_data(found.moments.tensors())
+            found = input_moments(setting, [t.module for t in targets], full=False)
+            setting.backend.sum_over_data(found.moments.tensors())
             return {
-                t.name: t.matrix(score.wanda(t.matrix(weight[t.name]), found.moments.rounded(found.of(t.module))))
+                t.name: t.matrix(
+                    score.wanda(t.matrix(shards[t.name].weight), found.moments.rounded(found.of(t.module)))
+                )
                 for t in targets
             }
         case "taylor" | "fisher":
-            squares = criterion == "fisher"
-            grads = weight_gradients(model, objective, batches, targets, backend, progress, squares=squares)
-            rule = score.fisher if squares else score.taylor
-            return {name: rule(w, grads.rounded(name)) for name, w in weight.items()}
+            grads = weight_gradients(setting, targets, squares=criterion == "fisher")
+            rule = score.fisher if criterion == "fisher" else score.taylor
+            return {name: rule(shard.weight, grads.rounded(name)) for name, shard in shards.items()}
     raise AssertionError(criterion)
 
 
-def _solve(model, targets, options: PruneConfig, found: InputMoments, backend: Backend) -> dict[str, torch.Tensor]:
-    jobs = input_jobs(targets, found)
-    backend.sum_for_jobs(jobs)
+def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
+    jobs = input_jobs(targets, input_moments(setting, [t.module for t in targets], full=True))
+    setting.backend.sum_for_jobs(jobs)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
@@ -96,7 +90,7 @@ def _solve(model, targets, options: PruneConfig, found: InputMoments, backend: B
             results.append((solved.weight, solved.keep))
         return results
 
-    return backend.map_targets(model, jobs, solve)
+    return setting.backend.map_targets(setting.model, jobs, solve)
 
 
 def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
@@ -111,5 +105,6 @@ def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
     ]
 
 
-def _random(weight: torch.Tensor, offset: int, seed: int, name: str) -> torch.Tensor:
-    return uniform(offset, offset + weight.numel(), key_of(seed, name)).view(weight.shape).to(weight.device)
+def _random(shard: Shard, key: int) -> torch.Tensor:
+    weight = shard.weight
+    return uniform(shard.offset, shard.offset + weight.numel(), key).view(weight.shape).to(weight.device)

@@ -37,7 +37,8 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
             return Replicated(accelerator)
         case other:
             raise Refused(
-                f"launched as {other.value}, accepted: one process or DDP; use configs/accelerate/cpu.yaml or ddp.yaml"
+                f"launched as {other.value}, accepted: one process or DDP; "
+                "launch with configs/accelerate/cpu.yaml or ddp.yaml"
             )
 
 

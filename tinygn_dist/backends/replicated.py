@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
@@ -25,7 +25,7 @@ class Replicated(Backend):
         return self._accelerator.prepare(model, optimizer)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def release(self, *prepared: Any) -> None:
         self._accelerator.free_memory(*prepared)

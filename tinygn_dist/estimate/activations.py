@@ -14,12 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinygn_dist.anatomy import Anatomy
-from tinygn_dist.backends.base import Backend
 from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments
 from tinygn_dist.objective import Batch, model_inputs
-from tinygn_dist.progress import Progress
 
 
 @dataclass
@@ -35,62 +33,55 @@ class InputMoments:
         return self.source_of[module]
 
 
-def input_moments(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    modules: Sequence[str],
-    backend: Backend,
-    progress: Progress,
-    *,
-    full: bool,
-) -> InputMoments:
+def input_moments(setting: Setting, modules: Sequence[str], *, full: bool) -> InputMoments:
     """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
     sums of squares. The caller reduces them, to every rank or to the one that needs them."""
-    bare, found = backend.unwrap(model), InputMoments()
+    found = InputMoments()
     inputs: dict[str, torch.Tensor] = {}
-    hooks = [(bare.get_submodule(name), Observer(_keep_in(inputs, name))) for name in modules]
-    mine = backend.share(batches)
-    # no logits are needed: a causal LM can be told to compute those of one position only
-    cheap = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
-    with torch.no_grad(), attached(hooks), progress.bar("input statistics", len(mine)) as advance:
+    hooks = [(setting.bare.get_submodule(name), Observer(_keep_in(inputs, name))) for name in modules]
+    mine = setting.backend.share(setting.batches)
+    with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
         for batch, real in mine:
-            batch = {name: value.to(backend.device) for name, value in batch.items()}
+            batch = setting.on_device(batch)
             inputs.clear()
-            model(**model_inputs(batch), **cheap)
+            setting.model(**model_inputs(batch), **_without_logits(setting.bare))
             if real:
                 _add(found, inputs, _real_tokens(batch), full)
             advance()
     # a rank without batches still takes part in the sums: names and shapes from a rank that had some
-    names = next((seen for seen in backend.everyone(_layout(found)) if seen), ([], {}))
+    names = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
     for name, shape in names[0]:
-        found.moments.reserve(name, shape, backend.device)
+        found.moments.reserve(name, shape, setting.backend.device)
     found.source_of = names[1]
     return found
 
 
-def block_influence(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], backend: Backend, progress: Progress
-) -> tuple[torch.Tensor, torch.Tensor]:
+def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     """(layers,) fp64 sums over tokens of the cosine between each layer's input and output, and the token count."""
-    bare = backend.unwrap(model)
-    sums = torch.zeros(anatomy.num_layers, dtype=torch.float64)
+    sums = torch.zeros(setting.anatomy.num_layers, dtype=torch.float64)
     tokens = torch.zeros(1, dtype=torch.float64)
-    pairs: dict[int, torch.Tensor] = {}
-    layers = bare.get_submodule(anatomy.layers_path)
-    hooks = [(layer, Observer(_cosine_in(pairs, index), output=True)) for index, layer in enumerate(layers)]
-    mine = backend.share(batches)
-    with torch.no_grad(), attached(hooks), progress.bar("block influence", len(mine)) as advance:
+    cosines: dict[int, torch.Tensor] = {}
+    layers = setting.bare.get_submodule(setting.anatomy.layers_path)
+    hooks = [(layer, Observer(_cosine_in(cosines, index), output=True)) for index, layer in enumerate(layers)]
+    mine = setting.backend.share(setting.batches)
+    with torch.no_grad(), attached(hooks), setting.progress.bar("block influence", len(mine)) as advance:
         for batch, real in mine:
-            batch = {name: value.to(backend.device) for name, value in batch.items()}
-            model(**model_inputs(batch))
+            batch = setting.on_device(batch)
+            setting.model(**model_inputs(batch), **_without_logits(setting.bare))
             mask = _real_tokens(batch)
             if real:
-                for index, cosine in pairs.items():
-                    sums[index] += (cosine.flatten() if mask is None else cosine.flatten()[mask]).double().sum().cpu()
-                tokens += next(iter(pairs.values())).numel() if mask is None else int(mask.sum())
+                for index, cosine in cosines.items():
+                    cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
+                    sums[index] += cosine.double().sum().cpu()
+                tokens += len(cosine)
             advance()
-    backend.sum_over_data([sums, tokens])
+    setting.backend.sum_over_data([sums, tokens])
     return sums, tokens
+
+
+def _without_logits(model: nn.Module) -> dict[str, int]:
+    """A causal LM can be told to compute the logits of one position only."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _keep_in(inputs: dict[str, torch.Tensor], name: str):

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from tinygn_dist.anatomy import Anatomy, Target, UnitGroup
-from tinygn_dist.backends.base import Backend
+from tinygn_dist.anatomy import Target, UnitGroup
 from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
+from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.moments import Moments
-from tinygn_dist.objective import Batch, Objective
-from tinygn_dist.progress import Progress
 
 
 @contextlib.contextmanager
@@ -32,29 +30,19 @@ def gradients_of(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[N
             p.grad = grad
 
 
-def weight_gradients(
-    model: nn.Module,
-    objective: Objective,
-    batches: Sequence[Batch],
-    targets: Sequence[Target],
-    backend: Backend,
-    progress: Progress,
-    *,
-    squares: bool,
-) -> Moments:
+def weight_gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
     """Per target name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
     mean loss per token; shaped like this rank's shard. Summed over the data of all ranks."""
-    bare, moments = backend.unwrap(model), Moments()
-    parameters = [bare.get_parameter(target.name) for target in targets]
-    mine = backend.share(batches)
+    backend, moments = setting.backend, Moments()
+    parameters = [setting.bare.get_parameter(target.name) for target in targets]
+    mine = backend.share(setting.batches)
     for target in targets:
-        moments.reserve(target.name, tuple(backend.shard(model, target).weight.shape), backend.device)
-    with gradients_of(bare, parameters), progress.bar("gradients", len(mine)) as advance:
+        moments.reserve(target.name, tuple(backend.shard(setting.model, target).weight.shape), backend.device)
+    with gradients_of(setting.bare, parameters), setting.progress.bar("gradients", len(mine)) as advance:
         for batch, real in mine:
-            batch = {name: value.to(backend.device) for name, value in batch.items()}
-            objective(model, batch).mean().backward()
+            setting.objective(setting.model, setting.on_device(batch)).mean().backward()
             for target, parameter in zip(targets, parameters, strict=True):
-                grad = backend.shard(model, target).grad
+                grad = backend.shard(setting.model, target).grad
                 if real and grad is not None:
                     moments.add(target.name, grad.float().square() if squares else grad.float())
                 parameter.grad = None
@@ -64,45 +52,32 @@ def weight_gradients(
 
 
 def gate_gradients(
-    model: nn.Module,
-    anatomy: Anatomy,
-    objective: Objective,
-    batches: Sequence[Batch],
-    groups: Sequence[UnitGroup],
-    layers: Sequence[int],
-    backend: Backend,
-    progress: Progress,
+    setting: Setting, groups: Sequence[UnitGroup], layers: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Exact derivative of each sequence's summed loss by every gate, at all gates 1.
 
     One gate per sequence and unit, so one backward gives every derivative of a micro-batch. Returns per group
     (units, sequences) fp64, for the layers (layers, sequences), and (sequences,) token counts.
     """
-    bare = backend.unwrap(model)
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    backend, sizes = setting.backend, [batch_size(batch) for batch in setting.batches]
     results = [torch.zeros(group.num_units, sum(sizes), dtype=torch.float64) for group in groups]
     by_layer = torch.zeros(len(layers), sum(sizes), dtype=torch.float64)
     counts = torch.zeros(sum(sizes), dtype=torch.float64)
-    mine = backend.share(list(zip(batches, starts, sizes, strict=True)))
-    with gradients_of(bare, ()), progress.bar("gate gradients", len(mine)) as advance:
-        for (batch, start, size), real in mine:
-            batch = {name: value.to(backend.device) for name, value in batch.items()}
+    outputs = [setting.bare.get_submodule(group.output) for group in groups]
+    layer_modules = [setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{layer}") for layer in layers]
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
+    with gradients_of(setting.bare, ()), setting.progress.bar("gate gradients", len(mine)) as advance:
+        for (batch, start), real in mine:
+            span = slice(start, start + batch_size(batch))
+            size = span.stop - span.start
             gates = [torch.ones(size, g.num_units, device=backend.device, requires_grad=True) for g in groups]
             layer_gates = [torch.ones(size, device=backend.device, requires_grad=True) for _ in layers]
-            hooks = [
-                (bare.get_submodule(g.output), InputGate(gate, g.output_width))
-                for g, gate in zip(groups, gates, strict=True)
-            ]
-            hooks += [
-                (bare.get_submodule(f"{anatomy.layers_path}.{layer}"), LayerGate(gate))
-                for layer, gate in zip(layers, layer_gates, strict=True)
-            ]
+            hooks = [(o, InputGate(gate, g.output_width)) for o, g, gate in zip(outputs, groups, gates, strict=True)]
+            hooks += [(m, LayerGate(gate)) for m, gate in zip(layer_modules, layer_gates, strict=True)]
             with attached(hooks):
-                losses = objective(model, batch)
+                losses = setting.objective(setting.model, setting.on_device(batch))
                 losses.total.sum().backward()
             if real:
-                span = slice(start, start + size)
                 counts[span] = losses.count.double().cpu()
                 for result, gate in zip(results, gates, strict=True):
                     result[:, span] = gate.grad.double().t().cpu()

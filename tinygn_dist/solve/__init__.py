@@ -1,1 +1,1 @@
-"""Layer solvers: pure functions of tensors. They see whole rows (out, in) of one weight and a Hessian X^T X (in, in)."""
+"""Layer solvers: pure functions of tensors, on whole rows (out, in) of a weight and a Hessian X^T X (in, in)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from tinygn_dist.budget import spread
 from tinygn_dist.solve.obs import damped
 
 
@@ -21,31 +22,34 @@ def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping:
     return torch.cholesky_solve(wanted.t(), solver).t()
 
 
-def choose_inputs(
+def elimination_order(
     weight: torch.Tensor, gram: torch.Tensor, num_units: int, num_removed: int, *, damping: float, rounds: int = 8
 ) -> torch.Tensor:
-    """Indices (int64, ascending) of the units to keep, by optimal-brain-surgeon saliency in a few rounds.
+    """(num_removed,) int64 indices of units in the order they should go: the first n are the choice for any n.
 
-    Units are equal blocks of consecutive inputs. The saliency of unit Q given the units still there is
-    tr(W_Q ([P]_QQ)^-1 W_Q^T) with P = (G[K, K])^-1 and W re-fitted: the output error its removal adds when everything
-    else adapts. After each round the rest is re-fitted.
+    Units are equal blocks of consecutive inputs. The optimal-brain-surgeon saliency of unit Q given the units still
+    there is tr(W_Q ([P]_QQ)^-1 W_Q^T) with P = (G[K, K])^-1 and W re-fitted: the output error its removal adds when
+    everything else adapts. After each round the rest is re-fitted and scored again.
     """
     width = weight.shape[1] // num_units
     kept = torch.arange(num_units, device=weight.device)
-    left = num_removed
-    for remaining in range(min(rounds, max(num_removed, 1)), 0, -1):
-        goes = left // remaining
+    gone = [kept[:0]]
+    for goes in spread(num_removed, [1] * min(rounds, max(num_removed, 1))):
         if goes == 0:
             continue
-        columns = (kept[:, None] * width + torch.arange(width, device=weight.device)).flatten()
+        columns = unit_columns(kept, width)
         solver, ridge = _solver(gram, columns, damping)
         wanted = weight.float() @ gram[:, columns] + ridge * weight[:, columns].float()
         present = torch.cholesky_solve(wanted.t(), solver).t()
-        saliency = _block_saliency(present, torch.cholesky_inverse(solver), width)
-        order = saliency.argsort(stable=True)
+        order = _block_saliency(present, torch.cholesky_inverse(solver), width).argsort(stable=True)
+        gone.append(kept[order[:goes]])
         kept = kept[order[goes:].sort().values]
-        left -= goes
-    return kept
+    return torch.cat(gone)
+
+
+def unit_columns(units: torch.Tensor, width: int) -> torch.Tensor:
+    """Input features of units that are blocks of `width` consecutive ones."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _block_saliency(weight: torch.Tensor, inverse: torch.Tensor, width: int) -> torch.Tensor:

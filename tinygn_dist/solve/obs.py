@@ -113,11 +113,11 @@ def _drop_lowest(saliency: torch.Tensor, num_pruned: int, per_row: bool) -> torc
         keep = torch.ones(saliency.numel(), dtype=torch.bool, device=saliency.device)
         keep[order[:num_pruned]] = False
         return keep.view_as(saliency)
-    rank = saliency.argsort(1, stable=True).argsort(1)
+    rank = saliency.argsort(dim=1, stable=True).argsort(1)
     quota = torch.tensor(spread(num_pruned, [1] * rows), device=saliency.device)
     return rank >= quota[:, None]
 
 
 def _keep_n(saliency: torch.Tensor, n: int) -> torch.Tensor:
-    rank = saliency.argsort(1, descending=True, stable=True).argsort(1)
+    rank = saliency.argsort(dim=1, descending=True, stable=True).argsort(1)
     return rank < n

@@ -1,0 +1,47 @@
+"""What every estimate is made on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from tinygn_dist.anatomy import Anatomy
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.objective import Batch, Objective
+from tinygn_dist.progress import Progress
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model as the backend prepared it, its anatomy, the loss, and micro-batches on the CPU (equal on every rank)."""
+
+    model: nn.Module
+    anatomy: Anatomy
+    objective: Objective
+    batches: Sequence[Batch]
+    backend: Backend
+    progress: Progress
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model without wrappers: names and modules as in its checkpoint."""
+        return self.backend.unwrap(self.model)
+
+    def on_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.backend.device) for name, value in batch.items()}
+
+    def first(self, num_sequences: int) -> Setting:
+        """The same on the first micro-batches that hold at least `num_sequences` sequences."""
+        count, chosen = 0, []
+        for batch in self.batches:
+            if count >= num_sequences:
+                break
+            chosen.append(batch)
+            count += batch_size(batch)
+        return replace(self, batches=chosen)
+
+
+def batch_size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
