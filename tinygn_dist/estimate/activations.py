@@ -46,7 +46,7 @@ def input_moments(setting: Setting, modules: Sequence[str], *, full: bool) -> In
             inputs.clear()
             setting.model(**model_inputs(batch), **_without_logits(setting.bare))
             if real:
-                _add(found, inputs, _real_tokens(batch), full)
+                _add(found, inputs, real_tokens(batch), full)
             advance()
     # a rank without batches still takes part in the sums: names and shapes from a rank that had some
     names = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
@@ -68,7 +68,7 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
         for batch, real in mine:
             batch = setting.on_device(batch)
             setting.model(**model_inputs(batch), **_without_logits(setting.bare))
-            mask = _real_tokens(batch)
+            mask = real_tokens(batch)
             if real:
                 for index, cosine in cosines.items():
                     cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
@@ -98,7 +98,7 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
     return seen
 
 
-def _real_tokens(batch: Batch) -> torch.Tensor | None:
+def real_tokens(batch: Batch) -> torch.Tensor | None:
     mask = batch.get("attention_mask")
     return None if mask is None else mask.flatten().bool()
 
