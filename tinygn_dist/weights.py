@@ -80,7 +80,7 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
             solved = obs.prune(
                 weight,
                 hessian,
-                target.numel - num_kept(target.numel, options.sparsity),
+                _num_pruned(target, options),
                 nm=options.nm,
                 per_row=options.scope == "row",
                 damping=options.damping,
@@ -91,6 +91,11 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
         return results
 
     return setting.backend.map_targets(setting.model, jobs, solve)
+
+
+def _num_pruned(target: Target, options: PruneConfig) -> int:
+    rows, size = target.shape if options.scope == "row" else (1, target.numel)
+    return rows * (size - num_kept(size, options.sparsity))
 
 
 def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
