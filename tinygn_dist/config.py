@@ -242,6 +242,8 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
         *path, key = dotted.split(".")
         for part in path:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{part}: got {node!r}, accepted: a mapping, which --{dotted} could then change")
         node[key] = value
     _refuse_unknown(asked, Config, "")
     try:
@@ -273,7 +275,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) -> None:
     for key, value in asked.items():
         if key not in section.model_fields:
-            near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else "accepted: " + ", ".join(section.model_fields)
             raise UserError(f"unknown key {prefix}{key}; {hint}")
         inner = section.model_fields[key].annotation
