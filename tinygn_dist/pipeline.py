@@ -172,8 +172,7 @@ class _Run:
             "probe_forwards": scores.forwards,
         }
         bare = self.backend.unwrap(self.model)
-        is_conv1d = {target.module: target.input_dim == 0 for target in self.anatomy.targets}
-        state = smaller_state(bare.state_dict(), self.anatomy, kept, is_conv1d)
+        state = smaller_state(bare.state_dict(), self.anatomy, kept)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
         small.load_state_dict(state, strict=True)
         small.tie_weights()

@@ -31,6 +31,7 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
         masks = _solve(setting, targets, options)
     else:
         scores = _scores(setting, targets, criterion, options.seed)
+        _score_unreached_(setting, targets, scores)
         scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
         masks = choose_masks(
             setting.model,
@@ -55,12 +56,10 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
         case "random":
             return {name: _random(shard, key_of(seed, name)) for name, shard in shards.items()}
         case "wanda":
-            found = input_moments(setting, [t.module for t in targets], full=False)
+            found = input_moments(setting, targets, full=False)
             setting.backend.sum_over_data(found.moments.tensors())
             return {
-                t.name: t.matrix(
-                    score.wanda(t.matrix(shards[t.name].weight), found.moments.rounded(found.of(t.module)))
-                )
+                t.name: t.matrix(score.wanda(t.matrix(shards[t.name].weight), found.moments.rounded(found.of(t))))
                 for t in targets
             }
         case "taylor" | "fisher":
@@ -70,12 +69,42 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
     raise AssertionError(criterion)
 
 
+def _score_unreached_(setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor]) -> None:
+    """Magnitude for the experts that no calibration token reached: their scores are all zero, which says nothing about
+    them and would empty them first where the whole model competes. Scaled to the mean score per magnitude of the other
+    experts beside them."""
+    experts = [target for target in targets if target.index is not None]
+    if not experts:
+        return
+    magnitudes = {t.name: score.magnitude(setting.backend.shard(setting.model, t).weight) for t in experts}
+    sums = torch.tensor([[float(x[t.name].double().sum()) for x in (scores, magnitudes)] for t in experts])
+    sums = setting.backend.sum_over_shards(sums.double())
+    beside: dict[str, torch.Tensor] = {}
+    for target, pair in zip(experts, sums, strict=True):
+        if pair[0] != 0:
+            beside[target.parameter] = beside.get(target.parameter, 0) + pair
+    unreached = [target for target, pair in zip(experts, sums, strict=True) if pair[0] == 0 and pair[1] != 0]
+    for target in unreached:
+        scored, magnitude = beside.get(target.parameter, torch.ones(2))
+        scores[target.name] = magnitudes[target.name] * float(scored / magnitude)
+    _warn_unreached(unreached)
+
+
+def _warn_unreached(targets: Sequence[Target]) -> None:
+    for module in dict.fromkeys(target.module for target in targets):
+        never = sorted({target.index for target in targets if target.module == module})
+        log.warning("no calibration token reached experts %s of %s: they are pruned by magnitude", never, module)
+
+
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
-    jobs = input_jobs(targets, input_moments(setting, [t.module for t in targets], full=True))
+    jobs = input_jobs(targets, input_moments(setting, targets, full=True))
     setting.backend.sum_for_jobs(jobs)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
+        if job.targets[0].index is not None and not hessian.any():  # with the identity the solver keeps the largest
+            hessian = torch.eye(len(hessian), device=hessian.device)
+            _warn_unreached(job.targets)
         for target, weight in zip(job.targets, weights, strict=True):
             solved = obs.prune(
                 weight,
@@ -97,7 +126,7 @@ def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
     """Targets grouped by the input they share, with its Gram matrix and the cost of factorising and sweeping it."""
     by_source: dict[str, list[Target]] = {}
     for target in targets:
-        by_source.setdefault(found.of(target.module), []).append(target)
+        by_source.setdefault(found.of(target), []).append(target)
     return [
         Job(tuple(group), [found.moments.pop(source)], sum(t.shape[0] for t in group) * n**2 + 2.0 * n**3)
         for source, group in by_source.items()
