@@ -83,6 +83,10 @@ def _derived_head_dim(heads: str, hidden: str = "hidden_size") -> dict[str, str]
     return {"heads": told}
 
 
+def _qk_layernorm(config: Any) -> str | None:
+    return "its class builds qk_layernorm of size hidden_size / num_attention_heads" if config.qk_layernorm else None
+
+
 def _longrope(config: Any) -> str | None:
     if (config.rope_parameters or {}).get("rope_type") != "longrope":
         return None
@@ -113,7 +117,7 @@ FAMILIES = (
     Family(
         model_types=("phi",),
         layers="layers",
-        attention=Attention(inputs=_SEPARATE_QKV, output="self_attn.dense"),
+        attention=Attention(inputs=_SEPARATE_QKV, output="self_attn.dense", fixed_if=_qk_layernorm),
         feed_forward=FeedForward(inputs=_separate("mlp.fc1"), output="mlp.fc2"),
     ),
     Family(  # qkv and gate_up fused, block after block

@@ -238,8 +238,8 @@ def _unit_magnitude(bare: nn.Module, group: UnitGroup) -> torch.Tensor:
     """(units,) sums of squares of every parameter that goes with a unit."""
     total = torch.zeros(group.num_units, dtype=torch.float64)
     for piece in group.slices:
-        squares = bare.get_parameter(piece.tensor).detach().double().square().movedim(piece.dim, 0).flatten(1).sum(1)
-        own = squares[piece.start : piece.start + group.num_units * piece.width]
+        squares = bare.get_parameter(piece.tensor).detach().double().square().movedim(piece.dim, 0)
+        own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
         total += score.unit_sums(own, piece.width).cpu()
     return total
 

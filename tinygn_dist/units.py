@@ -150,7 +150,7 @@ def remove_units(
     def loss_of(mix: Mix) -> float:
         kept = _apply(setting, mix, most, scores, jobs, options)
         routed = {group: kept.experts[group.layer] for group in groups if group.router and group.layer in kept.experts}
-        with running_layers(setting.bare, setting.anatomy, kept.layers), routed_to(setting.bare, routed):
+        with routed_to(setting.bare, routed), running_layers(setting.bare, setting.anatomy, kept.layers):
             loss = mean_loss(probed, "trying a mix")
         for name, weight in dense.items():
             _shard_named(setting, name).copy_(weight)

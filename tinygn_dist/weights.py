@@ -30,21 +30,37 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
     if criterion == "obs":
         masks = _solve(setting, targets, options)
     else:
-        scores = _scores(setting, targets, criterion, options.seed)
-        _score_unreached_(setting, targets, scores)
-        scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
-        masks = choose_masks(
-            setting.model,
-            targets,
-            scores,
-            sparsity=options.sparsity,
-            scope=scope,
-            nm=options.nm,
-            backend=setting.backend,
-        )
+        masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
     chosen = Masks(targets, masks)
     chosen.apply_(setting.model, setting.backend)
     return chosen
+
+
+def _choose(
+    setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
+) -> dict[str, torch.Tensor]:
+    """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the whole
+    model competes, scores of another scale would empty them or spare them."""
+
+    def masks(among: Sequence[Target], within: str) -> dict[str, torch.Tensor]:
+        return choose_masks(
+            setting.model,
+            among,
+            scores,
+            sparsity=options.sparsity,
+            scope=within,
+            nm=options.nm,
+            backend=setting.backend,
+        )
+
+    scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
+    alone = _unreached(setting, targets, scores)
+    _warn_unreached(alone)
+    for target in alone:
+        scores[target.name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
+    if not alone or scope != "global":
+        return masks(targets, scope)
+    return masks([target for target in targets if target not in alone], scope) | masks(alone, "layer")
 
 
 def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: int) -> dict[str, torch.Tensor]:
@@ -69,25 +85,12 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
     raise AssertionError(criterion)
 
 
-def _score_unreached_(setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor]) -> None:
-    """Magnitude for the experts that no calibration token reached: their scores are all zero, which says nothing about
-    them and would empty them first where the whole model competes. Scaled to the mean score per magnitude of the other
-    experts beside them."""
+def _unreached(setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor]) -> list[Target]:
+    """Experts that no calibration token reached, whose scores are all zero: those say nothing about them."""
     experts = [target for target in targets if target.index is not None]
-    if not experts:
-        return
-    magnitudes = {t.name: score.magnitude(setting.backend.shard(setting.model, t).weight) for t in experts}
-    sums = torch.tensor([[float(x[t.name].double().sum()) for x in (scores, magnitudes)] for t in experts])
-    sums = setting.backend.sum_over_shards(sums.double())
-    beside: dict[str, torch.Tensor] = {}
-    for target, pair in zip(experts, sums, strict=True):
-        if pair[0] != 0:
-            beside[target.parameter] = beside.get(target.parameter, 0) + pair
-    unreached = [target for target, pair in zip(experts, sums, strict=True) if pair[0] == 0 and pair[1] != 0]
-    for target in unreached:
-        scored, magnitude = beside.get(target.parameter, torch.ones(2))
-        scores[target.name] = magnitudes[target.name] * float(scored / magnitude)
-    _warn_unreached(unreached)
+    nonzero = torch.tensor([int(torch.count_nonzero(scores[t.name])) for t in experts], dtype=torch.int64)
+    nonzero = setting.backend.sum_over_shards(nonzero).tolist() if experts else []
+    return [target for target, count in zip(experts, nonzero, strict=True) if count == 0]
 
 
 def _warn_unreached(targets: Sequence[Target]) -> None:

@@ -6,6 +6,7 @@ One row of CASES per model type that `families.py` lists; each test runs over al
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ CASES = {
     "smollm3": _GROUPED | dict(no_rope_layers=[1, 0, 1, 1]),
     "granite": _GROUPED | dict(residual_multiplier=0.5, attention_multiplier=0.3),
     "olmo2": _GROUPED,
-    "phi": _GROUPED | dict(qk_layernorm=True),
+    "phi": _GROUPED,
     "phi3": _GROUPED,
     "gpt2": dict(vocab_size=VOCAB, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=64, n_inner=WIDTH)
     | dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2),
@@ -251,7 +252,7 @@ def check_removal(setting: Setting, kinds: list[str], folder) -> None:
     for name, tensor in small.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     batch = setting.batches[0]
-    assert torch.equal(logits(small, batch), logits(loaded, batch))
+    close(logits(loaded, batch), logits(small, batch))  # kernels of fused experts depend on where tensors lie in memory
     if setting.objective is causal_lm:
         prompt = batch["input_ids"][::2]  # without padding
         asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -331,7 +332,8 @@ def test_two_of_four_along_inputs(setting, criterion):
     for target in anatomy.targets:
         weight = model.get_parameter(target.parameter)
         groups = weight.movedim(input_axis(model, target), -1).reshape(-1, 4)
-        assert (torch.count_nonzero(groups, 1) == 2).all(), target.name
+        held = torch.count_nonzero(groups, 1)  # the solver also zeroes kept weights of inputs that are always 0
+        assert (held <= 2).all() if criterion == "obs" else (held == 2).all(), target.name
         assert kept[target.name] * 2 == target.numel
     sizes = {target.parameter: 0 for target in anatomy.targets}
     for target in anatomy.targets:
@@ -368,7 +370,7 @@ def test_unreached_experts_keep_their_largest(moe, criterion, caplog):
     assert "no calibration token reached experts [3]" in caplog.text
     for target in targets:
         after = target.matrix(target.within(moe.model.get_parameter(target.parameter).detach()))
-        assert 0.2 * target.numel < kept[target.name] < 0.8 * target.numel
+        assert kept[target.name] * 2 == target.numel
         staying = after != 0
         torch.testing.assert_close(after[staying], before[target.name][staying])
         if criterion != "obs":  # the solver spreads its quota over blocks of columns
@@ -376,14 +378,8 @@ def test_unreached_experts_keep_their_largest(moe, criterion, caplog):
 
 
 def starve_(setting: Setting, expert: int) -> None:
-    """No token goes to one expert of any layer: the others' router rows are made to win whatever the input."""
+    """No token goes to one expert of any layer: the router's choice of it is turned to the next one."""
     for group in setting.anatomy.of_kind("experts"):
-        experts = setting.model.get_submodule(group.output)
-        forward = experts.forward
-
-        def avoiding(hidden, chosen, weights, forward=forward):
-            return forward(hidden, torch.where(chosen == expert, (expert + 1) % EXPERTS, chosen), weights)
-
         router = setting.model.get_submodule(group.router)
         router.register_forward_hook(
             lambda m, _, out: (out[0], out[1], torch.where(out[2] == expert, (expert + 1) % EXPERTS, out[2]))
@@ -408,8 +404,6 @@ def test_expert_inputs_rebuild_the_output(moe):
         torch.testing.assert_close(routed.rows, recorded["hidden"][routed.tokens])
     close(rebuilt, recorded["out"])
 
-    from dataclasses import replace
-
     found = input_moments(replace(moe, batches=[batch]), moe.anatomy.targets, full=True)
     real = batch["attention_mask"].flatten().bool()
     for routed in seen:
@@ -421,7 +415,7 @@ def test_expert_inputs_rebuild_the_output(moe):
 
 def test_expert_gates_agree(moe):
     """Finite differences and backpropagation measure the same gates on experts' outputs."""
-    group = moe.anatomy.of_kind("experts")[0]
+    group = moe.anatomy.of_kind("experts")[-1]  # no later router whose choice a step could flip
     gates = [Probe(group.layer, group, (unit,)) for unit in range(EXPERTS)]
     differences, _ = gate_derivatives(moe, gates, 1e-2)
     (exact,), _, _ = gate_gradients(moe, [group], [])
@@ -497,10 +491,11 @@ def test_fixed_heads_name_the_reason(model_type):
         plan_mixes(on_meta(model_type), PruneConfig(pattern="heads", sparsity=0.1))
 
 
-def test_longrope_fixes_heads():
+def test_some_configs_fix_heads():
     factors = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
-    with pytest.raises(UserError, match="heads cannot be removed: .*longrope"):
-        plan_mixes(on_meta("phi3", rope_parameters=factors), PruneConfig(pattern="heads", sparsity=0.1))
+    for model_type, changes in (("phi3", dict(rope_parameters=factors)), ("phi", dict(qk_layernorm=True))):
+        with pytest.raises(UserError, match="heads cannot be removed: its .*(longrope|qk_layernorm)"):
+            plan_mixes(on_meta(model_type, **changes), PruneConfig(pattern="heads", sparsity=0.1))
 
 
 @pytest.mark.parametrize(
