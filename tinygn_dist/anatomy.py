@@ -147,16 +147,23 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     groups = []
     for index in range(len(layers)):
         groups += _unit_groups(model, family, index, f"{layers_path}.{index}.")
-    parameters = dict(model.named_parameters())
+    layer_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    fixed = fixed_units(family, model.config) if family else {}
+    sparse = {group.layer for group in groups if group.kind == "experts"}
+    if 0 < len(sparse) < len(layers):
+        fixed["layers"] = (
+            f"{len(layers) - len(sparse)} of its {len(layers)} layers have no experts, so what goes with a layer depends on "
+            "which one it is, and their positions are part of its config"
+        )
     return Anatomy(
         family=family,
         layers_path=layers_path,
-        layer_params=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        layer_params=layer_params,
         groups=tuple(groups),
         targets=tuple(_targets(model, layers_path)),
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
-        total_params=sum(p.numel() for p in parameters.values()),
-        fixed=fixed_units(family, model.config) if family else {},
+        total_params=sum(p.numel() for p in model.parameters()),
+        fixed=fixed,
     )
 
 

@@ -48,17 +48,13 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Experts:
-    """Expert j is entry j of every parameter of the modules `router` and `experts`; shared experts are no units.
-
-    dense_layers, sparse_step: config entries that say which layers have no experts, where the family has such layers.
-    """
+    """Expert j is entry j of every parameter of the modules `router` and `experts`; shared experts are no units, and
+    layers without these modules have none."""
 
     router: str = "mlp.gate"
     experts: str = "mlp.experts"
     count: str = "num_experts"
     top_k: str = "num_experts_per_tok"
-    dense_layers: str | None = None
-    sparse_step: str | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ FAMILIES = (
         model_types=("qwen2_moe", "qwen3_moe"),
         layers="layers",
         attention=_GROUPED,
-        experts=Experts(dense_layers="mlp_only_layers", sparse_step="decoder_sparse_step"),
+        experts=Experts(),
         fixed=_NO_CHANNELS,
     ),
     Family(

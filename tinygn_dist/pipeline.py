@@ -234,10 +234,11 @@ class _Run:
                     update={"name": str(draft), "task": self.source.task, "revision": None}
                 )
                 reloaded = load.load_model(load.find_model(written))
+                export.check_renamed(reloaded, disk, state)
+                self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded)
             reloaded = self.backend.prepare(reloaded)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
-            self.report.sparsity = export.sparsity_figures(disk, self.targets)
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
             if self.backend.is_main:

@@ -35,11 +35,6 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
         setattr(small, family.feed_forward.width, len(next(iter(kept.channels.values()))))
     if kept.experts:
         setattr(small, family.experts.count, len(next(iter(kept.experts.values()))))
-    if family.experts and family.experts.dense_layers:  # layer numbers, not one entry per layer
-        sparse = {group.layer for group in anatomy.of_kind("experts")}
-        dense = [position for position, layer in enumerate(kept.layers) if layer not in sparse]
-        setattr(small, family.experts.dense_layers, dense)
-        setattr(small, family.experts.sparse_step, 1)
     return small
 
 

@@ -78,11 +78,6 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
         )
-    if options.pattern == "layers" and sizes.dense_layers:
-        raise UserError(
-            f"{sizes.dense_layers} of the {sizes.layers} layers have no experts and are of another size, so how many layers "
-            "reach a sparsity depends on which go; use --pattern experts"
-        )
     bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")

@@ -504,7 +504,7 @@ def test_some_configs_fix_heads():
         ("llama", "experts", "its feed-forward layers are dense"),
         ("mixtral", "channels", "mixtures of experts"),
         ("bloom", "channels", "4 . hidden_size"),
-        ("qwen2_moe", "layers", "1 of the 4 layers have no experts"),
+        ("qwen2_moe", "layers", "1 of its 4 layers have no experts"),
     ],
 )
 def test_other_refusals(model_type, pattern, reason):

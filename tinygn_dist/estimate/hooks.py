@@ -80,12 +80,7 @@ class RouterMask(ModelHook):
         self.kept = kept
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        self._asked = args, kwargs
-        return args, kwargs
-
-    def post_forward(self, module: nn.Module, output: Any) -> Any:
-        (args, kwargs), self._asked = self._asked, None
-        whole = dict(module._parameters)
+        whole = dict(module._parameters)  # here and not after the forward, when offloaded weights are gone again
         try:
             for name, parameter in whole.items():
                 if parameter is not None:
@@ -93,7 +88,12 @@ class RouterMask(ModelHook):
             _, weights, chosen = type(module).forward(module, *args, **kwargs)  # without hooks, this one included
         finally:
             module._parameters.update(whole)
-        return output[0], weights, self.kept[chosen]
+        self._routing = weights, self.kept[chosen]
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        routing, self._routing = self._routing, None
+        return output[0], *routing
 
 
 class LayerGate(ModelHook):
