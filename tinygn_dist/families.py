@@ -89,6 +89,7 @@ def _longrope(config: Any) -> str | None:
     return "its config checks the longrope factors against hidden_size / num_attention_heads"
 
 
+_JOINT_NORMS = {"heads": "its query and key norms run over all heads together, so every head depends on the others"}
 _NO_EXPERTS = "its feed-forward layers are dense"
 _NO_CHANNELS = {"channels": "its feed-forward layers are mixtures of experts; use --pattern experts"}
 _SEPARATE_QKV = _separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -108,7 +109,7 @@ FAMILIES = (
         model_types=("olmo2",),
         layers="layers",
         feed_forward=_GATED,
-        fixed={"heads": "its query and key norms run over all heads together, so every head depends on the others"},
+        fixed=_JOINT_NORMS,
     ),
     Family(
         model_types=("phi",),
@@ -192,6 +193,12 @@ FAMILIES = (
         attention=_GROUPED,
         experts=Experts(),
         fixed=_NO_CHANNELS,
+    ),
+    Family(
+        model_types=("olmoe",),
+        layers="layers",
+        experts=Experts(),
+        fixed=_NO_CHANNELS | _JOINT_NORMS,
     ),
     Family(
         model_types=("gpt_oss",),

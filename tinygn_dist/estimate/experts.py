@@ -65,17 +65,14 @@ def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[tor
     routed to each."""
     backend = setting.backend
     mass, reached = ([torch.zeros(g.num_units, dtype=torch.float64) for g in groups] for _ in range(2))
-    total, real = torch.zeros(1, dtype=torch.float64), None
+    total = torch.zeros(1, dtype=torch.float64)
+    added: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # group, expert, its tokens, what it adds to each
 
     def observer(module: nn.Module, index: int) -> ExpertObserver:
         def seen(routed: Routed) -> None:
             out = _product(module, "down_proj", routed.expert, routed.inner)
             out = module.post_expert_norm(out) if module.has_post_expert_norm else out
-            added = (routed.weights.abs() * out.norm(dim=-1)).double()
-            counted = torch.ones_like(added, dtype=torch.bool) if mask is None else mask[routed.tokens]
-            if real:
-                mass[index][routed.expert] += added[counted].sum().cpu()
-                reached[index][routed.expert] += int(counted.sum())
+            added.append((index, routed.expert, routed.tokens, routed.weights.abs() * out.norm(dim=-1)))
 
         return ExpertObserver(seen)
 
@@ -85,10 +82,15 @@ def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[tor
     with torch.no_grad(), attached(hooks), setting.progress.bar("expert outputs", len(mine)) as advance:
         for batch, real in mine:
             batch = setting.on_device(batch)
-            mask = real_tokens(batch)
+            added.clear()
             setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
             if real:
-                total += batch["input_ids"].numel() if mask is None else int(mask.sum())
+                mask = real_tokens(batch)
+                mask = torch.ones_like(batch["input_ids"], dtype=torch.bool).flatten() if mask is None else mask
+                total += int(mask.sum())
+                for index, expert, tokens, sizes in added:
+                    mass[index][expert] += sizes[mask[tokens]].double().sum().cpu()
+                    reached[index][expert] += int(mask[tokens].sum())
             advance()
     backend.sum_over_data([*mass, *reached, total])
     return [m / total for m in mass], reached
