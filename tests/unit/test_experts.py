@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_setting, on_meta, shrunk
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.budget import mixes
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import PruneConfig, load_config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import input_moments
 from tinygn_dist.estimate.backprop import gate_gradients
@@ -164,3 +168,51 @@ def test_fewer_experts_than_the_router_chooses(backend):
         plan_mixes(anatomy, PruneConfig(pattern="experts", sparsity=0.75))
     largest = max(mixes(unit_sizes(anatomy), 0.3, ("experts",), 64))
     assert 0 < largest.experts <= EXPERTS - TOP_K
+
+
+def write_checkpoint(folder: Path, model_type: str) -> None:
+    """A tiny mixture of experts with a tokenizer of one word per id, and text in it."""
+    build(model_type).save_pretrained(folder)
+    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(93))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    drawn = torch.randint(0, 93, (20, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / "text.txt").write_text("\n\n".join(" ".join(f"w{i}" for i in row) for row in drawn))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "pattern", "criterion"),
+    [("mixtral", "2:4", "wanda"), ("gpt_oss", "2:4", "magnitude"), ("qwen3_moe", "experts", "auto")],
+)
+def test_end_to_end(model_type, pattern, criterion, tmp_path):
+    """From a folder to a folder: the report counts experts in whatever names the checkpoint has them."""
+    write_checkpoint(tmp_path / "dense", model_type)
+    asked = {
+        "model.name": str(tmp_path / "dense"),
+        "data.name": str(tmp_path / "dense" / "text.txt"),
+        "data.num_samples": 3,
+        "data.seq_len": 16,
+        "data.eval_samples": 2,
+        "evaluate.latency": False,
+        "prune.pattern": pattern,
+        "prune.criterion": criterion,
+        "prune.counts": {"experts": 2} if pattern == "experts" else None,
+        "output.dir": str(tmp_path / "small"),
+    }
+    report = compress(load_config(None, asked))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    parameters, left = report.parameters, sum(p.numel() for p in loaded.parameters())
+    assert report.after["num_params"] == left
+    if pattern == "experts":
+        assert loaded.config.num_experts == EXPERTS - 2
+        assert parameters["removed"] == parameters["dense"] - left > 0
+        return
+    parts = ("set_to_zero", "kept_by_pattern", "kept_not_a_layer_matrix")
+    assert parameters["dense"] == left == sum(parameters[part] for part in parts) + parameters["targeted"] // 2
+    assert report.sparsity["targeted_weights"] == 0.5
+    zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
+    assert report.sparsity["zeros"] == parameters["set_to_zero"] == zeros
+    experts = sum(p.numel() for n, p in loaded.named_parameters() if "experts" in n and "bias" not in n)
+    assert parameters["targeted"] > experts > 0.5 * parameters["dense"]
