@@ -18,11 +18,12 @@ from tinygn_dist.budget import mixes
 from tinygn_dist.config import PruneConfig, load_config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import input_moments
-from tinygn_dist.estimate.backprop import gate_gradients
+from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
 from tinygn_dist.estimate.experts import ExpertObserver, output_mass
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.probes import Probe, gate_derivatives
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.selection import keep_n_of_m
 from tinygn_dist.units import plan_mixes, remove_units, unit_sizes
 from tinygn_dist.weights import sparsify
 
@@ -104,6 +105,35 @@ def test_expert_inputs_rebuild_the_output(moe):
             name = f"{group.output}.{leaf}[{routed.expert}]"
             rows = rows[real[routed.tokens]]
             torch.testing.assert_close(found.moments.rounded(name), rows.t() @ rows, rtol=1e-4, atol=1e-4)
+
+
+def test_expert_gradients(moe):
+    """One sample per micro-batch, each expert with its own part of the fused parameter's gradient."""
+    targets = [target for target in moe.anatomy.targets if target.index is not None]
+    found = weight_gradients(moe, targets, squares=True)
+    expected = dict.fromkeys((target.name for target in targets), 0)
+    for batch in moe.batches:
+        moe.model.zero_grad()
+        moe.objective(moe.model, batch).mean().backward()
+        for target in targets:
+            grad = moe.model.get_parameter(target.parameter).grad[target.index]
+            expected[target.name] = expected[target.name] + grad.square()
+    for name, squares in expected.items():
+        torch.testing.assert_close(found.rounded(name), squares)
+
+
+def test_wanda_weighs_each_expert_by_its_own_inputs(moe):
+    group, seen = moe.anatomy.of_kind("experts")[-1], {}
+    targets = [target for target in moe.anatomy.targets if target.module == group.output]
+    found = input_moments(moe, targets, full=False)
+    for target in targets:
+        weight = target.matrix(moe.model.get_parameter(target.parameter)[target.index]).detach()
+        norms = found.moments.rounded(target.name).sqrt()
+        seen[target.name] = keep_n_of_m(weight.abs() * norms, 2, 4) if norms.any() else None
+    sparsify(moe, targets, PruneConfig(pattern="2:4", criterion="wanda"))
+    for target in targets:
+        weight = target.matrix(moe.model.get_parameter(target.parameter)[target.index])
+        assert seen[target.name] is None or torch.equal(weight != 0, seen[target.name])
 
 
 def test_expert_gates_agree(moe):
