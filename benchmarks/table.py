@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
     asked = parser.parse_args()
-    print("| method | parameters | zeros | perplexity before | perplexity after | tokens/s prefill | decode | compress s | CPU s | GiB |")
+    print(
+        "| method | parameters | zeros | perplexity before | perplexity after | tokens/s prefill | decode | compress s | CPU s | GiB |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, arguments in SUITES[asked.suite].items():
         if not asked.only or any(word in name for word in asked.only):

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinygn_dist.estimate.activations import real_tokens
 from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments
-from tinygn_dist.objective import Batch
+from tinygn_dist.objective import Batch, real_tokens
 
 
 @dataclass
