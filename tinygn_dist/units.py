@@ -125,7 +125,8 @@ class Trial:
 def remove_units(
     setting: Setting, candidates: Sequence[Mix], options: PruneConfig
 ) -> tuple[KeptUnits, UnitScores, list[Trial]]:
-    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out.
+    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
+    and experts are only named: no value of their weights is the same as their absence).
 
     Returns what stays, the scores with their standard errors, and every mix that was measured.
     """

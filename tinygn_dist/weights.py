@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -22,6 +22,7 @@ from tinygn_dist.solve import obs
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row"}  # as published; elsewhere a weight matrix is the group
+WITHOUT_DATA = ("magnitude", "random")
 
 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
@@ -39,8 +40,8 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
 def _choose(
     setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
 ) -> dict[str, torch.Tensor]:
-    """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the whole
-    model competes, scores of another scale would empty them or spare them."""
+    """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the
+    whole model competes, scores of another scale would empty them or spare them."""
 
     def masks(among: Sequence[Target], within: str) -> dict[str, torch.Tensor]:
         return choose_masks(
@@ -54,13 +55,13 @@ def _choose(
         )
 
     scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
-    alone = _unreached(setting, targets, scores)
-    _warn_unreached(alone)
-    for target in alone:
-        scores[target.name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
-    if not alone or scope != "global":
-        return masks(targets, scope)
-    return masks([target for target in targets if target not in alone], scope) | masks(alone, "layer")
+    alone = {} if criterion in WITHOUT_DATA else {t.name: t for t in _unreached(setting, targets, scores)}
+    _warn_unreached(alone.values())
+    for name, target in alone.items():
+        scores[name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
+    together = [target for target in targets if scope != "global" or target.name not in alone]
+    apart = list(alone.values()) if scope == "global" else []
+    return {k: m for among, s in ((together, scope), (apart, "layer")) if among for k, m in masks(among, s).items()}
 
 
 def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: int) -> dict[str, torch.Tensor]:
@@ -93,9 +94,12 @@ def _unreached(setting: Setting, targets: Sequence[Target], scores: dict[str, to
     return [target for target, count in zip(experts, nonzero, strict=True) if count == 0]
 
 
-def _warn_unreached(targets: Sequence[Target]) -> None:
-    for module in dict.fromkeys(target.module for target in targets):
-        never = sorted({target.index for target in targets if target.module == module})
+def _warn_unreached(targets: Iterable[Target]) -> None:
+    unreached: dict[str, set[int]] = {}
+    for target in targets:
+        unreached.setdefault(target.module, set()).add(target.index)
+    for module, experts in unreached.items():
+        never = sorted(experts)
         log.warning("no calibration token reached experts %s of %s: they are pruned by magnitude", never, module)
 
 
