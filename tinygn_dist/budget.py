@@ -22,6 +22,25 @@ def spread(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+def blend(total: int, sizes: Sequence[int], wanted: Sequence[int], share: float) -> list[int]:
+    """Whole numbers that add up to `total`: `share` of the way from in proportion to `sizes` (0) to `wanted` (1).
+
+    sizes: how many each part has; wanted: how many a global cut would take from each. Remainders go to the largest
+    fractions, then to the lower index.
+    """
+    whole = sum(sizes)
+    exact = [share * want + (1 - share) * total * size / whole for size, want in zip(sizes, wanted, strict=True)]
+    counts = [min(int(value), size) for value, size in zip(exact, sizes, strict=True)]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: (int(exact[i]) - exact[i], i))
+    left = total - sum(counts)
+    while left > 0:
+        for index in by_fraction:
+            if left and counts[index] < sizes[index]:
+                counts[index] += 1
+                left -= 1
+    return counts
+
+
 @dataclass(frozen=True, order=True)
 class Mix:
     """What goes: whole layers, and heads (KV groups), channels and experts out of every remaining layer."""

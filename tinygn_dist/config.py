@@ -93,8 +93,11 @@ class PruneConfig(Section):
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
-    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop
-    for the gradient criteria taylor and fisher"""
+    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
+    weights (taylor, fisher, and the loss-aware weights of obs)"""
+    allocation: float = Field(0.5, ge=0, le=1)
+    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
+    the saliency in units of loss (1)"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
     targets: tuple[str, ...] = (".*",)
@@ -241,6 +244,8 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
         *path, key = dotted.split(".")
         for part in path:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{part}: got {node!r}, accepted: a mapping, which --{dotted} could then change")
         node[key] = value
     _refuse_unknown(asked, Config, "")
     try:
@@ -272,7 +277,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) -> None:
     for key, value in asked.items():
         if key not in section.model_fields:
-            near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else "accepted: " + ", ".join(section.model_fields)
             raise UserError(f"unknown key {prefix}{key}; {hint}")
         inner = section.model_fields[key].annotation

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
-from tinygn_dist.backends.base import Backend, Item, Job, Shard, Solve
+from tinygn_dist.backends.base import Backend, Item, Job, Look, Shard, Solve
 
 
 class Replicated(Backend):
@@ -62,8 +62,7 @@ class Replicated(Backend):
         masks, solved = {}, {}
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             if owner == self.rank:
-                weights = [target.matrix(self.shard(model, target).weight) for target in job.targets]
-                solved[index] = solve(job, weights)
+                solved[index] = solve(job, self._whole_weights(model, job))
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             for position, target in enumerate(job.targets):
                 live = self.shard(model, target).weight
@@ -75,6 +74,14 @@ class Replicated(Backend):
                 target.matrix(live).copy_(collectives.broadcast_(weight, owner))
                 masks[target.name] = target.matrix(collectives.broadcast_(keep, owner))
         return masks
+
+    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
+        for job, owner in zip(jobs, self.deal([job.cost for job in jobs]), strict=True):
+            if owner == self.rank:
+                look(job, self._whole_weights(model, job))
+
+    def _whole_weights(self, model: nn.Module, job: Job) -> list[torch.Tensor]:
+        return [target.matrix(self.shard(model, target).weight) for target in job.targets]
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
         weight = self.shard(model, target).weight

@@ -35,7 +35,8 @@ def attached(hooks: Iterable[tuple[nn.Module, ModelHook]]) -> Iterator[None]:
 class InputGate(ModelHook):
     """Multiplies a module's input by one factor per unit.
 
-    factors: (units,) or (batch, units) of the input's dtype; each unit is `width` consecutive features.
+    factors: (units,) or (batch, units); each unit is `width` consecutive features. The input may come with its batch
+    and sequence dims flattened into one (OPT).
     """
 
     def __init__(self, factors: torch.Tensor, width: int) -> None:
@@ -45,7 +46,8 @@ class InputGate(ModelHook):
         hidden = args[0]
         factors = self.factors.to(hidden.dtype).repeat_interleave(self.width, -1)
         if factors.dim() == 2:
-            factors = factors[:, None]
+            flat = hidden.dim() == 2
+            factors = factors.repeat_interleave(len(hidden) // len(factors), 0) if flat else factors[:, None]
         return (hidden * factors, *args[1:]), kwargs
 
 

@@ -8,6 +8,7 @@ batch; each rank fills in the sequences it saw, so the sum over ranks is exact a
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -90,8 +91,9 @@ def gate_derivatives(setting: Setting, gates: Sequence[Probe], step: float) -> t
 
 def default_step(dtype: torch.dtype) -> float:
     """Step for a gate near 1 in a central difference, from the dtype's resolution: (3 u)^(1/3) balances rounding
-    noise u against the third derivative when both are of the loss's own size (Berahas et al. 2019)."""
-    return (3 * torch.finfo(dtype).eps) ** (1 / 3)
+    noise u against the third derivative when both are of the loss's own size (Berahas et al. 2019). Rounded to a power
+    of two, so that 1 + step and 1 - step are exact in the dtype."""
+    return 2.0 ** round(math.log2(3 * torch.finfo(dtype).eps) / 3)
 
 
 def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
@@ -118,9 +120,9 @@ def _gated(setting: Setting, probe: Probe) -> contextlib.AbstractContextManager[
     device = setting.backend.device
     if probe.group is None:
         layer = setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{probe.layer}")
-        return attached([(layer, LayerGate(torch.tensor(probe.factor, device=device)))])
+        return attached([(layer, LayerGate(torch.tensor(probe.factor, dtype=torch.float64, device=device)))])
     if probe.group.router and probe.factor == 0:
         return routed_to(setting.bare, {probe.group: sorted(set(range(probe.group.num_units)) - set(probe.units))})
-    factors = torch.ones(probe.group.num_units, device=device)
+    factors = torch.ones(probe.group.num_units, dtype=torch.float64, device=device)
     factors[list(probe.units)] = probe.factor
     return attached([unit_gate(setting.bare, probe.group, factors)])
