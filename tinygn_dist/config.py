@@ -88,8 +88,8 @@ class PruneConfig(Section):
     criterion: Literal[
         "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
     ] = "auto"
-    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a layer
-    has more than 64 experts)"""
+    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
+    layer has more than 64 experts)"""
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
