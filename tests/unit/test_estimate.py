@@ -201,11 +201,10 @@ def test_weight_gradients_are_those_of_plain_backward(settings, family: str):
 @pytest.mark.parametrize("full", [False, True])
 def test_input_moments_are_x_t_x_without_padding(settings, family: str, full: bool):
     setting = settings(family)
-    modules = [target.module for target in setting.anatomy.targets]
-    found = input_moments(setting, modules, full=full)
-    for name in modules:
+    found = input_moments(setting, setting.anatomy.targets, full=full)
+    for target in setting.anatomy.targets:
         seen: list[torch.Tensor] = []
-        handle = setting.model.get_submodule(name).register_forward_pre_hook(
+        handle = setting.model.get_submodule(target.module).register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[0].detach().flatten(0, -2))
         )
         for batch in setting.batches:
@@ -216,16 +215,15 @@ def test_input_moments_are_x_t_x_without_padding(settings, family: str, full: bo
         handle.remove()
         rows = torch.cat(seen).double()
         wanted = rows.t() @ rows if full else rows.square().sum(0)
-        torch.testing.assert_close(found.moments.sum(found.of(name)), wanted, rtol=1e-4, atol=1e-4)
-        assert len(rows) == found.num_tokens
+        torch.testing.assert_close(found.moments.sum(found.of(target)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_read_the_same_tensor_share_one_sum(settings):
     setting = settings("llama")
-    found = input_moments(setting, [target.module for target in setting.anatomy.targets], full=True)
+    found = input_moments(setting, setting.anatomy.targets, full=True)
     assert len(found.moments.names()) == 3 * 4  # q=k=v, o, gate=up, down of three layers
-    assert found.of("model.layers.0.self_attn.v_proj") == found.of("model.layers.0.self_attn.q_proj")
-    assert found.of("model.layers.0.mlp.up_proj") != found.of("model.layers.0.self_attn.q_proj")
+    assert found.source_of["model.layers.0.self_attn.v_proj.weight"] == found.source_of["model.layers.0.self_attn.q_proj.weight"]
+    assert found.source_of["model.layers.0.mlp.up_proj.weight"] != found.source_of["model.layers.0.self_attn.q_proj.weight"]
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -263,7 +261,7 @@ ESTIMATES: dict[str, Callable[[Setting], Any]] = {
     ),
     "gate gradients": lambda s: gate_gradients(s, s.anatomy.groups, [0, 1]),
     "weight gradients": lambda s: weight_gradients(s, s.anatomy.targets, squares=True),
-    "input moments": lambda s: input_moments(s, [t.module for t in s.anatomy.targets], full=True),
+    "input moments": lambda s: input_moments(s, s.anatomy.targets, full=True),
     "block influence": block_influence,
 }
 

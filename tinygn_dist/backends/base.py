@@ -14,6 +14,7 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
 | map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the result on every rank       |
+| look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
 | no_sync / backward / clip_grad_norm | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)          | the torch optimizer whose step really moves the weights                     |
@@ -45,8 +46,8 @@ Item = TypeVar("Item")
 class Shard:
     """This rank's piece of a target.
 
-    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened (out, in)
-    parameter *as stored*. grad: same shape, or None. Masks of a target have this shape on each rank.
+    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened target *as
+    stored* (which `target.start` places in a parameter that holds several). grad: same shape, or None. Masks of a target have this shape on each rank.
     """
 
     weight: torch.Tensor
@@ -67,6 +68,8 @@ class Job:
 
 # solve(job, whole (out, in) weights) -> for each target (new weight, keep mask), both (out, in)
 Solve = Callable[[Job, list[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
+
+Look = Callable[[Job, list[torch.Tensor]], None]
 
 
 class Backend(ABC):
@@ -114,6 +117,9 @@ class Backend(ABC):
     # -- writing -----------------------------------------------------------------------------------------------------
     @abstractmethod
     def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]: ...
+
+    @abstractmethod
+    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None: ...
 
     @abstractmethod
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None: ...

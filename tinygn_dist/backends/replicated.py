@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
-from tinygn_dist.backends.base import Backend, Item, Job, Shard, Solve
+from tinygn_dist.backends.base import Backend, Item, Job, Look, Shard, Solve
 
 
 class Replicated(Backend):
@@ -34,8 +34,8 @@ class Replicated(Backend):
         return [(item, True) for item in items[self.rank :: self.num_ranks]]
 
     def shard(self, model: nn.Module, target: Target) -> Shard:
-        weight = self.unwrap(model).get_parameter(target.name)
-        return Shard(weight.data, 0, weight.grad)
+        weight = self.unwrap(model).get_parameter(target.parameter)
+        return Shard(target.within(weight.data), 0, None if weight.grad is None else target.within(weight.grad))
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
@@ -59,14 +59,13 @@ class Replicated(Backend):
 
     def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
         owners = self.deal([job.cost for job in jobs])
-        bare, masks, solved = self.unwrap(model), {}, {}
+        masks, solved = {}, {}
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             if owner == self.rank:
-                weights = [target.matrix(bare.get_parameter(target.name).data) for target in job.targets]
-                solved[index] = solve(job, weights)
+                solved[index] = solve(job, self._whole_weights(model, job))
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             for position, target in enumerate(job.targets):
-                live = bare.get_parameter(target.name).data
+                live = self.shard(model, target).weight
                 weight, keep = (live.new_empty(target.shape), torch.empty(target.shape, dtype=torch.bool))
                 if owner == self.rank:
                     weight, keep = solved[index][position]
@@ -75,6 +74,14 @@ class Replicated(Backend):
                 target.matrix(live).copy_(collectives.broadcast_(weight, owner))
                 masks[target.name] = target.matrix(collectives.broadcast_(keep, owner))
         return masks
+
+    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
+        for job, owner in zip(jobs, self.deal([job.cost for job in jobs]), strict=True):
+            if owner == self.rank:
+                look(job, self._whole_weights(model, job))
+
+    def _whole_weights(self, model: nn.Module, job: Job) -> list[torch.Tensor]:
+        return [target.matrix(self.shard(model, target).weight) for target in job.targets]
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
         weight = self.shard(model, target).weight
