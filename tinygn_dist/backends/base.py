@@ -174,9 +174,15 @@ class Backend(ABC):
         raise UserError(f"{doing} failed on rank {rank}: {message}")
 
     def main_first(self, work: Callable[[], Item]) -> Item:
-        """`work()` on the main rank, then on the others (who find its caches warm)."""
-        with self._accelerator.main_process_first():
+        """`work()` on the main rank, then on the others (who find its caches warm), also when the main rank failed:
+        Accelerate's own context would leave them waiting for it."""
+        if not self.is_main:
+            self.barrier()
+        try:
             return work()
+        finally:
+            if self.is_main:
+                self.barrier()
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Owner rank of each piece of work: largest first to the least loaded rank. The same on every rank."""
