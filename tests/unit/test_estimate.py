@@ -222,8 +222,14 @@ def test_layers_that_read_the_same_tensor_share_one_sum(settings):
     setting = settings("llama")
     found = input_moments(setting, setting.anatomy.targets, full=True)
     assert len(found.moments.names()) == 3 * 4  # q=k=v, o, gate=up, down of three layers
-    assert found.source_of["model.layers.0.self_attn.v_proj.weight"] == found.source_of["model.layers.0.self_attn.q_proj.weight"]
-    assert found.source_of["model.layers.0.mlp.up_proj.weight"] != found.source_of["model.layers.0.self_attn.q_proj.weight"]
+    assert (
+        found.source_of["model.layers.0.self_attn.v_proj.weight"]
+        == found.source_of["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert (
+        found.source_of["model.layers.0.mlp.up_proj.weight"]
+        != found.source_of["model.layers.0.self_attn.q_proj.weight"]
+    )
 
 
 @pytest.mark.parametrize("family", ALL)
