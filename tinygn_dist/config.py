@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator, model_validator
@@ -32,6 +32,9 @@ class NM(NamedTuple):
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class ModelConfig(Section):
@@ -250,8 +253,13 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
                 raise UserError(f"{part}: got {node!r}, accepted: a mapping, which --{dotted} could then change")
         node[key] = value
     _refuse_unknown(asked, Config, "")
+    return make(Config, asked)
+
+
+def make(section: type[SectionType], values: dict[str, Any]) -> SectionType:
+    """A checked section. Raises UserError with the first bad value."""
     try:
-        return Config(**asked)
+        return section(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

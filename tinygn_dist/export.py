@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from tinygn_dist.anatomy import Target
@@ -34,11 +35,13 @@ def claim(options: OutputConfig, source_path: str, needed_bytes: int) -> Path:
     Raises UserError when it is not empty (without overwrite), is the model's own folder, cannot be written, or its disk
     has less room than `needed_bytes`. Removes what a crashed run left beside it.
     """
-    path = Path(options.dir).expanduser().absolute()
+    path, source = Path(options.dir).expanduser().resolve(), Path(source_path).expanduser().resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"output {path} is a file; name a folder")
-    if path.exists() and path.resolve() == Path(source_path).expanduser().resolve():
-        raise UserError(f"output {path} is the model's own folder; name another one")
+    if path == source or path in source.parents and path.is_dir():
+        what = "is" if path == source else "holds"
+        raise UserError(f"output {path} {what} the model's own folder; name another one")
+    _restore(path)
     if path.exists() and any(path.iterdir()) and not options.overwrite:
         raise UserError(f"output folder {path} is not empty; name another one or pass --overwrite")
     try:
@@ -52,9 +55,22 @@ def claim(options: OutputConfig, source_path: str, needed_bytes: int) -> Path:
         raise UserError(
             f"output {path} needs {needed:,} bytes, its disk has {free:,} free; make room or name another disk"
         )
-    for leftover in path.parent.glob(f"{_LEFTOVER}{path.name}-*"):
+    for leftover in _leftovers(path, r"[a-z0-9_]{8}|old-\d+"):
         shutil.rmtree(leftover, ignore_errors=True)
     return path
+
+
+def _leftovers(path: Path, ending: str) -> list[Path]:
+    """What crashed runs left beside this output (not what a run for `NAME-2` is writing beside output `NAME`)."""
+    pattern = re.compile(rf"{re.escape(_LEFTOVER + path.name)}-(?:{ending})")
+    return [other for other in path.parent.glob(f"{_LEFTOVER}*") if pattern.fullmatch(other.name)]
+
+
+def _restore(path: Path) -> None:
+    """A run killed between the two renames of `_publish` left the older output under a temporary name."""
+    for old in _leftovers(path, r"old-\d+") if not path.exists() else []:
+        with contextlib.suppress(OSError):  # another rank was faster
+            os.rename(old, path)
 
 
 @contextlib.contextmanager
@@ -84,7 +100,12 @@ def _publish(made: Path, destination: Path) -> None:
     if destination.exists():
         old = destination.with_name(f"{_LEFTOVER}{destination.name}-old-{os.getpid()}")
         os.rename(destination, old)
-    os.rename(made, destination)
+    try:
+        os.rename(made, destination)
+    except OSError:
+        if old:
+            os.rename(old, destination)
+        raise
     if old:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -101,9 +122,10 @@ def write_checkpoint(
     try:
         model.save_pretrained(folder, state_dict=dict(state), max_shard_size=f"{max_shard_gib}GB")
         processor.save_pretrained(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free
-        raise UserError(f"writing {folder} failed: {error.strerror or error}; {free:,} bytes are free") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"writing {folder} failed: {reason}; {free:,} bytes are free") from None
 
 
 @dataclass(frozen=True)

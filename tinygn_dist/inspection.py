@@ -13,7 +13,7 @@ from rich.table import Table
 from tinygn_dist import calibration, load
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
-from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig
+from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, make
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
@@ -106,16 +106,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Quality on held-out text, size and speed of any checkpoint, on the same rows as its report where it has one."""
     backend = make_backend(DistributedConfig())
     options = _model(arguments)
-    report = Report.read(Path(arguments.model)) if (Path(arguments.model) / REPORT_FILE).is_file() else None
-    recipe = report.recipe if report else {}
-    data = DataConfig(**recipe.get("data", {}))
+    recipe = _recipe(Path(arguments.model))
+    asked = dict(recipe.get("data", {}))
     if arguments.data:
-        data = data.model_copy(update={"name": arguments.data, "evaluation": arguments.data, "column": None})
+        asked |= {"name": arguments.data, "evaluation": arguments.data, "column": None}
+    asked |= {k: v for k, v in (("eval_samples", arguments.samples), ("seq_len", arguments.seq_len)) if v is not None}
+    data = make(DataConfig, asked)
     if data.name == "self":
         raise UserError("the model was evaluated on text it wrote itself; name a dataset with --data")
-    data = data.model_copy(
-        update={k: v for k, v in (("eval_samples", arguments.samples), ("seq_len", arguments.seq_len)) if v}
-    )
     source = load.find_model(options)
     if source.task == "feature-extraction":
         raise UserError(
@@ -164,11 +162,18 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     console.print(f"on {told['sequences']} sequences of {told.get('source', 'the dataset')}", soft_wrap=True)
 
 
+def _recipe(folder: Path) -> dict[str, Any]:
+    """What the report in a folder was made with; nothing where there is none."""
+    if not (folder / REPORT_FILE).is_file():
+        return {}
+    try:
+        return Report.read(folder).recipe
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder / REPORT_FILE} cannot be read ({error}); delete it and name the dataset with --data"
+        ) from None
+
+
 def _model(arguments: argparse.Namespace) -> ModelConfig:
-    return ModelConfig(
-        name=arguments.model,
-        revision=arguments.revision,
-        task=arguments.task,
-        trust_remote_code=arguments.trust_remote_code,
-        dtype=getattr(arguments, "dtype", "auto"),
-    )
+    asked = {key: getattr(arguments, key) for key in ("revision", "task", "trust_remote_code")}
+    return make(ModelConfig, asked | {"name": arguments.model, "dtype": getattr(arguments, "dtype", "auto")})

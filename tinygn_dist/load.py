@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -114,7 +115,7 @@ def load_model(source: Source) -> nn.Module:
         model, info = _CLASSES[source.task].from_pretrained(
             source.path, dtype=dtype, output_loading_info=True, **source.load_options
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(_explain(source.options.name, error)) from None
     missing = sorted(info["missing_keys"])
     if missing:
@@ -135,7 +136,7 @@ def load_processor(source: Source) -> Any:
     loader = AutoImageProcessor if source.task == "image-classification" else AutoTokenizer
     try:
         return loader.from_pretrained(source.path, **source.load_options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"{source.options.name} has no readable tokenizer or processor: {_first_line(error)}") from None
 
 

@@ -326,11 +326,13 @@ def test_what_a_killed_run_left_is_cleared_away_but_never_the_only_copy(compress
     out = tmp_path / "out"
     assert compress(saved_model("llama"), out, *CHANNELS).code == 0
     before = files_of(out)
-    (tmp_path / ".partial-out-abc").mkdir()
+    (tmp_path / ".partial-out-abcdefgh").mkdir()
     os.rename(out, tmp_path / ".partial-out-old-123")
     done = compress(saved_model("llama"), out, *PATTERNS["layers"])
     assert done.code == 2 and "not empty" in done.told
     assert files_of(out) == before
+    done = compress(saved_model("llama"), out, *PATTERNS["layers"], "--overwrite")
+    assert done.code == 0 and [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
 # -- several processes -----------------------------------------------------------------------------------------------------
@@ -488,6 +490,31 @@ def test_evaluate_on_another_dataset(tinygn, saved_model, text_file: Path):
     assert figures["perplexity"] > 1 and len(stored(saved_model("llama"))) == 30
 
 
-def test_evaluate_refuses_impossible_sizes(tinygn, saved_model):
-    assert "seq" in tinygn("evaluate", saved_model("llama"), "--seq-len", 1, "--no-latency").told
-    assert "sample" in tinygn("evaluate", saved_model("llama"), "--samples", -3, "--no-latency").told
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (("--seq-len", 1), "seq_len"),
+        (("--samples", -3), "eval_samples"),
+        (("--samples", 0), "eval_samples"),
+        (("--task", "chat"), "task"),
+        (("--dtype", "int8"), "dtype"),
+    ],
+)
+def test_evaluate_refuses_impossible_values(tinygn, saved_model, words: tuple, part: str):
+    done = tinygn("evaluate", saved_model("llama"), *words, "--no-latency")
+    assert done.code == 2 and part in done.told
+
+
+def test_evaluate_with_a_broken_report(tinygn, saved_model, tmp_path: Path):
+    model = changed(saved_model("llama"), tmp_path / "model")
+    for content in ("{", '{"surplus": 1}'):
+        (model / "tinygn_report.json").write_text(content, encoding="utf-8")
+        assert "tinygn_report.json cannot be read" in tinygn("evaluate", model, "--no-latency").told
+
+
+def test_a_neighbour_that_is_still_being_written_is_left_alone(compress, saved_model, tmp_path: Path):
+    """Two jobs side by side, for `out` and `out-2`: the first must not clear away the draft of the second."""
+    (tmp_path / ".partial-out-2-abcdefgh").mkdir()
+    (tmp_path / ".partial-out-deadbeef").mkdir()
+    assert compress(saved_model("llama"), tmp_path / "out", *CHANNELS).code == 0
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".partial-out-2-abcdefgh", "out"]
