@@ -171,10 +171,11 @@ def test_solver_counts_are_exact(moe, allocation):
     targets = moe.anatomy.targets
     kept = sparsify(moe, targets, options).kept(moe.backend)
     reached = [target for target in targets if target.index != 3]
-    total = sum(target.numel for target in reached)
-    assert sum(kept[target.name] for target in reached) == total - round(0.6 * total)
     if allocation == 0:
-        assert all(abs(kept[target.name] - 0.4 * target.numel) <= 1 for target in targets)
+        assert all(kept[target.name] == target.numel - round(0.6 * target.numel) for target in targets)
+    else:
+        total = sum(target.numel for target in reached)
+        assert sum(kept[target.name] for target in reached) == total - round(0.6 * total)
     for target in set(targets) - set(reached):
         assert kept[target.name] == target.numel - round(0.6 * target.numel)
 
