@@ -23,9 +23,9 @@ from tinygn_dist.families import Family, Part, family_of, fixed_units, supported
 class Target:
     """A weight matrix that can be masked.
 
-    `parameter` is its parameter's name without wrapper prefixes, `module` the module that holds it, `shape` is (out, in)
-    whatever the storage, `input_dim` the storage dim along which inputs lie (1 for Linear, 0 for GPT-2's Conv1D).
-    `index` is None where the matrix is the whole parameter, else which matrix of a 3-D parameter (an expert).
+    `parameter` is its parameter's name without wrapper prefixes, `module` the module that holds it, `shape` is
+    (out, in) whatever the storage, `input_dim` the storage dim along which inputs lie (1 for Linear, 0 for GPT-2's
+    Conv1D). `index` is None where the matrix is the whole parameter, else which matrix of a 3-D parameter (an expert).
     """
 
     parameter: str

@@ -51,7 +51,7 @@ class Mix:
     experts: int = 0
 
     def __str__(self) -> str:
-        """Such as `2 layers, 1 KV group and 64 channels of each other`."""
+        """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
         inner = ((self.heads, "KV groups"), (self.channels, "channels"), (self.experts, "experts"))
         told = [f"{self.layers} layers"] if self.layers else []
         return ", ".join(told + [f"{number} {name} of each layer" for number, name in inner if number]) or "nothing"

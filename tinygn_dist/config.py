@@ -91,16 +91,16 @@ class PruneConfig(Section):
     criterion: Literal[
         "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
     ] = "auto"
-    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a layer
-    has more than 64 experts)"""
+    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
+    layer has more than 64 experts)"""
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
     allocation: float = Field(0.5, ge=0, le=1)
-    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
-    the saliency in units of loss (1)"""
+    """criterion obs with backprop and scope auto or global: how far layers' budgets go from the same share everywhere
+    (0) to one global cut of the saliency in units of loss (1)"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
     targets: tuple[str, ...] = (".*",)

@@ -130,8 +130,8 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Disk:
-    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the names
-    of those that are matrices or stacks of them."""
+    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the
+    names of those that are matrices or stacks of them."""
 
     bytes: int
     num_params: int

@@ -44,8 +44,8 @@ class UnitScores:
 def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: InputMoments | None) -> UnitScores:
     """Scores of every kind of which `most` removes some.
 
-    auto: removal probes for layers, heads and experts, the solver's own saliency for channels. moments: unreduced Gram matrices
-    of the groups' outputs, read by the criteria activation and removal of channels.
+    auto: removal probes for layers, heads and experts, the solver's own saliency for channels. moments: unreduced Gram
+    matrices of the groups' outputs, read by the criteria activation and removal of channels.
     """
     scores = UnitScores()
     if most.layers:
@@ -161,7 +161,7 @@ def _removal(
     options: PruneConfig,
     moments: InputMoments | None,
 ) -> list[torch.Tensor]:
-    """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside a block."""
+    """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside."""
     if groups[0].num_units <= MANY or groups[0].router:
         blocks = [list(torch.arange(group.num_units).split(1)) for group in groups]
     else:

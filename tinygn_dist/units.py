@@ -29,6 +29,7 @@ from tinygn_dist.solve import least_squares
 from tinygn_dist.unit_scores import UnitScores, score_units
 
 log = logging.getLogger(__name__)
+_ROUTED = "{} stay, as many as the router chooses for each token"
 INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
 
 
@@ -74,7 +75,7 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     """The mixes that reach the asked sparsity. UserError, before weights load, when none does."""
     kinds, sizes = options.unit_kinds, unit_sizes(anatomy)
     if options.pattern in anatomy.fixed:
-        others = [kind for kind in UNIT_KINDS if kind not in anatomy.fixed]
+        others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
         )
@@ -101,8 +102,9 @@ def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
         there, asked = getattr(sizes, kind), getattr(mix, kind)
         if asked and (kind not in options.unit_kinds or asked > sizes.most(kind)):
             raise UserError(
-                f"prune.counts asks {asked} {kind} to go, pattern {options.pattern} of this model can remove "
-                f"{sizes.most(kind) if kind in options.unit_kinds else 0} of {there} ({_told(sizes)}); ask for fewer"
+                f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which "
+                f"{_ROUTED.format(sizes.least_experts) if kind == 'experts' else 'one stays'}, and pattern "
+                f"{options.pattern} removes {', '.join(options.unit_kinds)}"
             )
     return mix
 
@@ -110,7 +112,7 @@ def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
 def _told(sizes: UnitSizes) -> str:
     told = f"layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each stays"
     if sizes.experts:
-        told += f", and {sizes.least_experts} of {sizes.experts} experts, as many as the router chooses for each token"
+        told += f"; of {sizes.experts} experts {_ROUTED.format(sizes.least_experts)}"
     return told
 
 
@@ -125,7 +127,8 @@ class Trial:
 def remove_units(
     setting: Setting, candidates: Sequence[Mix], options: PruneConfig
 ) -> tuple[KeptUnits, UnitScores, list[Trial]]:
-    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out.
+    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
+    and experts are only named: no value of their weights is the same as their absence).
 
     Returns what stays, the scores with their standard errors, and every mix that was measured.
     """

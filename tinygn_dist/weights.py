@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from tinygn_dist.threshold import kth_largest
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row"}  # as published; elsewhere a weight matrix is the group
+WITHOUT_DATA = ("magnitude", "random")
 
 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
@@ -41,8 +42,8 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
 def _choose(
     setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
 ) -> dict[str, torch.Tensor]:
-    """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the whole
-    model competes, scores of another scale would empty them or spare them."""
+    """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the
+    whole model competes, scores of another scale would empty them or spare them."""
 
     def masks(among: Sequence[Target], within: str) -> dict[str, torch.Tensor]:
         return choose_masks(
@@ -56,13 +57,13 @@ def _choose(
         )
 
     scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
-    alone = _unreached(setting, targets, scores)
-    _warn_unreached(alone)
-    for target in alone:
-        scores[target.name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
-    if not alone or scope != "global":
-        return masks(targets, scope)
-    return masks([target for target in targets if target not in alone], scope) | masks(alone, "layer")
+    alone = {} if criterion in WITHOUT_DATA else {t.name: t for t in _unreached(setting, targets, scores)}
+    _warn_unreached(alone.values())
+    for name, target in alone.items():
+        scores[name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
+    together = [target for target in targets if scope != "global" or target.name not in alone]
+    apart = list(alone.values()) if scope == "global" else []
+    return {k: m for among, s in ((together, scope), (apart, "layer")) if among for k, m in masks(among, s).items()}
 
 
 def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: int) -> dict[str, torch.Tensor]:
@@ -95,28 +96,32 @@ def _unreached(setting: Setting, targets: Sequence[Target], scores: dict[str, to
     return [target for target, count in zip(experts, nonzero, strict=True) if count == 0]
 
 
-def _warn_unreached(targets: Sequence[Target]) -> None:
-    for module in dict.fromkeys(target.module for target in targets):
-        never = sorted({target.index for target in targets if target.module == module})
+def _warn_unreached(targets: Iterable[Target]) -> None:
+    unreached: dict[str, set[int]] = {}
+    for target in targets:
+        unreached.setdefault(target.module, set()).add(target.index)
+    for module, experts in unreached.items():
+        never = sorted(experts)
         log.warning("no calibration token reached experts %s of %s: they are pruned by magnitude", never, module)
 
 
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver; whole rows of each target are solved by one rank."""
-    backend, aware = setting.backend, loss_aware(options, targets)
+    backend, aware = setting.backend, loss_aware(options)
     jobs = (
-        loss_jobs(targets, loss_moments(setting, [target.module for target in targets]))
+        loss_jobs(targets, loss_moments(setting, targets))
         if aware
         else input_jobs(targets, input_moments(setting, targets, full=True))
     )
     backend.sum_for_jobs(jobs)
     pruned = {target.name: _num_pruned(target, options) for target in targets}
-    if aware and options.allocation > 0:
-        pruned = _allocate(setting, targets, jobs, options)
+    if aware and options.allocation > 0 and options.scope in ("auto", "global"):
+        pruned |= _allocate(setting, targets, jobs, options)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
-        if job.targets[0].index is not None and not hessian.any():  # with the identity the solver keeps the largest
+        unreached = _is_unreached(job)
+        if unreached:  # with the identity the solver keeps the largest
             hessian = torch.eye(len(hessian), device=hessian.device)
             _warn_unreached(job.targets)
         for target, weight in zip(job.targets, weights, strict=True):
@@ -126,7 +131,7 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
                 pruned[target.name],
                 nm=options.nm,
                 per_row=options.scope == "row",
-                row_energy=_row_factor(job) if aware else None,
+                row_energy=_row_factor(job) if aware and not unreached else None,
                 damping=options.damping,
             )
             if solved.damping > options.damping:
@@ -137,20 +142,19 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
     return backend.map_targets(setting.model, jobs, solve)
 
 
-def loss_aware(options: PruneConfig, targets: Sequence[Target]) -> bool:
+def loss_aware(options: PruneConfig) -> bool:
     """Whether the solver weighs tokens and rows by gradient energy. Not for N:M: rows do not compete there, and token
-    weights made 2:4 worse on SmolLM2-135M. Not for fused experts, whose outputs are not seen one by one."""
-    fused = any(target.index is not None for target in targets)
-    return options.estimator != "finite-difference" and options.nm is None and not fused
+    weights made 2:4 worse on SmolLM2-135M."""
+    return options.estimator != "finite-difference" and options.nm is None
 
 
 def _allocate(setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig) -> dict[str, int]:
     """How many entries of each target go: `allocation` of the way from the same share everywhere to one global cut of
-    the saliency in units of loss."""
+    the saliency in units of loss. Experts that no token reached have no saliency and are not in it."""
     backend, held = setting.backend, {}
 
     def look(job: Job, weights: list[torch.Tensor]) -> None:
-        for target, weight in zip(job.targets, weights, strict=True):
+        for target, weight in zip(job.targets, weights, strict=True) if not _is_unreached(job) else ():
             held[target.name] = (
                 obs.saliency(weight, job.moments[0].float(), options.damping) * _row_factor(job)[:, None]
             )
@@ -160,12 +164,20 @@ def _allocate(setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], 
         return tensor
 
     backend.look_at_targets(setting.model, jobs, look)
+    competing = over_owners(torch.tensor([int(target.name in held) for target in targets])).tolist()
+    targets = [target for target, competes in zip(targets, competing, strict=True) if competes]
     sizes = [target.numel for target in targets]
     keep = num_kept(sum(sizes), options.sparsity)
     threshold, _ = kth_largest(list(held.values()), keep, over_owners)
+    if threshold is None:  # all or nothing goes
+        return {target.name: _num_pruned(target, options) for target in targets}
     below = torch.tensor([int((held[t.name] < threshold).sum()) if t.name in held else 0 for t in targets])
     pruned = blend(sum(sizes) - keep, sizes, over_owners(below).tolist(), options.allocation)
     return {target.name: count for target, count in zip(targets, pruned, strict=True)}
+
+
+def _is_unreached(job: Job) -> bool:
+    return job.targets[0].index is not None and not job.moments[0].any()
 
 
 def _row_factor(job: Job) -> torch.Tensor:
@@ -189,7 +201,7 @@ def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
 
 def loss_jobs(targets: Sequence[Target], found: LossMoments) -> list[Job]:
     """One job per target: its token-weighted Hessian and the energy of its rows."""
-    return [Job((t,), [found.gram.pop(t.module), found.rows.pop(t.module)], _solve_cost([t])) for t in targets]
+    return [Job((t,), [found.gram.pop(t.name), found.rows.pop(t.name)], _solve_cost([t])) for t in targets]
 
 
 def _solve_cost(targets: Sequence[Target]) -> float:

@@ -221,15 +221,10 @@ def test_input_moments_are_x_t_x_without_padding(settings, family: str, full: bo
 def test_layers_that_read_the_same_tensor_share_one_sum(settings):
     setting = settings("llama")
     found = input_moments(setting, setting.anatomy.targets, full=True)
+    of = {target.module.removeprefix("model.layers.0."): found.of(target) for target in setting.anatomy.targets}
     assert len(found.moments.names()) == 3 * 4  # q=k=v, o, gate=up, down of three layers
-    assert (
-        found.source_of["model.layers.0.self_attn.v_proj.weight"]
-        == found.source_of["model.layers.0.self_attn.q_proj.weight"]
-    )
-    assert (
-        found.source_of["model.layers.0.mlp.up_proj.weight"]
-        != found.source_of["model.layers.0.self_attn.q_proj.weight"]
-    )
+    assert of["self_attn.v_proj"] == of["self_attn.q_proj"]
+    assert of["mlp.up_proj"] != of["self_attn.q_proj"]
 
 
 @pytest.mark.parametrize("family", ALL)

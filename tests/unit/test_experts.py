@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from tests.unit.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_setting, on_meta, shrunk
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.unit.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_setting, on_meta, shrunk
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.budget import mixes
@@ -19,6 +19,7 @@ from tinygn_dist.config import PruneConfig, load_config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import input_moments
 from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
+from tinygn_dist.estimate.energy import loss_moments
 from tinygn_dist.estimate.experts import ExpertObserver, output_mass
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.probes import Probe, gate_derivatives
@@ -122,6 +123,63 @@ def test_expert_gradients(moe):
         torch.testing.assert_close(found.rounded(name), squares)
 
 
+def test_expert_loss_moments(moe):
+    """Against gradients that torch keeps for us, in a plain forward of the last layer's experts."""
+    path = moe.anatomy.of_kind("experts")[-1].output
+    experts, kept = moe.model.get_submodule(path), []
+
+    def plain(hidden, chosen, weights):
+        out = torch.zeros_like(hidden)
+        for expert in range(EXPERTS):
+            tokens, slot = torch.where(chosen == expert)
+            x = hidden[tokens]
+            for leaf in ("gate_up_proj", "down_proj"):
+                matrix = getattr(experts, leaf)[expert]
+                y = x @ (matrix if experts.is_transposed else matrix.t())
+                y = y + getattr(experts, f"{leaf}_bias")[expert] if experts.has_bias else y
+                y.retain_grad()
+                kept.append((f"{path}.{leaf}[{expert}]", tokens, x, y))
+                x = experts._apply_gate(y) if leaf == "gate_up_proj" else y
+            out.index_add_(0, tokens, x * weights[tokens, slot][:, None])
+        return out
+
+    found = loss_moments(moe, [target for target in moe.anatomy.targets if target.module == path])
+    sums: dict[str, list[torch.Tensor]] = {}
+    experts.forward = plain
+    for batch in moe.batches:
+        kept.clear()
+        moe.objective(moe.model, batch).total.sum().backward()
+        real = batch["attention_mask"].flatten().bool()
+        for name, tokens, x, y in kept:
+            x, dy = x.detach()[real[tokens]], y.grad[real[tokens]]
+            gram, rows = sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
+            sums[name] = [
+                gram + (x * dy.square().mean(1, keepdim=True)).t() @ x,
+                rows + dy.square().t() @ x.square().sum(1),
+            ]
+    del experts.forward
+    assert len(sums) == 2 * EXPERTS
+    for name, (gram, rows) in sums.items():
+        close(found.gram.rounded(name), gram)
+        close(found.rows.rounded(name), rows)
+
+
+@pytest.mark.parametrize("allocation", [0.0, 0.5])
+def test_solver_counts_are_exact(moe, allocation):
+    starve_(moe, expert=3)
+    options = PruneConfig(pattern="unstructured", sparsity=0.6, allocation=allocation)
+    targets = moe.anatomy.targets
+    kept = sparsify(moe, targets, options).kept(moe.backend)
+    reached = [target for target in targets if target.index != 3]
+    if allocation == 0:
+        assert all(kept[t.name] == t.numel - round(0.6 * t.numel) for t in targets)
+    else:
+        total = sum(target.numel for target in reached)
+        assert sum(kept[target.name] for target in reached) == total - round(0.6 * total)
+    for target in set(targets) - set(reached):
+        assert kept[target.name] == target.numel - round(0.6 * target.numel)
+
+
 def test_wanda_weighs_each_expert_by_its_own_inputs(moe):
     group, seen = moe.anatomy.of_kind("experts")[-1], {}
     targets = [target for target in moe.anatomy.targets if target.module == group.output]
@@ -192,9 +250,11 @@ def test_units_tries_mixes_with_experts(backend):
 
 def test_fewer_experts_than_the_router_chooses(backend):
     anatomy = on_meta("qwen3_moe")
-    with pytest.raises(UserError, match="2 of 5 experts, as many as the router chooses"):
+    with pytest.raises(
+        UserError, match="asks 4 experts to go, the model has 5 .* of which 2 stay, as many as the router"
+    ):
         plan_mixes(anatomy, PruneConfig(pattern="experts", counts={"experts": 4}))
-    with pytest.raises(UserError, match="2 of 5 experts, as many as the router chooses"):
+    with pytest.raises(UserError, match="of 5 experts 2 stay, as many as the router chooses"):
         plan_mixes(anatomy, PruneConfig(pattern="experts", sparsity=0.75))
     largest = max(mixes(unit_sizes(anatomy), 0.3, ("experts",), 64))
     assert 0 < largest.experts <= EXPERTS - TOP_K

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
 from tests.unit.family_cases import (
     CASES,
     LAYERS,
@@ -20,10 +24,6 @@ from tests.unit.family_cases import (
     removable,
     shrunk,
 )
-from torch import nn
-from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
-
 from tinygn_dist import compress
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.replicated import Replicated

@@ -47,7 +47,8 @@ class Shard:
     """This rank's piece of a target.
 
     weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened target *as
-    stored* (which `target.start` places in a parameter that holds several). grad: same shape, or None. Masks of a target have this shape on each rank.
+    stored* (which `target.start` places in a parameter that holds several). grad: same shape, or None. Masks of a
+    target have this shape on each rank.
     """
 
     weight: torch.Tensor

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinygn_dist.anatomy import Target
 from tinygn_dist.estimate.backprop import gradients_of
+from tinygn_dist.estimate.experts import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments
@@ -24,7 +26,7 @@ from tinygn_dist.objective import Batch, real_tokens
 
 @dataclass
 class LossMoments:
-    """This rank's sums, not yet reduced, by module path.
+    """This rank's sums, not yet reduced, by target name.
 
     gram: (in, in) sum_t s_t x_t x_t^T. rows: (out,) sum_t dy_to^2 |x_t|^2. num_tokens: (1,) fp64 tokens of the loss.
     """
@@ -34,14 +36,13 @@ class LossMoments:
     num_tokens: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
 
 
-def loss_moments(setting: Setting, modules: Sequence[str]) -> LossMoments:
+def loss_moments(setting: Setting, targets: Sequence[Target]) -> LossMoments:
     """Sums over this rank's batches by one backward pass per micro-batch, without any weight gradient."""
     found = LossMoments()
-    for name in modules:
-        module = setting.bare.get_submodule(name)
-        out, num_inputs = _sizes(module)
-        found.gram.reserve(name, (num_inputs, num_inputs), setting.backend.device)
-        found.rows.reserve(name, (out,), setting.backend.device)
+    for target in targets:
+        out, num_inputs = target.shape
+        found.gram.reserve(target.name, (num_inputs, num_inputs), setting.backend.device)
+        found.rows.reserve(target.name, (out,), setting.backend.device)
     inputs: dict[str, torch.Tensor] = {}
     mask: list[torch.Tensor | None] = [None]
 
@@ -52,8 +53,19 @@ def loss_moments(setting: Setting, modules: Sequence[str]) -> LossMoments:
 
         return Observer(seen, output=True)
 
+    def fused(module: str) -> ExpertGradients:
+        def seen(leaf: str, expert: int, x: torch.Tensor, dy: torch.Tensor, tokens: torch.Tensor) -> None:
+            name = f"{module}.{leaf}[{expert}]"
+            if name in found.gram:
+                _add(found, name, x, dy, None if mask[0] is None else mask[0][tokens])
+
+        return ExpertGradients(seen)
+
     mine = setting.backend.share(setting.batches)
-    hooks = [(setting.bare.get_submodule(name), observer(name)) for name in modules]
+    hooks = [
+        (setting.bare.get_submodule(module), observer(target.name) if target.index is None else fused(module))
+        for module, target in {target.module: target for target in targets}.items()
+    ]
     hooks.append((setting.bare.get_input_embeddings(), _StartOfGraph()))
     with gradients_of(setting.bare, ()), attached(hooks), setting.progress.bar("gradient energy", len(mine)) as advance:
         for batch, real in mine:
@@ -88,9 +100,3 @@ def _add(found: LossMoments, name: str, hidden: torch.Tensor, grad: torch.Tensor
     squared = dy.square()
     found.gram.add(name, (x * squared.mean(1, keepdim=True)).t() @ x)
     found.rows.add(name, squared.t() @ x.square().sum(1))
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
-    return module.weight.shape[1], module.weight.shape[0]

@@ -42,14 +42,42 @@ class ExpertObserver(ModelHook):
         return args, kwargs
 
 
+class ExpertGradients(ModelHook):
+    """Calls `seen(expert's matrix, what it read, gradient at its output, positions of both)` for every matrix of every
+    expert, as the backward pass comes to the module. seen: (name of the parameter, expert, (n, in), (n, out), (n,))."""
+
+    def __init__(self, seen: Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+        self.seen = seen
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        self._read = [tensor.detach() for tensor in args]
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        read, self._read = self._read, None
+        output.register_hook(lambda grad: self._tell(module, read, grad))
+        return output
+
+    def _tell(self, module: nn.Module, read: list[torch.Tensor], grad: torch.Tensor) -> None:
+        first, second = expert_weights(module)
+        for routed in _routed(module, *read):
+            with torch.enable_grad():
+                up = _product(module, first, routed.expert, routed.rows).detach().requires_grad_()
+                down = _product(module, second, routed.expert, _activated(module, up))
+                out = _normed(module, down)
+            back = routed.weights[:, None] * grad[routed.tokens]
+            d_up, d_down = torch.autograd.grad(out, (up, down), back.to(out.dtype))
+            self.seen(first, routed.expert, routed.rows, d_up, routed.tokens)
+            self.seen(second, routed.expert, routed.inner, d_down, routed.tokens)
+
+
 def _routed(module: nn.Module, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> Iterator[Routed]:
     """hidden: (tokens, hidden). chosen, weights: (tokens, top k)."""
     first, _ = expert_weights(module)
     for expert in range(module.num_experts):
         tokens, slot = torch.where(chosen == expert)
         rows = hidden[tokens]
-        inner = _product(module, first, expert, rows)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        inner = _activated(module, _product(module, first, expert, rows))
         yield Routed(expert, tokens, weights[tokens, slot], rows, inner)
 
 
@@ -57,6 +85,14 @@ def _product(module: nn.Module, leaf: str, expert: int, rows: torch.Tensor) -> t
     weight = getattr(module, leaf)[expert]
     out = rows @ (weight if module.is_transposed else weight.t())
     return out + getattr(module, f"{leaf}_bias")[expert] if module.has_bias else out
+
+
+def _activated(module: nn.Module, up: torch.Tensor) -> torch.Tensor:
+    return module._apply_gate(up) if module.has_gate else module.act_fn(up)
+
+
+def _normed(module: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out
 
 
 def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -70,8 +106,7 @@ def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[tor
 
     def observer(module: nn.Module, index: int) -> ExpertObserver:
         def seen(routed: Routed) -> None:
-            out = _product(module, "down_proj", routed.expert, routed.inner)
-            out = module.post_expert_norm(out) if module.has_post_expert_norm else out
+            out = _normed(module, _product(module, "down_proj", routed.expert, routed.inner))
             added.append((index, routed.expert, routed.tokens, routed.weights.abs() * out.norm(dim=-1)))
 
         return ExpertObserver(seen)
