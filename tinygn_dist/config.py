@@ -99,8 +99,10 @@ class PruneConfig(Section):
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
     allocation: float = Field(0.5, ge=0, le=1)
-    """criterion obs with backprop and scope auto or global: how far layers' budgets go from the same share everywhere
-    (0) to one global cut of the saliency in units of loss (1)"""
+    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
+    the saliency in units of loss (1)"""
+    refine: int = Field(8, ge=0)
+    """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
     targets: tuple[str, ...] = (".*",)

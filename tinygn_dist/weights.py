@@ -19,7 +19,7 @@ from tinygn_dist.estimate.energy import LossMoments, loss_moments
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
 from tinygn_dist.selection import choose_masks
-from tinygn_dist.solve import obs
+from tinygn_dist.solve import least_squares, obs
 from tinygn_dist.threshold import kth_largest
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,9 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
     )
     backend.sum_for_jobs(jobs)
     pruned = {target.name: _num_pruned(target, options) for target in targets}
-    if aware and options.allocation > 0 and options.scope in ("auto", "global"):
-        pruned |= _allocate(setting, targets, jobs, options)
+    if aware and options.scope in ("auto", "global"):
+        share = 1.0 if options.scope == "global" else options.allocation
+        pruned |= _allocate(setting, targets, jobs, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
@@ -136,7 +137,10 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
             )
             if solved.damping > options.damping:
                 log.warning("%s: damping raised to %g to factorise its Hessian", target.name, solved.damping)
-            results.append((solved.weight, solved.keep))
+            fitted = least_squares.refit_masked(
+                weight, solved.weight, solved.keep, hessian, options.refine, solved.damping
+            )
+            results.append((fitted, solved.keep))
         return results
 
     return backend.map_targets(setting.model, jobs, solve)
@@ -148,8 +152,10 @@ def loss_aware(options: PruneConfig) -> bool:
     return options.estimator != "finite-difference" and options.nm is None
 
 
-def _allocate(setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig) -> dict[str, int]:
-    """How many entries of each target go: `allocation` of the way from the same share everywhere to one global cut of
+def _allocate(
+    setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
+) -> dict[str, int]:
+    """How many entries of each target go: `share` of the way from the same share everywhere to one global cut of
     the saliency in units of loss. Experts that no token reached have no saliency and are not in it."""
     backend, held = setting.backend, {}
 
@@ -169,10 +175,10 @@ def _allocate(setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], 
     sizes = [target.numel for target in targets]
     keep = num_kept(sum(sizes), options.sparsity)
     threshold, _ = kth_largest(list(held.values()), keep, over_owners)
-    if threshold is None:  # all or nothing goes
-        return {target.name: _num_pruned(target, options) for target in targets}
+    if threshold is None:  # nothing goes
+        return {}
     below = torch.tensor([int((held[t.name] < threshold).sum()) if t.name in held else 0 for t in targets])
-    pruned = blend(sum(sizes) - keep, sizes, over_owners(below).tolist(), options.allocation)
+    pruned = blend(sum(sizes) - keep, sizes, over_owners(below).tolist(), share)
     return {target.name: count for target, count in zip(targets, pruned, strict=True)}
 
 

@@ -98,3 +98,25 @@ def test_the_choice_is_close_to_the_best_of_all_choices():
 
 def test_unit_columns():
     assert least_squares.unit_columns(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+
+
+def test_refit_masked_reaches_the_best_kept_weights_row_by_row():
+    """Against the normal equations of each row; the error falls from one iteration to the next."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, weight = torch.randn(200, 12, generator=generator), torch.randn(7, 12, generator=generator)
+    gram, keep = inputs.t() @ inputs, torch.rand(7, 12, generator=generator) > 0.5
+    start = weight * keep
+    solid = gram + torch.diag(torch.full((12,), 1e-4 * float(gram.diagonal().mean())))
+
+    def error(values: torch.Tensor) -> float:
+        away = weight - values
+        return float(((away @ solid) * away).sum())
+
+    errors = [error(least_squares.refit_masked(weight, start, keep, gram, n, 1e-4)) for n in range(13)]
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(errors, errors[1:], strict=False))
+    fitted = least_squares.refit_masked(weight, start, keep, gram, 12, 1e-4)
+    assert torch.equal(fitted == 0, ~keep)
+    for row in range(7):
+        kept = keep[row].nonzero()[:, 0]
+        best = torch.linalg.solve(solid[kept][:, kept].double(), (solid[kept] @ weight[row]).double())
+        torch.testing.assert_close(fitted[row, kept].double(), best, rtol=1e-4, atol=1e-4)

@@ -204,8 +204,8 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
 def test_masks_without_gradients_need_no_backward(backend, no_backward, criterion: str, pattern: str):
     setting = tiny.setting("llama", backend)
     targets = setting.anatomy.targets
-    options = PruneConfig(pattern=pattern, sparsity=0.5, criterion=criterion, estimator="finite-difference")
-    masks = sparsify(setting, targets, options)
+    asked = PruneConfig(pattern=pattern, sparsity=0.5, criterion=criterion, estimator="finite-difference")
+    masks = sparsify(setting, targets, asked)
     assert masks.violations(setting.model, backend) == 0
     for target in targets:
         weight, keep = setting.model.get_parameter(target.name), masks.by_name[target.name]
