@@ -115,8 +115,8 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
     )
     backend.sum_for_jobs(jobs)
     pruned = {target.name: _num_pruned(target, options) for target in targets}
-    if aware and options.scope in ("auto", "global"):
-        share = 1.0 if options.scope == "global" else options.allocation
+    share = {"auto": options.allocation, "global": 1.0}.get(options.scope, 0.0)
+    if aware and share > 0:
         pruned |= _allocate(setting, targets, jobs, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
