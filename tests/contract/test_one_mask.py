@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import plain, tiny
 from tests.ranks import Ranks
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig
 from tinygn_dist.masking import Masks
 from tinygn_dist.progress import Progress
-from tinygn_dist.recover import recover
+from tinygn_dist.recover import _one_step, recover
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
 
@@ -228,3 +228,29 @@ def test_recovery_is_the_same_training_at_every_world_size(ranks: Ranks, clip_no
         for name, weight in state.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-4)
     assert wanted.last_loss < wanted.first_loss or clip_norm < 1
+
+
+def _one_sgd_step(backend: Backend) -> dict[str, torch.Tensor]:
+    setting = tiny.setting("llama", backend)
+    optimizer = torch.optim.SGD(setting.bare.parameters(), lr=0.1)
+    model, optimizer = backend.prepare(setting.bare, optimizer)
+    options = RecoverConfig(steps=1, batch_size=4, distill=0.0, clip_norm=1e9)
+    _one_step(model, None, "causal-lm", _uneven_rows(), optimizer, options, backend)
+    return backend.full_state(model)
+
+
+def _uneven_rows() -> list[dict[str, torch.Tensor]]:
+    rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 4, padded=False)]
+    return [{k: v[:, : 4 + 2 * i] for k, v in row.items()} for i, row in enumerate(rows)]
+
+
+def test_one_step_follows_the_gradient_of_the_mean_loss_per_token(ranks: Ranks):
+    """Plain SGD shows the size of the gradient, which Adam hides: neither a mean of means nor a factor of the number
+    of ranks."""
+    plain_model, rows = tiny.build("llama"), _uneven_rows()
+    losses = [plain.loss(plain_model, row, "llama") for row in rows]
+    (sum(x.total.sum() for x in losses) / sum(int(x.count.sum()) for x in losses)).backward()
+    for state in ranks.call(_one_sgd_step):
+        for name, parameter in plain_model.named_parameters():
+            wanted = (parameter - 0.1 * parameter.grad).detach()
+            torch.testing.assert_close(state[name], wanted, rtol=1e-4, atol=1e-6)

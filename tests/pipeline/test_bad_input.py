@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,10 +80,18 @@ def test_heads_that_cannot_be_cut(compress, no_loading, saved_model, tmp_path: P
 
 
 def test_a_family_that_is_not_known_is_refused_with_those_that_are(compress, no_loading, tmp_path: Path):
-    config = hf.GPTJConfig(vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+    config = hf.BioGptConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
     model = save(hf.AutoModelForCausalLM.from_config(config), tmp_path / "model")
     done = compress(model, tmp_path / "out", *CHANNELS)
-    assert done.code == 3 and "gptj" in done.told and "llama" in done.told
+    assert done.code == 3 and "biogpt" in done.told and "llama" in done.told
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
@@ -167,8 +176,7 @@ def test_an_image_model_without_the_image_library(compress, saved_model, tmp_pat
     def missing(*_: Any, **__: Any) -> None:
         raise ImportError("ViTImageProcessor requires the PIL library\nbut it was not found")
 
-    monkeypatch.setattr(hf.AutoImageProcessor, "from_pretrained", missing)
-    monkeypatch.setattr(load, "AutoImageProcessor", hf.AutoImageProcessor)
+    monkeypatch.setattr(load, "AutoImageProcessor", SimpleNamespace(from_pretrained=missing))
     done = compress(saved_model("vit"), tmp_path / "out", *CHANNELS)
     assert done.code == 2 and "PIL" in done.told
 
