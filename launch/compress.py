@@ -2,7 +2,7 @@
 
 import sys
 
-from tinygn_dist.cli import main
+from tinygn_dist.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main(["compress", *sys.argv[1:]]))
+    leave(main(["compress", *sys.argv[1:]]))
