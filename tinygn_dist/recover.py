@@ -49,7 +49,8 @@ def recover(
     """Train the model in place for `options.steps` steps. Runs in fp32 and returns the weights to their dtype: a step
     of lr * g below half a bf16 ulp would vanish."""
     dtype = next(model.parameters()).dtype
-    model.float().train()
+    backend.cast(model, torch.float32)
+    model.train()
     frozen = _freeze_embeddings(model) if not options.train_embeddings else []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -71,10 +72,11 @@ def recover(
         handle.remove()
         wrong = masks.violations(wrapped, backend)
         assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
-    backend.release(wrapped, prepared)
+    backend.release(model, wrapped, prepared)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    model.to(dtype).eval()
+    backend.cast(model, dtype)
+    model.eval()
     window = max(1, len(losses) // 10)
     return Recovered(options.steps, tokens, sum(losses[:window]) / window, sum(losses[-window:]) / window)
 
@@ -102,9 +104,9 @@ def _one_step(
         with backend.no_sync(wrapped, last=index == len(mine) - 1):
             total = student_losses(wrapped, teacher, task, sequence, options).total.sum()
             # gradients are averaged over ranks afterwards; the mean loss per token wants their sum
-            backend.backward(total * (backend.num_ranks / count))
+            backend.backward(wrapped, total * (backend.num_ranks / count))
         seen += total.detach().cpu()
-    backend.clip_grad_norm(wrapped.parameters(), options.clip_norm)
+    backend.clip_grad_norm(wrapped, options.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     backend.sum_over_data([seen])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import UnitGroup
@@ -128,7 +127,7 @@ def _group_scores(
                 for group, energy in zip(groups, _column_energies(setting, groups, moments), strict=True)
             ]
         case "magnitude":
-            values = [_unit_magnitude(setting.bare, group) for group in groups]
+            values = [_unit_magnitude(setting, group) for group in groups]
         case "random":
             values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
         case _:
@@ -216,18 +215,17 @@ def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: Inp
     energies = []
     for group, diagonal in zip(groups, diagonals, strict=True):
         target = setting.anatomy.target_of(group.output)
-        weight = target.matrix(setting.backend.shard(setting.model, target).weight)
+        weight = target.matrix(setting.backend.whole(setting.model, target))
         energies.append(score.column_energy(weight, diagonal.float()))
     return energies
 
 
-def _unit_magnitude(bare: nn.Module, group: UnitGroup) -> torch.Tensor:
+def _unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:
     """Sum of squares of every weight that goes with a unit."""
 
     def matrix(path: str) -> torch.Tensor:
-        module = bare.get_submodule(path)
-        weight = module.weight.detach().double()
-        return weight if isinstance(module, nn.Linear) else weight.t()
+        target = setting.anatomy.target_of(path)
+        return target.matrix(setting.backend.whole(setting.model, target)).double()
 
     total = score.unit_sums(matrix(group.output).square().sum(0), group.output_width)
     for row in group.inputs:

@@ -120,7 +120,8 @@ def remove_units(
     jobs = _jobs(setting, moments, groups) if moments else {}
     if len(candidates) == 1:
         return _apply(setting, candidates[0], most, scores, jobs, options), scores, []
-    dense = {t.name: setting.backend.shard(setting.model, t).weight.clone() for j in jobs.values() for t in j.targets}
+    backend, changed = setting.backend, [target for job in jobs.values() for target in job.targets]
+    dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
     trials: list[Trial] = []
 
     def loss_of(mix: Mix) -> float:
@@ -128,8 +129,8 @@ def remove_units(
         told = f"{mix.layers} layers, {mix.heads} KV groups and {mix.channels} channels of each"
         with running_layers(setting.bare, setting.anatomy, kept.layers):
             loss = mean_loss(probed, "trying a mix")
-        for name, weight in dense.items():
-            _shard_named(setting, name).copy_(weight)
+        for target in changed:
+            backend.write(setting.model, target, dense[target.name])
         trials.append(Trial(mix, loss))
         log.info("without %s: loss %.4f", told, loss)
         return loss
@@ -181,12 +182,11 @@ def _apply(
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [_solve_columns(job, weights[0], most, scores, options)]
 
-    masks = setting.backend.map_targets(setting.model, list(jobs.values()), solve)
+    setting.backend.map_targets(setting.model, list(jobs.values()), solve)
     kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
     for group, job in jobs.items():
         if group.layer not in gone:
-            columns = job.targets[0].matrix(masks[job.targets[0].name])[0]
-            kept[group.kind][group.layer] = tuple(columns[:: group.output_width].nonzero().squeeze(1).tolist())
+            kept[group.kind][group.layer] = job.outcome
     layers = tuple(layer for layer in range(setting.anatomy.num_layers) if layer not in gone)
     return KeptUnits(layers, kept["heads"], kept["channels"])
 
@@ -195,6 +195,7 @@ def _solve_columns(
     job: Job, weight: torch.Tensor, most: Mix, scores: UnitScores, options: PruneConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group, removed, gram = job.extra["group"], job.extra["removed"], job.moments[0].float()
+    job.outcome = tuple(range(group.num_units))
     if removed == 0:
         return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     ranked = scores.by_group.get((group.kind, group.layer))
@@ -208,7 +209,9 @@ def _solve_columns(
         order = job.extra["order"]
     keep_unit = torch.ones(group.num_units, dtype=torch.bool, device=weight.device)
     keep_unit[order[:removed]] = False
-    columns = least_squares.unit_columns(keep_unit.nonzero().squeeze(1), group.output_width)
+    units = keep_unit.nonzero().squeeze(1)
+    job.outcome = tuple(units.tolist())
+    columns = least_squares.unit_columns(units, group.output_width)
     fitted = torch.zeros_like(weight)
     if options.compensate:
         fitted[:, columns] = least_squares.refit(weight, gram, columns, options.damping).to(weight.dtype)
@@ -217,8 +220,3 @@ def _solve_columns(
     keep = torch.zeros_like(weight, dtype=torch.bool)
     keep[:, columns] = True
     return fitted, keep
-
-
-def _shard_named(setting: Setting, name: str) -> torch.Tensor:
-    target = next(target for target in setting.anatomy.targets if target.name == name)
-    return setting.backend.shard(setting.model, target).weight

@@ -57,12 +57,11 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
         case "wanda":
             found = input_moments(setting, [t.module for t in targets], full=False)
             setting.backend.sum_over_data(found.moments.tensors())
-            return {
-                t.name: t.matrix(
-                    score.wanda(t.matrix(shards[t.name].weight), found.moments.rounded(found.of(t.module)))
-                )
-                for t in targets
-            }
+            scores = {}
+            for target in targets:
+                weight, energy = shards[target.name].weight, found.moments.rounded(found.of(target.module))
+                scores[target.name] = score.wanda(weight, target.per_input(energy, weight, shards[target.name].offset))
+            return scores
         case "taylor" | "fisher":
             grads = weight_gradients(setting, targets, squares=criterion == "fisher")
             rule = score.fisher if criterion == "fisher" else score.taylor

@@ -6,18 +6,30 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 
 | operation                           | meaning                                                                   |
 |-------------------------------------|---------------------------------------------------------------------------|
-| prepare(model, optimizer)           | place (and, with an optimizer, wrap) the model; once per model              |
+| spread(model)                       | every rank's whole, not yet placed model takes the main rank's weights      |
+| prepare(model, optimizer)           | place a model once; with an optimizer, wrap the placed model for training   |
+| release(model, *prepared)           | end training: the model is placed as before, with the trained weights       |
 | unwrap(model)                       | the model under the wrappers, to read names and attach hooks                |
+| cast(model, dtype)                  | change the dtype of a placed model's weights                                |
 | share(items)                        | the items this rank works on; padded where a forward is a collective        |
-| shard(model, target)                | this rank's piece of a weight, where it starts, and its gradient            |
+| on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
+| shard(model, target)                | this rank's piece of a weight and where it starts                           |
+| gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
+| whole(model, target)                | the whole weight on every rank, to read, one at a time                      |
+| by_rows(model, target, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
+| gradient_sums(model, targets, f)    | sums over micro-batches of f(gradient), as pieces                           |
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
-| map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the result on every rank       |
+| map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
+| write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
 | no_sync / backward / clip_grad_norm | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)          | the torch optimizer whose step really moves the weights                     |
 | full_state(model)                   | full weights by name, on the main rank's CPU                                |
+
+The operations of base.py that are not abstract are right where every rank holds every weight whole; backends that
+shard the weights override them.
 """
 
 from __future__ import annotations
@@ -35,6 +47,7 @@ from torch import nn
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
+from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,24 +58,26 @@ Item = TypeVar("Item")
 class Shard:
     """This rank's piece of a target.
 
-    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened (out, in)
-    parameter *as stored*. grad: same shape, or None. Masks of a target have this shape on each rank.
+    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened parameter
+    *as stored*; the piece is a run of consecutive elements. Masks and scores of a target have this shape on each rank.
+    Edits go through `write`: a sharded backend may hold copies.
     """
 
     weight: torch.Tensor
     offset: int
-    grad: torch.Tensor | None = None
 
 
 @dataclass
 class Job:
     """Row work on targets that share one input. moments: this rank's partial sums over its data, until
-    `sum_for_jobs` completes them on the rank that solves the job and empties them elsewhere."""
+    `sum_for_jobs` completes them on the rank that solves the job and empties them elsewhere. outcome: a small fact
+    that `solve` may leave; `map_targets` brings it to every rank."""
 
     targets: tuple[Target, ...]
     moments: list[torch.Tensor]
     cost: float
     extra: dict[str, Any] = field(default_factory=dict)
+    outcome: Any = None
 
 
 # solve(job, whole (out, in) weights) -> for each target (new weight, keep mask), both (out, in)
@@ -84,39 +99,132 @@ class Backend(ABC):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any: ...
 
     @abstractmethod
+    def release(self, model: nn.Module, *prepared: Any) -> None: ...
+
+    @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module: ...
-
-    @abstractmethod
-    def release(self, *prepared: Any) -> None: ...
-
-    @abstractmethod
-    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]: ...
-
-    @abstractmethod
-    def shard(self, model: nn.Module, target: Target) -> Shard: ...
 
     @abstractmethod
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]: ...
 
+    def spread(self, model: nn.Module) -> None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            collectives.broadcast_(tensor.data, 0)
+
+    def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
+        model.to(dtype)
+
+    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        """(item, whether it counts); an item that does not count is run so that all ranks run equally many."""
+        return [(item, True) for item in items[self.rank :: self.num_ranks]]
+
+    def on_main(self, work: Callable[[], Item]) -> Item | None:
+        """What `work` returned on the main rank; on the others None or the value of their own run."""
+        self.barrier()
+        result = work() if self.is_main else None
+        self.barrier()
+        return result
+
+    # -- pieces of weights -------------------------------------------------------------------------------------------
+    def shard(self, model: nn.Module, target: Target) -> Shard:
+        return Shard(self.unwrap(model).get_parameter(target.name).data, 0)
+
+    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+        return piece
+
+    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+        return whole
+
+    def whole(self, model: nn.Module, target: Target) -> torch.Tensor:
+        """The weight as stored. To be read only, and dropped before the next: it may be a copy."""
+        return self.gather(model, target, self.shard(model, target).weight)
+
+    def by_rows(
+        self, model: nn.Module, target: Target, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """`work` maps (rows, in) to the same shape, row by row. Moves nothing where the pieces are made of whole rows."""
+        if piece.dim() == 2 and target.input_dim == 1:
+            return work(piece)
+        whole = target.matrix(work(target.matrix(self.gather(model, target, piece))))
+        return self.cut(model, target, whole.contiguous())
+
+    @contextlib.contextmanager
+    def gradient_sums(
+        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[GradientSums]:
+        """Inside, every backward of a micro-batch adds function(fp32 gradient); afterwards `.moments` are complete over
+        the data of all ranks. The targets must require gradients."""
+        bare, sums = self.unwrap(model), GradientSums(function)
+        for target in targets:
+            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
+        with hooked(sums, {t.name: (bare.get_parameter(t.name), lambda whole: whole) for t in targets}):
+            yield sums
+        self.sum_over_data(sums.moments.tensors())
+
     # -- combining facts ---------------------------------------------------------------------------------------------
-    @abstractmethod
-    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
-    @abstractmethod
-    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
-    @abstractmethod
-    def sum_over_data(self, tensors: Iterable[torch.Tensor]) -> None: ...
+    def sum_over_data(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            collectives.sum_(tensor)
 
-    @abstractmethod
-    def sum_for_jobs(self, jobs: Sequence[Job]) -> None: ...
+    def sum_for_jobs(self, jobs: Sequence[Job]) -> None:
+        for job, owner in zip(jobs, self.deal([job.cost for job in jobs]), strict=True):
+            for index, moment in enumerate(job.moments):
+                collectives.sum_(moment, owner=owner)
+                if owner != self.rank:
+                    job.moments[index] = moment.new_empty(0)
 
     # -- writing -----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]: ...
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None: ...
 
     @abstractmethod
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None: ...
+
+    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
+        """Writes the new weights; returns the keep masks by target name, shaped like this rank's shards.
+
+        Every weight is gathered in turn and kept by its owner alone; the owners solve at the same time; then every
+        result is sent once and each rank keeps its piece.
+        """
+        owners = self.deal([job.cost for job in jobs])
+        mine: dict[int, list[torch.Tensor]] = {}
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            for target in job.targets:
+                weight = target.matrix(self.whole(model, target))
+                if owner == self.rank:
+                    mine.setdefault(index, []).append(weight)
+        solved = {}
+        with self.together("solving the layers"):
+            for index in list(mine):
+                solved[index] = solve(jobs[index], mine.pop(index))
+        masks = {}
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            for position, target in enumerate(job.targets):
+                results = solved[index][position] if owner == self.rank else None
+                masks[target.name] = self._spread_result(model, target, results, owner)
+        told = self.everyone({index: jobs[index].outcome for index in solved})
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            job.outcome = told[owner][index]
+        return masks
+
+    def _spread_result(
+        self, model: nn.Module, target: Target, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
+    ) -> torch.Tensor:
+        """Write the owner's new (out, in) weight everywhere; returns this rank's piece of its keep mask."""
+        dtype = self.shard(model, target).weight.dtype
+        weight = torch.empty(target.stored_shape, dtype=dtype, device=self.device)
+        keep = torch.empty(target.stored_shape, dtype=torch.bool, device=self.device)
+        if result is not None:
+            weight.copy_(target.matrix(result[0]))
+            keep.copy_(target.matrix(result[1]))
+        self.write(model, target, self.cut(model, target, collectives.broadcast_(weight, owner)))
+        return self.cut(model, target, collectives.broadcast_(keep, owner))
 
     # -- training ----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -125,11 +233,12 @@ class Backend(ABC):
     @abstractmethod
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer: ...
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        return float(self._accelerator.clip_grad_norm_(parameters, max_norm))
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> None:
+        """Scale the gradients of the coming step so that the norm of them all is at most max_norm."""
+        self._accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:

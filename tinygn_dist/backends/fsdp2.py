@@ -1,0 +1,156 @@
+"""FSDP2: every parameter is a DTensor of which each rank holds whole leading rows; HSDP keeps such a set per group.
+
+Traps that shape this file (torch 2.13, Accelerate 1.15):
+- Modules that stay unsharded after a forward hide their DTensors behind plain copies; edits of the one are not seen by
+  the other. So everything is resharded after every forward, at the price of one more all-gather of embeddings and head.
+- Edits inside an `unshard()` are thrown away: weights are written through the local shards only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.backends import collectives
+from tinygn_dist.backends.base import Backend, Item, Shard
+from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.slices import Slices, share_padded
+
+
+class FSDP2(Backend):
+    """The model is sharded from `prepare` on, for estimation and training alike."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        mesh, parallel = accelerator.torch_device_mesh, accelerator.parallelism_config
+        hybrid = parallel is not None and parallel.dp_replicate_enabled
+        self._shard_group = mesh["dp_shard"].get_group() if hybrid else None  # None: all ranks
+        self._replica_group = mesh["dp_replicate"].get_group() if hybrid else None
+        if accelerator.mixed_precision == "bf16":
+            # Accelerate's own policy returns losses in bf16, which no difference of losses survives, and adds
+            # gradients in bf16
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+
+    # -- where the model is ------------------------------------------------------------------------------------------
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if optimizer is not None:
+            # over DTensors already: nothing for Accelerate to map from old parameters to new ones
+            return model, self._accelerator.prepare_optimizer(optimizer)
+        fsdp2_prepare_model(self._accelerator, model)
+        model.set_reshard_after_forward(True)
+        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+        assert not whole, f"{whole[0]} is not sharded"
+        return model
+
+    def release(self, model: nn.Module, *prepared: Any) -> None:
+        self._accelerator.free_memory(*prepared)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
+        if model.dtype == dtype:
+            return
+        model.to(dtype)
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:  # the buffers FSDP2 keeps were made for the old dtype
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.all_gather_outputs = []
+                    parameter.__dict__.pop("_unsharded_param", None)
+                group.lazy_init()
+
+    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        return share_padded(items, self.rank, self.num_ranks)
+
+    def on_main(self, work: Callable[[], Item]) -> Item | None:
+        return work()  # its forwards need every rank
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        gathered: dict[int, torch.Tensor] = {}  # tied weights once
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+                gathered[id(tensor)] = whole.cpu() if self.is_main else whole.new_empty(0)
+            state[name] = gathered[id(tensor)]
+        return state if self.is_main else {}
+
+    # -- pieces of weights -------------------------------------------------------------------------------------------
+    def shard(self, model: nn.Module, target: Target) -> Shard:
+        parameter = model.get_parameter(target.name)
+        return Shard(parameter.detach().to_local(), self._slices(target.stored_shape).start)
+
+    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+        return self._slices(target.stored_shape).gather(piece)
+
+    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+        return self._slices(target.stored_shape).cut(whole).view(-1, *whole.shape[1:])
+
+    @contextlib.contextmanager
+    def gradient_sums(
+        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[GradientSums]:
+        sums = GradientSums(function)
+        for target in targets:
+            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
+        with hooked(sums, self._unsharded(model, targets)):
+            yield sums
+        self.agree(sums.order(), "which weights a micro-batch reaches")
+        for tensor in sums.moments.tensors():  # the shard axis is summed already
+            if self._replica_group is not None:
+                collectives.sum_(tensor, group=self._replica_group)
+
+    def _unsharded(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[nn.Parameter, Callable]]:
+        """The plain parameters that take part in the forward, which stay the same objects, and how to reduce each."""
+        wanted, found = {target.name: target for target in targets}, {}
+        for prefix, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                for name, parameter in module.named_parameters(prefix=prefix):
+                    if name in wanted and not isinstance(parameter, DTensor):
+                        slices = self._slices(wanted[name].stored_shape)
+                        found[name] = (parameter, lambda whole, s=slices: s.reduce(whole).view(-1, whole.shape[1]))
+                module.reshard()
+        return found
+
+    def _slices(self, shape: tuple[int, ...]) -> Slices:
+        """Rows are dealt as torch.chunk does."""
+        group = self._shard_group
+        num_ranks = dist.get_world_size(group)
+        length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
+        return Slices(shape, length, dist.get_rank(group), num_ranks, group)
+
+    # -- combining facts ---------------------------------------------------------------------------------------------
+    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.sum_(tensor, group=self._shard_group)
+
+    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.max_(tensor, group=self._shard_group)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
+        self.shard(model, target).weight.copy_(piece)
+
+    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
+        self.shard(model, target).weight.masked_fill_(~keep, 0)  # the shards are the fp32 masters
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+
+    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
+        return getattr(optimizer, "optimizer", optimizer)
