@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Slices:
         sent = whole.new_zeros(self.length * self.num_ranks)
         sent[: self.numel] = whole.reshape(-1)
         received = whole.new_empty(self.length)
-        dist.reduce_scatter_tensor(received, sent, group=self.group)
+        _reduce_scatter(received, sent, group=self.group)
         return received[: self.stop - self.start]
 
 

@@ -16,6 +16,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives, engine
@@ -75,18 +76,25 @@ class ZeroOptimizer(Backend):
 class ZeroParameters(Backend):
     """Stage 3: rank r holds elements [r*n, (r+1)*n) of every flattened weight, which may cut a row; whole weights exist
     while a module runs. Two engines take turns with a model: one without an optimizer for estimation, whose hooks
-    gather and drop weights, and the training one."""
+    gather and drop weights, and the training one.
+
+    Accelerate tells transformers about stage 3, which from then on builds every model in pieces, skeletons and the
+    smaller model of a cut too; `unset_hf_deepspeed_config` takes that back: `prepare` is what shards.
+    """
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
         self._estimating: dict[int, DeepSpeedEngine] = {}
+        unset_hf_deepspeed_config()
 
     # -- where the model is ------------------------------------------------------------------------------------------
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is not None:
             self._dtype = model.dtype
             self._estimating.pop(id(model)).destroy()
-            return engine.start(self._accelerator, model, optimizer)
+            started = engine.start(self._accelerator, model, optimizer)
+            unset_hf_deepspeed_config()
+            return started
         self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=self._estimation_config(model.dtype))
         whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
         assert not whole, f"{whole[0]} is not sharded"
@@ -94,10 +102,12 @@ class ZeroParameters(Backend):
 
     def _estimation_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The job's stage 3 settings without what concerns an optimizer. Nothing is fetched ahead: probes leave layers
-        out, so the next layer is not the one that the last forward saw."""
+        out, so the next layer is not the one that the last forward saw. Nothing stays whole after its module ran: a
+        whole copy would hide an edit of the shard."""
         asked = copy.deepcopy(self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
         asked = {key: value for key, value in asked.items() if value != "auto" and key != "offload_optimizer"}
         asked |= {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+        asked |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": asked}
         names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         return config | ({names[dtype]: {"enabled": True}} if dtype in names else {})
@@ -193,12 +203,9 @@ class ZeroParameters(Backend):
         parameter = engine.named(model, target.name)
         slices = self._slices(parameter)
         edit(_live(parameter, slices))
-        if isinstance(model, DeepSpeedEngine):
-            master = _master_partition(model, parameter)
-            if master is not None:
-                edit(master[: slices.stop - slices.start])
-        else:
-            _drop_whole(parameter)
+        master = _master_partition(model, parameter) if isinstance(model, DeepSpeedEngine) else None
+        if master is not None:
+            edit(master[: slices.stop - slices.start])
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -236,6 +243,7 @@ def _master_partition(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torc
 
 
 def _drop_whole(parameter: nn.Parameter) -> None:
-    """Stage 3: small weights stay whole after a forward (persistence threshold), and would hide an edit of the shard."""
+    """Stage 3: small weights stay whole in training (persistence threshold), which would hide an edit of the shard."""
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.ds_active_sub_modules.clear()  # the last backward leaves its marks on them
         parameter.partition()
