@@ -28,6 +28,9 @@ from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.slices import Slices, share_padded
 
 
+_WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
+
+
 class FSDP2(Backend):
     """The model is sharded from `prepare` on, for estimation and training alike."""
 
@@ -37,6 +40,7 @@ class FSDP2(Backend):
         hybrid = parallel is not None and parallel.dp_replicate_enabled
         self._shard_group = mesh["dp_shard"].get_group() if hybrid else None  # None: all ranks
         self._replica_group = mesh["dp_replicate"].get_group() if hybrid else None
+        self._wrapping = {name: getattr(accelerator.state.fsdp_plugin, name) for name in _WRAPPING}
         if accelerator.mixed_precision == "bf16":
             # Accelerate's own policy returns losses in bf16, which no difference of losses survives, and adds
             # gradients in bf16
@@ -49,6 +53,8 @@ class FSDP2(Backend):
         if optimizer is not None:
             # over DTensors already: nothing for Accelerate to map from old parameters to new ones
             return model, self._accelerator.prepare_optimizer(optimizer)
+        for name, asked in self._wrapping.items():  # settled by the first model, which need not be of this class
+            setattr(self._accelerator.state.fsdp_plugin, name, asked)
         fsdp2_prepare_model(self._accelerator, model)
         model.set_reshard_after_forward(True)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]

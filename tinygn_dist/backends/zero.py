@@ -227,7 +227,7 @@ def _owned_master(parameter: nn.Parameter) -> list[tuple[torch.Tensor, slice]]:
     if mapping is None:
         return []
     where = mapping.lp_fragment_address
-    return [(mapping.hp_fragment, slice(where.start, where.start + where.numel))]
+    return [(mapping.hp_fragment.detach(), slice(where.start, where.start + where.numel))]
 
 
 def _live(parameter: nn.Parameter, slices: Slices) -> torch.Tensor:
@@ -239,7 +239,7 @@ def _master_partition(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torc
     """Stage 3: view of the flat fp32 master of this rank's run (padding included); None for a frozen parameter."""
     if not parameter.requires_grad:
         return None
-    return trained.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].view(-1)
+    return trained.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].detach().view(-1)
 
 
 def _drop_whole(parameter: nn.Parameter) -> None:
