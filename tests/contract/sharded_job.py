@@ -38,7 +38,12 @@ WEIGHT_CASES = {
     "obs": [{}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "random": [{}],
 }
-CONV1D_CASES = [("wanda", {"scope": "row"}), ("taylor", {"pattern": "2:4"}), ("obs", {}), ("wanda", {"scope": "global"})]
+CONV1D_CASES = [
+    ("wanda", {"scope": "row"}),
+    ("taylor", {"pattern": "2:4"}),
+    ("obs", {}),
+    ("wanda", {"scope": "global"}),
+]
 UNIT_CASES = [
     {"pattern": "layers", "sparsity": 0.3},
     {"pattern": "layers", "sparsity": 0.3, "criterion": "magnitude"},
@@ -172,25 +177,31 @@ def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> di
     chosen = sparsify(here, here.anatomy.targets, options)
     fingerprint = chosen.fingerprint(here.model, backend)
     asked = RecoverConfig(steps=5, learning_rate=5e-3, batch_size=8, weight_decay=0.1, clip_norm=0.5, distill=0)
-    backend.cast(here.model, torch.float32)
-    frozen = training._freeze_embeddings(here.model)
-    trained = [p for p in here.model.parameters() if p.requires_grad]
+    dtypes = [tensor.dtype for tensor in here.model.state_dict().values()]
+    with backend.in_fp32(here.model):
+        losses = _five_steps(backend, here.model, chosen, asked)
+        assert chosen.violations(here.model, backend) == 0, "the masters regrew"
+    assert dtypes == [tensor.dtype for tensor in here.model.state_dict().values()]
+    assert chosen.violations(here.model, backend) == 0
+    assert chosen.fingerprint(here.model, backend) == fingerprint
+    return _told(backend, here, losses, chosen)
+
+
+def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: RecoverConfig) -> list[float]:
+    frozen = training._freeze_embeddings(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=asked.learning_rate, weight_decay=asked.weight_decay)
-    wrapped, prepared = backend.prepare(here.model, optimizer)
+    wrapped, prepared = backend.prepare(model, optimizer)
     chosen.enforce(wrapped, prepared, backend)
     losses = []
     for step in range(asked.steps):
         batch = [rows(5)[(step + i) % 5] for i in range(asked.batch_size)]
         losses.append(training._one_step(wrapped, None, "causal-lm", batch, prepared, asked, backend)[0])
         assert chosen.violations(wrapped, backend) == 0, f"live weights regrew in step {step}"
-    backend.release(here.model, wrapped, prepared)
-    assert chosen.violations(here.model, backend) == 0, "the masters regrew"
+    backend.release(model, wrapped, prepared)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    backend.cast(here.model, dtype)
-    assert chosen.violations(here.model, backend) == 0
-    assert chosen.fingerprint(here.model, backend) == fingerprint
-    return _told(backend, here, losses, chosen)
+    return losses
 
 
 def _told(backend: Backend, here: Setting, losses: list[float], chosen: Masks) -> dict[str, float]:

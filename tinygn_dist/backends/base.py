@@ -10,7 +10,7 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | prepare(model, optimizer)           | place a model once; with an optimizer, wrap the placed model for training   |
 | release(model, *prepared)           | end training: the model is placed as before, with the trained weights       |
 | unwrap(model)                       | the model under the wrappers, to read names and attach hooks                |
-| cast(model, dtype)                  | change the dtype of a placed model's weights                                |
+| in_fp32(model)                      | context: a placed model's weights and buffers in fp32, for training         |
 | share(items)                        | the items this rank works on; padded where a forward is a collective        |
 | on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
 | shard(model, target)                | this rank's piece of a weight and where it starts                           |
@@ -37,7 +37,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -111,8 +111,17 @@ class Backend(ABC):
         for tensor in [*model.parameters(), *model.buffers()]:
             collectives.broadcast_(tensor.data, 0)
 
-    def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        model.to(dtype)
+    @contextlib.contextmanager
+    def in_fp32(self, model: nn.Module) -> Iterator[None]:
+        """Afterwards every tensor has its own dtype again: buffers are often fp32 in a bf16 model, and must stay so."""
+        before = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._cast(model, {n: torch.float32 if dtype.is_floating_point else dtype for n, dtype in before.items()})
+        yield
+        self._cast(model, before)
+
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = tensor.data.to(dtypes[name])
 
     def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
         """(item, whether it counts); an item that does not count is run so that all ranks run equally many."""

@@ -36,8 +36,18 @@ def start(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
         config["train_micro_batch_size_per_gpu"] = 1  # only multiplied up and logged: the caller scales its losses
     config["gradient_accumulation_steps"] = 1  # DeepSpeed would divide the losses by it
     config.pop("train_batch_size", None)
-    engine, _ = accelerator.prepare(model, optimizer)
+    with keeping_buffers(model):
+        engine, _ = accelerator.prepare(model, optimizer)
     return engine, EngineOptimizer(engine)
+
+
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """A bf16 engine casts the buffers too; rotary frequencies in bf16 are wrong from the first hundred tokens on."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    yield
+    for name, buffer in model.named_buffers():
+        buffer.data = before[name].to(buffer.device)
 
 
 @contextlib.contextmanager

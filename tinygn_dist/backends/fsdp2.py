@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from tinygn_dist.backends import collectives
 from tinygn_dist.backends.base import Backend, Item, Shard
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.slices import Slices, share_padded
-
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 
@@ -67,12 +66,11 @@ class FSDP2(Backend):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
 
-    def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        if model.dtype == dtype:
-            return
-        model.to(dtype)
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        wanted = {id(t): dtypes[name] for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))
         sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in sharded:  # the buffers FSDP2 keeps were made for the old dtype
+        for module in sharded:  # what FSDP2 keeps between forwards was made for the old dtype
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 for parameter in group.fsdp_params:
                     parameter.all_gather_outputs = []

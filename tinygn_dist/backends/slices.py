@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
+_reduce_scatter = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)  # its name before torch 2.13
 
 
 @dataclass(frozen=True)

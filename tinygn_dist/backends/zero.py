@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -95,7 +95,9 @@ class ZeroParameters(Backend):
             started = engine.start(self._accelerator, model, optimizer)
             unset_hf_deepspeed_config()
             return started
-        self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=self._estimation_config(model.dtype))
+        config = self._estimation_config(model.dtype)
+        with engine.keeping_buffers(model):
+            self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=config)
         whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
         assert not whole, f"{whole[0]} is not sharded"
         return model
@@ -127,14 +129,11 @@ class ZeroParameters(Backend):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DeepSpeedEngine) else model
 
-    def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        if model.dtype == dtype:
-            return
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         self._estimating.pop(id(model)).destroy()
-        for parameter in model.parameters():
-            _drop_whole(parameter)
-            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtype)
-            parameter.data = parameter.data.to(dtype)
+        super()._cast(model, dtypes)
+        for name, parameter in model.named_parameters():
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtypes[name])
         self.prepare(model)
 
     def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
