@@ -1,37 +1,44 @@
 """Which tensors make up a model's units and targets. Reads module structure only, so it works on the meta device.
 
-A *unit group* is all units of one kind in one layer: `num_units` blocks of `output_width` consecutive input features
-of the module `output` (the tensor a gate multiplies), plus the rows of the modules that produce them. A *target* is
-one linear weight that can be masked.
+A *unit group* is all units of one kind in one layer, with the slices of tensors that go with each unit and the module
+whose input their gates multiply. A *target* is one linear weight matrix that can be masked: the weight of a Linear or
+Conv1D, or one expert's matrix in a fused 3-D parameter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tinygn_dist.errors import Refused, UserError
-from tinygn_dist.families import Family, Part, family_of, supported
+from tinygn_dist.families import Family, Part, family_of, fixed_units, supported
 
 
 @dataclass(frozen=True)
 class Target:
     """A weight matrix that can be masked.
 
-    `name` is the parameter's name without wrapper prefixes, `shape` is (out, in) whatever the storage, `input_dim`
-    the storage dim along which inputs lie (1 for Linear, 0 for GPT-2's Conv1D).
+    `parameter` is its parameter's name without wrapper prefixes, `module` the module that holds it, `shape` is
+    (out, in) whatever the storage, `input_dim` the storage dim along which inputs lie (1 for Linear, 0 for GPT-2's
+    Conv1D). `index` is None where the matrix is the whole parameter, else which matrix of a 3-D parameter (an expert).
     """
 
-    name: str
+    parameter: str
     module: str
     layer: int
     shape: tuple[int, int]
     input_dim: int
+    index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique among targets."""
+        return self.parameter if self.index is None else f"{self.parameter}[{self.index}]"
 
     @property
     def numel(self) -> int:
@@ -41,8 +48,17 @@ class Target:
     def stored_shape(self) -> tuple[int, int]:
         return self.shape if self.input_dim == 1 else self.shape[::-1]
 
+    @property
+    def start(self) -> int:
+        """Index of the target's first element in its flattened parameter; it ends `numel` later."""
+        return (self.index or 0) * self.numel
+
+    def within(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The target as stored, a view into its whole parameter (or the parameter's gradient)."""
+        return parameter if self.index is None else parameter[self.index]
+
     def matrix(self, stored: torch.Tensor) -> torch.Tensor:
-        """(out, in) view of the stored parameter; in-place edits reach it."""
+        """(out, in) view of the target as stored; in-place edits reach it."""
         return stored if self.input_dim == 1 else stored.t()
 
     def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
@@ -57,22 +73,33 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """`width` consecutive output features per unit, in one block of a module's output."""
+class Slice:
+    """Unit u owns entries start + u * width to start + (u + 1) * width - 1 along `dim` of the named tensor."""
 
-    part: Part
+    tensor: str
+    dim: int
+    start: int
     width: int
 
 
 @dataclass(frozen=True)
 class UnitGroup:
+    """All units of one kind in one layer.
+
+    slices: everything that goes with a unit. output: the module whose input the gates multiply: `output_width`
+    consecutive features per unit (for experts: the experts module, whose routing weights they multiply). router: the
+    module that chooses between the units, if any. least: how many have to stay.
+    """
+
     kind: str
     layer: int
     num_units: int
-    inputs: tuple[Rows, ...]
+    slices: tuple[Slice, ...]
     output: str
     output_width: int
     unit_params: int
+    router: str | None = None
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,8 @@ class Anatomy:
     targets: tuple[Target, ...]
     tied: tuple[tuple[str, str], ...]
     total_params: int
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """unit kinds that cannot be removed, each with the reason"""
 
     @property
     def num_layers(self) -> int:
@@ -129,20 +158,26 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         raise Refused(f"units of model type {model_type!r} cannot be removed, supported: {supported()}")
     layers_path = _layers_path(model, family) if family else ""
     layers = model.get_submodule(layers_path) if family else ()
-    names = {id(module): name for name, module in model.named_modules()}
     groups = []
-    for index, layer in enumerate(layers):
-        prefix = names[id(layer)] + "."
-        groups += _unit_groups(model, family, index, prefix)
-    parameters = dict(model.named_parameters())
+    for index in range(len(layers)):
+        groups += _unit_groups(model, family, index, f"{layers_path}.{index}.")
+    layer_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    fixed = fixed_units(family, model.config) if family else {}
+    sparse = {group.layer for group in groups if group.kind == "experts"}
+    if 0 < len(sparse) < len(layers):
+        fixed["layers"] = (
+            f"{len(layers) - len(sparse)} of its {len(layers)} layers have no experts, so what goes with a layer depends on "
+            "which one it is, and their positions are part of its config"
+        )
     return Anatomy(
         family=family,
         layers_path=layers_path,
-        layer_params=tuple(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        layer_params=layer_params,
         groups=tuple(groups),
         targets=tuple(_targets(model, layers_path)),
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
-        total_params=sum(p.numel() for p in parameters.values()),
+        total_params=sum(p.numel() for p in model.parameters()),
+        fixed=fixed,
     )
 
 
@@ -156,63 +191,94 @@ def _layers_path(model: nn.Module, family: Family) -> str:
     return next(name for name, module in model.named_modules() if module is layers)
 
 
-def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> list[UnitGroup]:
-    groups, config = [], model.config
-    attention = family.attention
-    if attention.fixed is None:
+def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> Iterator[UnitGroup]:
+    config, attention, ffn, experts = model.config, family.attention, family.feed_forward, family.experts
+    if attention and "heads" not in fixed_units(family, config):
         num_groups = getattr(config, attention.num_kv_heads)
-        output = prefix + attention.output
-        width = input_features(model.get_submodule(output)) // num_groups
-        rows = tuple(
-            _rows(model, part._replace(path=prefix + part.path), num_groups)
-            for part in (attention.query, attention.key, attention.value)
-        )
-        groups.append(_group(model, "heads", layer, num_groups, rows, output, width))
-    ffn = family.feed_forward
-    output = prefix + ffn.output
-    channels = input_features(model.get_submodule(output))
-    rows = tuple(_rows(model, Part(prefix + path), channels) for path in ffn.inputs)
-    groups.append(_group(model, "channels", layer, channels, rows, output, 1))
-    return groups
+        per_group = getattr(config, attention.num_heads) // num_groups
+        slices = [piece for part in attention.inputs for piece in _rows(model, prefix, part, num_groups)]
+        slices += [Slice(prefix + path, 0, 0, per_group) for path in attention.per_head]
+        yield _fed_by(model, "heads", layer, num_groups, slices, prefix + attention.output)
+    if ffn:
+        channels = input_features(model.get_submodule(prefix + ffn.output))
+        slices = [piece for part in ffn.inputs for piece in _rows(model, prefix, part, channels)]
+        yield _fed_by(model, "channels", layer, channels, slices, prefix + ffn.output)
+    if experts and _has_module(model, prefix + experts.experts):  # some layers of a family may be dense
+        paths = (prefix + experts.router, prefix + experts.experts)
+        slices = [Slice(f"{p}.{n}", 0, 0, 1) for p in paths for n, _ in model.get_submodule(p).named_parameters()]
+        num_experts, top_k = getattr(config, experts.count), getattr(config, experts.top_k)
+        params = _params_per_unit(model, slices)
+        yield UnitGroup("experts", layer, num_experts, tuple(slices), paths[1], 1, params, paths[0], top_k)
 
 
-def _rows(model: nn.Module, part: Part, num_units: int) -> Rows:
-    module = model.get_submodule(part.path)
+def _has_module(model: nn.Module, path: str) -> bool:
+    parent, _, leaf = path.rpartition(".")
+    return hasattr(model.get_submodule(parent), leaf)
+
+
+def _rows(model: nn.Module, prefix: str, part: Part, num_units: int) -> Iterator[Slice]:
+    """Slices of a linear module's weight and bias that hold the output features of one part."""
+    path, module = prefix + part.path, model.get_submodule(prefix + part.path)
     features = module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
-    width, rest = divmod(features // part.of, num_units)
+    shares = [getattr(model.config, s) for s in part.blocks] if isinstance(part.blocks, tuple) else [1] * part.blocks
+    start, size = (features * share // sum(shares) for share in (sum(shares[: part.index]), shares[part.index]))
+    width, rest = divmod(size, num_units)
     if rest:
-        raise Refused(f"{part.path} has {features // part.of} output features, not a multiple of its {num_units} units")
-    return Rows(part, width)
+        raise Refused(f"{path} has {size} output features, not a multiple of its {num_units} units")
+    yield Slice(f"{path}.weight", int(isinstance(module, Conv1D)), start, width)
+    if module.bias is not None:
+        yield Slice(f"{path}.bias", 0, start, width)
 
 
-def _group(
-    model: nn.Module, kind: str, layer: int, num_units: int, rows: tuple[Rows, ...], output: str, width: int
-) -> UnitGroup:
-    params = width * model.get_submodule(output).weight.numel() // input_features(model.get_submodule(output))
-    for row in rows:
-        module = model.get_submodule(row.part.path)
-        params += row.width * (input_features(module) + (module.bias is not None))
-    return UnitGroup(kind, layer, num_units, rows, output, width, params)
+def _fed_by(model: nn.Module, kind: str, layer: int, num_units: int, slices: list[Slice], output: str) -> UnitGroup:
+    """A group whose units are blocks of consecutive input features of the linear module `output`."""
+    module = model.get_submodule(output)
+    width = input_features(module) // num_units
+    slices = [*slices, Slice(f"{output}.weight", 1 - int(isinstance(module, Conv1D)), 0, width)]
+    return UnitGroup(kind, layer, num_units, tuple(slices), output, width, _params_per_unit(model, slices))
 
 
-def _targets(model: nn.Module, layers_path: str) -> Iterable[Target]:
-    """Linear weights inside the layers; of an unknown family, all but the output head. Shared ones once."""
+def _params_per_unit(model: nn.Module, slices: Iterable[Slice]) -> int:
+    shapes = {piece: model.get_parameter(piece.tensor).shape for piece in slices}
+    return sum(piece.width * shape.numel() // shape[piece.dim] for piece, shape in shapes.items())
+
+
+def _targets(model: nn.Module, layers_path: str) -> Iterator[Target]:
+    """Weight matrices inside the layers; of an unknown family, all but the output head. Shared ones once."""
     seen, head = set(), model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    reached = set()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in seen or module is head:
-            continue
         if layers_path and not name.startswith(layers_path + "."):
             continue
-        seen.add(id(module.weight))
         layer = int(name.removeprefix(layers_path + ".").split(".")[0]) if layers_path else 0
-        stored = tuple(module.weight.shape)
-        input_dim = 1 if isinstance(module, nn.Linear) else 0
-        yield Target(f"{name}.weight", name, layer, (stored[1 - input_dim], stored[input_dim]), input_dim)
-    unreachable = [name for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name]
-    if unreachable:
+        if is_fused_experts(module):
+            for leaf in expert_weights(module):
+                experts, *stored = module.get_parameter(leaf).shape
+                reached.add(f"{name}.{leaf}")
+                input_dim = 0 if module.is_transposed else 1
+                shape = (stored[1 - input_dim], stored[input_dim])
+                yield from (Target(f"{name}.{leaf}", name, layer, shape, input_dim, i) for i in range(experts))
+        elif isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen and module is not head:
+            seen.add(id(module.weight))
+            stored = tuple(module.weight.shape)
+            input_dim = 1 if isinstance(module, nn.Linear) else 0
+            yield Target(f"{name}.weight", name, layer, (stored[1 - input_dim], stored[input_dim]), input_dim)
+    missed = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and n not in reached]
+    if missed:
         raise Refused(
-            f"{unreachable[0]} is a fused expert tensor, which cannot be masked yet; accepted: models whose "
-            "layers are made of Linear or Conv1D"
+            f"{missed[0]} is a fused expert tensor whose layout {type(model).__name__} does not declare; accepted: Linear, "
+            "Conv1D, and experts classes made by transformers' use_experts_implementation"
         )
-    if not seen:
+    if not seen and not reached:
         raise Refused(f"model type {model.config.model_type!r} has no Linear or Conv1D weight to prune")
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether a module holds all experts of a layer in 3-D parameters and says how they are stored: transformers'
+    `use_experts_implementation` leaves these marks on every such class."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+
+
+def expert_weights(module: nn.Module) -> tuple[str, str]:
+    """Names of the first and second matrices of a module of fused experts."""
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 def num_kept(total: int, sparsity: float) -> int:
@@ -22,18 +22,48 @@ def spread(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+def blend(total: int, sizes: Sequence[int], wanted: Sequence[int], share: float) -> list[int]:
+    """Whole numbers that add up to `total`: `share` of the way from in proportion to `sizes` (0) to `wanted` (1).
+
+    sizes: how many each part has; wanted: how many a global cut would take from each. Remainders go to the largest
+    fractions, then to the lower index.
+    """
+    whole = sum(sizes)
+    exact = [share * want + (1 - share) * total * size / whole for size, want in zip(sizes, wanted, strict=True)]
+    counts = [min(int(value), size) for value, size in zip(exact, sizes, strict=True)]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: (int(exact[i]) - exact[i], i))
+    left = total - sum(counts)
+    while left > 0:
+        for index in by_fraction:
+            if left and counts[index] < sizes[index]:
+                counts[index] += 1
+                left -= 1
+    return counts
+
+
 @dataclass(frozen=True, order=True)
 class Mix:
-    """What goes: whole layers, and heads (KV groups) and channels out of every remaining layer."""
+    """What goes: whole layers, and heads (KV groups), channels and experts out of every remaining layer."""
 
     layers: int = 0
     heads: int = 0
     channels: int = 0
+    experts: int = 0
+
+    def __str__(self) -> str:
+        """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
+        inner = ((self.heads, "KV groups"), (self.channels, "channels"), (self.experts, "experts"))
+        told = [f"{self.layers} layers"] if self.layers else []
+        return ", ".join(told + [f"{number} {name} of each layer" for number, name in inner if number]) or "nothing"
 
 
 @dataclass(frozen=True)
 class UnitSizes:
-    """Counts and parameters of one model whose layers are alike. heads and channels are per layer (0 = fixed)."""
+    """Counts and parameters of one model whose layers are alike, but for `dense_layers` of them without experts.
+
+    heads, channels and experts are per layer (0 = fixed). least_experts: so many must stay, for the router to choose
+    its top k.
+    """
 
     layers: int
     layer_params: int
@@ -41,30 +71,47 @@ class UnitSizes:
     head_params: int
     channels: int
     channel_params: int
+    experts: int = 0
+    expert_params: int = 0
+    least_experts: int = 1
+    dense_layers: int = 0
+    dense_layer_params: int = 0
 
     def removed_params(self, mix: Mix) -> int:
-        """Parameters that go with a mix."""
+        """Parameters that go with a mix. Whole layers only where all are alike: which ones go is not known here."""
+        assert not (mix.layers and self.dense_layers)
         in_layer = mix.heads * self.head_params + mix.channels * self.channel_params
-        return mix.layers * self.layer_params + (self.layers - mix.layers) * in_layer
+        in_sparse = mix.experts * self.expert_params
+        left = self.layers - mix.layers
+        return mix.layers * self.layer_params + left * in_layer + (left - self.dense_layers) * in_sparse
 
     @property
     def total_params(self) -> int:
-        return self.layers * self.layer_params
+        return (self.layers - self.dense_layers) * self.layer_params + self.dense_layers * self.dense_layer_params
+
+    def most(self, kind: str) -> int:
+        """How many units of a kind can go (per layer, for kinds inside layers), so that enough are left."""
+        if kind == "layers":
+            return 0 if self.dense_layers else self.layers - 1
+        least = self.least_experts if kind == "experts" else 1
+        return max(0, getattr(self, kind) - least)
 
 
 def mixes(sizes: UnitSizes, sparsity: float, kinds: Sequence[str], multiple_of: int) -> Iterator[Mix]:
     """Every mix of the allowed kinds that removes at least round(sparsity * layers' parameters), with no unit to
-    spare: for each number of layers and heads the fewest channels (kept at a multiple of `multiple_of`) that reach it.
+    spare: for each number of layers and heads the fewest channels (kept at a multiple of `multiple_of`) or experts that
+    reach it.
 
-    A mix leaves at least one layer, head and channel block; where nothing reaches the target the iterator is empty.
+    A mix leaves at least one layer, head and channel block, and the experts a router needs; where nothing reaches the
+    target the iterator is empty.
     """
     target = round(sparsity * sizes.total_params)
-    max_layers = sizes.layers - 1 if "layers" in kinds else 0
-    max_heads = sizes.heads - 1 if "heads" in kinds and sizes.heads else 0
+    max_layers = sizes.most("layers") if "layers" in kinds else 0
+    max_heads = sizes.most("heads") if "heads" in kinds else 0
     for layers in range(max_layers + 1):
         for heads in range(max_heads + 1):
-            for channels in _channel_steps(sizes, kinds, multiple_of):
-                mix = Mix(layers, heads, channels)
+            for inner in _feed_forward_steps(sizes, kinds, multiple_of):
+                mix = replace(inner, layers=layers, heads=heads)
                 if sizes.removed_params(mix) >= target:
                     yield mix
                     break
@@ -74,11 +121,14 @@ def mixes(sizes: UnitSizes, sparsity: float, kinds: Sequence[str], multiple_of: 
             return
 
 
-def _channel_steps(sizes: UnitSizes, kinds: Sequence[str], multiple_of: int) -> Iterator[int]:
-    yield 0
-    if "channels" not in kinds:
-        return
-    step = min(multiple_of, max(1, sizes.channels // 2))
-    largest = (sizes.channels - 1) // step * step  # kept counts: multiples of step below the full width
-    for kept in range(largest, 0, -step):
-        yield sizes.channels - kept
+def _feed_forward_steps(sizes: UnitSizes, kinds: Sequence[str], multiple_of: int) -> Iterator[Mix]:
+    """Fewest first. A layer has channels or experts, not both."""
+    yield Mix()
+    if "channels" in kinds:
+        step = min(multiple_of, max(1, sizes.channels // 2))
+        largest = (sizes.channels - 1) // step * step  # kept counts: multiples of step below the full width
+        for kept in range(largest, 0, -step):
+            yield Mix(channels=sizes.channels - kept)
+    if "experts" in kinds:
+        for gone in range(1, sizes.most("experts") + 1):
+            yield Mix(experts=gone)

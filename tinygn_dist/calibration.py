@@ -87,7 +87,7 @@ def load_text(
         held_out, _ = _encode(apart, tokenizer, options)
         rest, held_origin = encoded, apart.origin
     else:
-        rest, held_out = _hold_out(encoded, options)
+        rest, held_out = _hold_out(encoded, options, packed)
         held_origin = f"the last rows of {source.origin}"
     evaluation = _windows(held_out, tokenizer, options.seq_len, packed)[: options.eval_samples]
     pool = _windows(rest, tokenizer, options.seq_len, packed)
@@ -206,10 +206,10 @@ def _text(value: Any, tokenizer: Any) -> str:
     )
 
 
-def _hold_out(encoded: list[_Window], options: DataConfig) -> tuple[list[_Window], list[_Window]]:
+def _hold_out(encoded: list[_Window], options: DataConfig, packed: bool) -> tuple[list[_Window], list[_Window]]:
     """Last rows apart: enough for the asked evaluation windows, at most half of the rows and of the tokens."""
     total, wanted = sum(len(w.tokens) for w in encoded), options.eval_samples * options.seq_len
-    if not options.packing:
+    if not packed:
         cut = len(encoded) - min(options.eval_samples, len(encoded) // 2)
         return encoded[:cut], encoded[cut:]
     taken, cut = 0, len(encoded)

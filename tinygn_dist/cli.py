@@ -10,7 +10,6 @@ import argparse
 import functools
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tinygn_dist.backends import make_backend
+from tinygn_dist.backends.launcher import launch
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.errors import Refused, UserError
 
@@ -70,7 +70,7 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
     config = load_config(arguments.recipe, overrides)
     asked = config.distributed.num_processes or _asked_of_launcher()
     if asked and asked > 1 and "WORLD_SIZE" not in os.environ and not _under_launcher():
-        return _launch(argv, asked)
+        return launch("tinygn_dist.cli", argv, asked)
     distributed = config.distributed.model_copy(update={"num_processes": asked})
     backend = make_backend(distributed)
     _configure_logging(backend.is_main)
@@ -81,23 +81,6 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
         report.print()
     backend.close()
     return 0
-
-
-def _launch(argv: list[str], num_processes: int) -> int:
-    """Start the processes ourselves, connected: torchrun needs no Accelerate config that could start just one."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(num_processes),
-        "-m",
-        "tinygn_dist.cli",
-        *argv,
-    ]
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
-    return subprocess.call(command, env={"OMP_NUM_THREADS": str(threads), **os.environ})
 
 
 def _under_launcher() -> bool:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from tinygn_dist.errors import UserError
 
-UNIT_KINDS = ("layers", "heads", "channels")
+UNIT_KINDS = ("layers", "heads", "channels", "experts")
 WEIGHT_CRITERIA = ("magnitude", "wanda", "taylor", "fisher", "obs", "random")
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
@@ -81,19 +81,23 @@ class DataConfig(Section):
 
 class PruneConfig(Section):
     pattern: str = "channels"
-    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | units (removed whole; units
-    searches a mix of all three)"""
+    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | units (removed whole;
+    units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
     criterion: Literal[
         "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
     ] = "auto"
-    """what is scored; auto: obs for weights and channels, removal for heads and layers"""
+    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
+    layer has more than 64 experts)"""
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
-    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop
-    for the gradient criteria taylor and fisher"""
+    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
+    weights (taylor, fisher, and the loss-aware weights of obs)"""
+    allocation: float = Field(0.5, ge=0, le=1)
+    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
+    the saliency in units of loss (1)"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
     targets: tuple[str, ...] = (".*",)
@@ -106,8 +110,9 @@ class PruneConfig(Section):
     """re-fit the remaining weights by least squares to the dense activations after units are removed"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
-    counts: dict[Literal["layers", "heads", "channels"], NonNegativeInt] | None = None
-    """remove exactly these many layers, and KV groups and channels of each other layer, instead of meeting sparsity"""
+    counts: dict[Literal["layers", "heads", "channels", "experts"], NonNegativeInt] | None = None
+    """remove exactly these many layers, and KV groups, channels and experts of each other layer, instead of meeting
+    sparsity"""
     probe_channels: int = Field(256, ge=1)
     """channels per removal probe"""
     damping: float = Field(0.01, gt=0, lt=1)
@@ -122,7 +127,7 @@ class PruneConfig(Section):
             return value
         found = re.fullmatch(r"(\d+):(\d+)", value)
         if not found:
-            raise ValueError(f"got {value!r}, accepted: unstructured, N:M such as 2:4, layers, heads, channels, units")
+            raise ValueError(f"got {value!r}, accepted: unstructured, N:M such as 2:4, units, {', '.join(UNIT_KINDS)}")
         n, m = map(int, found.groups())
         if not 0 < n < m:
             raise ValueError(f"got {value!r}, N:M keeps N of every M weights, so 0 < N < M; try 2:4")
@@ -239,6 +244,8 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
         *path, key = dotted.split(".")
         for part in path:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{part}: got {node!r}, accepted: a mapping, which --{dotted} could then change")
         node[key] = value
     _refuse_unknown(asked, Config, "")
     try:
@@ -270,7 +277,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) -> None:
     for key, value in asked.items():
         if key not in section.model_fields:
-            near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else "accepted: " + ", ".join(section.model_fields)
             raise UserError(f"unknown key {prefix}{key}; {hint}")
         inner = section.model_fields[key].annotation

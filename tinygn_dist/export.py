@@ -108,17 +108,19 @@ def write_checkpoint(
 
 @dataclass(frozen=True)
 class Disk:
-    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor."""
+    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the
+    names of those that are matrices or stacks of them."""
 
     bytes: int
     num_params: int
     zeros: dict[str, int]
     sizes: dict[str, int]
+    matrices: tuple[str, ...]
 
 
 def read_back(folder: Path, state: Mapping[str, torch.Tensor]) -> Disk:
     """Count and compare every stored tensor. Raises RuntimeError when one differs from what was to be written."""
-    zeros, sizes = {}, {}
+    zeros, sizes, matrices = {}, {}, []
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as stored:
@@ -129,23 +131,32 @@ def read_back(folder: Path, state: Mapping[str, torch.Tensor]) -> Disk:
                         f"{file.name} holds another {name} than was written; the disk or library is at fault"
                     )
                 sizes[name], zeros[name] = tensor.numel(), tensor.numel() - int(torch.count_nonzero(tensor))
-    return Disk(sum(file.stat().st_size for file in files), sum(sizes.values()), zeros, sizes)
+                if tensor.dim() > 1 and not name.endswith("bias"):
+                    matrices.append(name)
+    return Disk(sum(file.stat().st_size for file in files), sum(sizes.values()), zeros, sizes, tuple(matrices))
 
 
-def sparsity_figures(disk: Disk, targets: tuple[Target, ...]) -> dict[str, float | int]:
-    """Zeros among the masked weights, all linear weights found, and everything stored."""
-    names = [target.name for target in targets if target.name in disk.sizes]
-    matrices = [
-        name for name in disk.sizes if name.endswith("weight") and disk.sizes[name] > 1 and "norm" not in name.lower()
-    ]
+def check_renamed(model: nn.Module, disk: Disk, state: Mapping[str, torch.Tensor]) -> None:
+    """Compare, in the reloaded model, the tensors that lie on disk under other names: transformers writes fused experts
+    one by one where their checkpoints always had them so. Raises RuntimeError like `read_back`."""
+    reloaded = model.state_dict()
+    for name in state.keys() - disk.sizes.keys():
+        if not torch.equal(reloaded[name].cpu(), state[name].cpu()):
+            raise RuntimeError(f"{name} was reloaded with other values than were written; the library is at fault")
+
+
+def sparsity_figures(disk: Disk, targets: tuple[Target, ...], reloaded: nn.Module) -> dict[str, float | int]:
+    """Zeros among the masked weights (in the model that was loaded from disk), all matrices and everything stored."""
+    masked = [target.within(reloaded.get_parameter(target.parameter)) for target in targets]
+    nonzero = sum(int(torch.count_nonzero(weight)) for weight in masked)
 
     def share(chosen: list[str]) -> float:
         total = sum(disk.sizes[name] for name in chosen)
         return sum(disk.zeros[name] for name in chosen) / total if total else 0.0
 
     return {
-        "targeted_weights": share(names),
-        "all_weight_matrices": share(matrices),
+        "targeted_weights": 1 - nonzero / sum(w.numel() for w in masked) if masked else 0.0,
+        "all_weight_matrices": share(list(disk.matrices)),
         "whole_checkpoint": share(list(disk.sizes)),
         "zeros": sum(disk.zeros.values()),
     }

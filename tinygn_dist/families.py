@@ -6,127 +6,206 @@ written here; sizes are read from the model itself, so a family covers every che
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
 class Part(NamedTuple):
-    """The `index`-th of `of` equal blocks of a linear module's output features (fused qkv: three blocks)."""
+    """The `index`-th block of a linear module's output features, which is split into `blocks`: so many equal ones, or
+    ones in proportion to these config entries (fused qkv of grouped-query attention)."""
 
     path: str
     index: int = 0
-    of: int = 1
+    blocks: int | tuple[str, ...] = 1
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Projections of one attention block. Heads of one key/value group go together; head_dim never changes."""
+    """Projections of one attention block, for families whose config can say fewer heads of the same size.
 
-    query: Part
-    key: Part
-    value: Part
+    Heads of one key/value group go together; head_dim never changes. inputs: whose output features belong to the
+    groups, in order. per_head: parameters with one entry per query head.
+    """
+
+    inputs: tuple[Part, ...]
     output: str
     num_heads: str = "num_attention_heads"
-    num_kv_heads: str | None = None
-    fixed: str | None = None
-    """why heads cannot be removed in a checkpoint that stock classes load, or None"""
+    num_kv_heads: str = "num_key_value_heads"
+    per_head: tuple[str, ...] = ()
+    fixed_if: Callable[[Any], str | None] = lambda config: None
+    """why the heads of this very config must stay, or None"""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Channel j is output feature j of every module in `inputs` and input feature j of `output`."""
+    """Channel j is output feature j of every part in `inputs` and input feature j of `output`."""
 
-    inputs: tuple[str, ...]
+    inputs: tuple[Part, ...]
     output: str
     width: str = "intermediate_size"
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Expert j is entry j of every parameter of the modules `router` and `experts`; shared experts are no units, and
+    layers without these modules have none."""
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    count: str = "num_experts"
+    top_k: str = "num_experts_per_tok"
+
+
+@dataclass(frozen=True)
 class Family:
+    """attention, feed_forward, experts: None where a family has none to remove; `fixed` then says why, by unit kind."""
+
     model_types: tuple[str, ...]
     layers: str
-    attention: Attention
-    feed_forward: FeedForward
+    attention: Attention | None = None
+    feed_forward: FeedForward | None = None
+    experts: Experts | None = None
     depth: str = "num_hidden_layers"
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
-_TIED_HEAD_DIM = (
-    "its config derives head_dim from hidden_size / {heads}, so fewer heads of the same size cannot be written"
-)
+def _separate(*paths: str) -> tuple[Part, ...]:
+    return tuple(Part(path) for path in paths)
+
+
+def _derived_head_dim(heads: str, hidden: str = "hidden_size") -> dict[str, str]:
+    told = f"its config derives head_dim from {hidden} / {heads}, so fewer heads of the same size cannot be written"
+    return {"heads": told}
+
+
+def _qk_layernorm(config: Any) -> str | None:
+    return "its class builds qk_layernorm of size hidden_size / num_attention_heads" if config.qk_layernorm else None
+
+
+def _longrope(config: Any) -> str | None:
+    if (config.rope_parameters or {}).get("rope_type") != "longrope":
+        return None
+    return "its config checks the longrope factors against hidden_size / num_attention_heads"
+
+
+_JOINT_NORMS = {"heads": "its query and key norms run over all heads together, so every head depends on the others"}
+_NO_EXPERTS = "its feed-forward layers are dense"
+_NO_CHANNELS = {"channels": "its feed-forward layers are mixtures of experts; use --pattern experts"}
+_SEPARATE_QKV = _separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GROUPED = Attention(inputs=_SEPARATE_QKV, output="self_attn.o_proj")
+_GATED = FeedForward(inputs=_separate("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj")
+_4H = FeedForward(inputs=_separate("mlp.dense_h_to_4h"), output="mlp.dense_4h_to_h")
+_PHI3_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 
 FAMILIES = (
     Family(  # gated FFN, head_dim in the config
-        model_types=(
-            "llama",
-            "mistral",
-            "qwen2",
-            "qwen3",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "smollm3",
-            "olmo2",
-            "granite",
-        ),
+        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+        layers="layers",
+        attention=_GROUPED,
+        feed_forward=_GATED,
+    ),
+    Family(
+        model_types=("olmo2",),
+        layers="layers",
+        feed_forward=_GATED,
+        fixed=_JOINT_NORMS,
+    ),
+    Family(
+        model_types=("phi",),
+        layers="layers",
+        attention=Attention(inputs=_SEPARATE_QKV, output="self_attn.dense", fixed_if=_qk_layernorm),
+        feed_forward=FeedForward(inputs=_separate("mlp.fc1"), output="mlp.fc2"),
+    ),
+    Family(  # qkv and gate_up fused, block after block
+        model_types=("phi3",),
         layers="layers",
         attention=Attention(
-            query=Part("self_attn.q_proj"),
-            key=Part("self_attn.k_proj"),
-            value=Part("self_attn.v_proj"),
+            inputs=tuple(Part("self_attn.qkv_proj", block, _PHI3_QKV) for block in range(3)),
             output="self_attn.o_proj",
-            num_kv_heads="num_key_value_heads",
+            fixed_if=_longrope,
         ),
-        feed_forward=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+        feed_forward=FeedForward(
+            inputs=(Part("mlp.gate_up_proj", 0, 2), Part("mlp.gate_up_proj", 1, 2)), output="mlp.down_proj"
+        ),
     ),
     Family(
         model_types=("gpt2",),
         layers="h",
-        attention=Attention(
-            query=Part("attn.c_attn", 0, 3),
-            key=Part("attn.c_attn", 1, 3),
-            value=Part("attn.c_attn", 2, 3),
-            output="attn.c_proj",
-            num_heads="n_head",
-            fixed=_TIED_HEAD_DIM.format(heads="n_head"),
-        ),
-        feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner"),
+        feed_forward=FeedForward(inputs=_separate("mlp.c_fc"), output="mlp.c_proj", width="n_inner"),
         depth="n_layer",
+        fixed=_derived_head_dim("n_head"),
+    ),
+    Family(
+        model_types=("gpt_neox",),
+        layers="layers",
+        feed_forward=_4H,
+        fixed=_derived_head_dim("num_attention_heads"),
+    ),
+    Family(
+        model_types=("bloom",),
+        layers="h",
+        depth="n_layer",
+        fixed=_derived_head_dim("n_head")
+        | {"channels": "its class builds 4 * hidden_size channels whatever the config says"},
+    ),
+    Family(
+        model_types=("falcon",),
+        layers="h",
+        feed_forward=FeedForward(_4H.inputs, _4H.output, width="ffn_hidden_size"),
+        fixed=_derived_head_dim("num_attention_heads"),
     ),
     Family(
         model_types=("opt",),
         layers="decoder.layers",
-        attention=Attention(
-            query=Part("self_attn.q_proj"),
-            key=Part("self_attn.k_proj"),
-            value=Part("self_attn.v_proj"),
-            output="self_attn.out_proj",
-            fixed=_TIED_HEAD_DIM.format(heads="num_attention_heads"),
-        ),
-        feed_forward=FeedForward(inputs=("fc1",), output="fc2", width="ffn_dim"),
+        feed_forward=FeedForward(inputs=_separate("fc1"), output="fc2", width="ffn_dim"),
+        fixed=_derived_head_dim("num_attention_heads"),
     ),
     Family(  # post-norm encoders
         model_types=("bert", "roberta", "xlm-roberta", "electra", "camembert"),
         layers="encoder.layer",
-        attention=Attention(
-            query=Part("attention.self.query"),
-            key=Part("attention.self.key"),
-            value=Part("attention.self.value"),
-            output="attention.output.dense",
-            fixed=_TIED_HEAD_DIM.format(heads="num_attention_heads"),
-        ),
-        feed_forward=FeedForward(inputs=("intermediate.dense",), output="output.dense"),
+        feed_forward=FeedForward(inputs=_separate("intermediate.dense"), output="output.dense"),
+        fixed=_derived_head_dim("num_attention_heads"),
+    ),
+    Family(
+        model_types=("distilbert",),
+        layers="transformer.layer",
+        feed_forward=FeedForward(inputs=_separate("ffn.lin1"), output="ffn.lin2", width="hidden_dim"),
+        depth="n_layers",
+        fixed=_derived_head_dim("n_heads", "dim"),
     ),
     Family(
         model_types=("vit",),
         layers="layers",
-        attention=Attention(
-            query=Part("attention.q_proj"),
-            key=Part("attention.k_proj"),
-            value=Part("attention.v_proj"),
-            output="attention.o_proj",
-            fixed=_TIED_HEAD_DIM.format(heads="num_attention_heads"),
-        ),
-        feed_forward=FeedForward(inputs=("mlp.fc1",), output="mlp.fc2"),
+        feed_forward=FeedForward(inputs=_separate("mlp.fc1"), output="mlp.fc2"),
+        fixed=_derived_head_dim("num_attention_heads"),
+    ),
+    Family(
+        model_types=("mixtral",),
+        layers="layers",
+        attention=_GROUPED,
+        experts=Experts(count="num_local_experts"),
+        fixed=_NO_CHANNELS,
+    ),
+    Family(
+        model_types=("qwen2_moe", "qwen3_moe"),
+        layers="layers",
+        attention=_GROUPED,
+        experts=Experts(),
+        fixed=_NO_CHANNELS,
+    ),
+    Family(
+        model_types=("olmoe",),
+        layers="layers",
+        experts=Experts(),
+        fixed=_NO_CHANNELS | _JOINT_NORMS,
+    ),
+    Family(
+        model_types=("gpt_oss",),
+        layers="layers",
+        attention=Attention(inputs=_SEPARATE_QKV, output="self_attn.o_proj", per_head=("self_attn.sinks",)),
+        experts=Experts(router="mlp.router", count="num_local_experts"),
+        fixed=_NO_CHANNELS,
     ),
 )
 
@@ -134,6 +213,16 @@ FAMILIES = (
 def family_of(model_type: str) -> Family | None:
     """The family a `config.model_type` belongs to, or None."""
     return next((family for family in FAMILIES if model_type in family.model_types), None)
+
+
+def fixed_units(family: Family, config: Any) -> dict[str, str]:
+    """Unit kinds that cannot be removed from a model of this config, each with the reason."""
+    fixed = dict(family.fixed)
+    if family.experts is None:
+        fixed["experts"] = _NO_EXPERTS
+    if family.attention and (reason := family.attention.fixed_if(config)):
+        fixed["heads"] = reason
+    return fixed
 
 
 def supported() -> str:

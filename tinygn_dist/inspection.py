@@ -13,7 +13,7 @@ from rich.table import Table
 from tinygn_dist import calibration, load
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
-from tinygn_dist.config import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig
+from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
@@ -46,7 +46,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             "params_each": max(anatomy.layer_params),
             "removable": True,
         }
-        for kind in ("heads", "channels"):
+        for kind in UNIT_KINDS:
             groups = anatomy.of_kind(kind)
             if groups:
                 facts["units"][kind] = {
@@ -55,10 +55,10 @@ def inspect(arguments: argparse.Namespace) -> int:
                     "removable": True,
                     "share": sum(g.num_units * g.unit_params for g in groups) / total,
                 }
-            elif kind == "heads":
-                facts["units"][kind] = {"removable": False, "why": family.attention.fixed}
+            elif kind in anatomy.fixed:
+                facts["units"][kind] = {"removable": False, "why": anatomy.fixed[kind]}
     for target in anatomy.targets:
-        kind = target.module.rpartition(".")[2]
+        kind = target.parameter.removesuffix(".weight").rpartition(".")[2]
         shape = f"{target.shape[0]}x{target.shape[1]}"
         entry = facts["targets"].setdefault(
             f"{kind} {shape}", {"count": 0, "share": 0.0, "multiple_of_4_inputs": target.shape[1] % 4 == 0}
@@ -81,7 +81,7 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     )
     units = Table("unit", "count", "parameters each", "note", title="can be removed whole")
     for kind, unit in facts["units"].items():
-        name = {"heads": "heads (KV groups, per layer)", "channels": "channels (per layer)"}.get(kind, kind)
+        name = {"heads": "heads (KV groups, per layer)", "layers": "layers"}.get(kind, f"{kind} (per layer)")
         if unit["removable"]:
             units.add_row(name, str(unit["count"]), f"{unit['params_each']:,}", "")
         else:

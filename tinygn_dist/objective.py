@@ -5,6 +5,7 @@ Per-token losses are computed in fp32 and summed in fp64: finite differences sub
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,17 @@ class Losses(NamedTuple):
     def mean(self) -> torch.Tensor:
         """Mean loss per token over the batch, 0-dim float64."""
         return self.total.sum() / self.count.sum().clamp(min=1)
+
+
+def real_tokens(batch: Batch) -> torch.Tensor | None:
+    """(batch * seq,) bool, False at padding; None without padding."""
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.flatten().bool()
+
+
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """Forward arguments that spare a causal LM the logits of all positions but one, for who reads hidden states."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 Objective = Callable[[nn.Module, Batch], Losses]

@@ -172,12 +172,11 @@ class _Run:
             "probe_forwards": scores.forwards,
         }
         bare = self.backend.unwrap(self.model)
-        is_conv1d = {target.module: target.input_dim == 0 for target in self.anatomy.targets}
         state = self.backend.full_state(self.model)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
         with self.backend.together("filling the smaller model"):
             if self.backend.is_main:
-                small.load_state_dict(smaller_state(state, self.anatomy, kept, is_conv1d), strict=True)
+                small.load_state_dict(smaller_state(state, self.anatomy, kept), strict=True)
         self.backend.spread(small)
         small.tie_weights()
         small.generation_config = getattr(bare, "generation_config", None)
@@ -239,10 +238,11 @@ class _Run:
                     update={"name": str(draft), "task": self.source.task, "revision": None}
                 )
                 reloaded = load.load_model(load.find_model(written))
+                export.check_renamed(reloaded, disk, state)
+                self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded)
             reloaded = self.backend.prepare(reloaded)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
-            self.report.sparsity = export.sparsity_figures(disk, self.targets)
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
             if self.backend.is_main:

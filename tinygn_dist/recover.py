@@ -109,9 +109,9 @@ def _one_step(
         with backend.no_sync(wrapped, last=index == len(mine) - 1):
             total = student_losses(wrapped, teacher, task, sequence, options).total.sum()
             # gradients are averaged over ranks afterwards; the mean loss per token wants their sum
-            backend.backward(wrapped, total * (backend.num_ranks / count))
+            backend.backward(total * (backend.num_ranks / count))
         seen += total.detach().cpu()
-    backend.clip_grad_norm(wrapped, options.clip_norm)
+    backend.clip_grad_norm(wrapped.parameters(), options.clip_norm)
     optimizer.step()
     optimizer.zero_grad()
     backend.sum_over_data([seen])

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PretrainedConfig
 
-from tinygn_dist.anatomy import Anatomy, UnitGroup
+from tinygn_dist.anatomy import Anatomy, Slice
 from tinygn_dist.units import KeptUnits
 
 
@@ -33,30 +33,29 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
         setattr(small, attention.num_kv_heads, groups)
     if kept.channels:
         setattr(small, family.feed_forward.width, len(next(iter(kept.channels.values()))))
+    if kept.experts:
+        setattr(small, family.experts.count, len(next(iter(kept.experts.values()))))
     return small
 
 
-def smaller_state(
-    state: Mapping[str, torch.Tensor], anatomy: Anatomy, kept: KeptUnits, is_conv1d: Mapping[str, bool]
-) -> dict[str, torch.Tensor]:
-    """The state dict of the smaller model. state: full tensors by name. is_conv1d: module -> weight stored (in, out)."""
-    rows: dict[str, list[torch.Tensor]] = {}
-    columns: dict[str, torch.Tensor] = {}
+def smaller_state(state: Mapping[str, torch.Tensor], anatomy: Anatomy, kept: KeptUnits) -> dict[str, torch.Tensor]:
+    """The state dict of the smaller model. state: full tensors by name."""
+    keep: dict[tuple[str, int], torch.Tensor] = {}
     for group in anatomy.groups:
         units = kept.of(group.kind).get(group.layer)
         if units is not None:
-            _slices_of(group, torch.tensor(units), state, is_conv1d, rows, columns)
+            gone = sorted(set(range(group.num_units)) - set(units))
+            for piece in group.slices:
+                size = state[piece.tensor].shape[piece.dim]
+                mask = keep.setdefault((piece.tensor, piece.dim), torch.ones(size, dtype=torch.bool))
+                mask[_entries(piece, gone)] = False
     position = {layer: index for index, layer in enumerate(kept.layers)}
     pattern = re.compile(rf"^{re.escape(anatomy.layers_path)}\.(\d+)\.")
     small = {}
     for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        is_weight = leaf == "weight"
-        out_dim = int(is_weight and is_conv1d.get(module, False))
-        if module in rows and leaf in ("weight", "bias"):
-            tensor = tensor.index_select(out_dim, torch.cat(rows[module]).to(tensor.device))
-        if module in columns and is_weight:
-            tensor = tensor.index_select(1 - out_dim, columns[module].to(tensor.device))
+        for dim in range(tensor.dim()):
+            if (name, dim) in keep:
+                tensor = tensor.index_select(dim, keep[name, dim].nonzero().squeeze(1).to(tensor.device))
         found = pattern.match(name)
         if found:
             if int(found.group(1)) not in position:
@@ -66,13 +65,7 @@ def smaller_state(
     return small
 
 
-def _slices_of(group: UnitGroup, units: torch.Tensor, state, is_conv1d, rows, columns) -> None:
-    def expand(width: int) -> torch.Tensor:
-        return (units[:, None] * width + torch.arange(width)).flatten()
-
-    columns[group.output] = expand(group.output_width)
-    for row in group.inputs:
-        weight = state[row.part.path + ".weight"]
-        features = weight.shape[1] if is_conv1d.get(row.part.path, False) else weight.shape[0]
-        offset = row.part.index * (features // row.part.of)
-        rows.setdefault(row.part.path, []).append(offset + expand(row.width))
+def _entries(piece: Slice, units: Sequence[int]) -> torch.Tensor:
+    """Positions along the slice's dim that belong to these units."""
+    first = piece.start + torch.tensor(units, dtype=torch.int64)[:, None] * piece.width
+    return (first + torch.arange(piece.width)).flatten()

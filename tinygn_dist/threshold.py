@@ -30,7 +30,7 @@ def keep_largest(
             torch.ones_like(piece, dtype=torch.bool) if keep else torch.zeros_like(piece, dtype=torch.bool)
             for piece in pieces
         ]
-    masks = [piece > threshold for piece in pieces]
+    masks = [(piece > threshold).contiguous() for piece in pieces]
     ties = [(piece == threshold).flatten().nonzero().squeeze(1) for piece in pieces]
     indices = (
         torch.cat([tie + start for tie, start in zip(ties, starts, strict=True)]) if pieces else torch.empty(0).long()

@@ -18,6 +18,7 @@ from tinygn_dist.estimate import probes
 from tinygn_dist.estimate.activations import InputMoments, block_influence
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
+from tinygn_dist.estimate.experts import output_mass
 from tinygn_dist.estimate.probes import Probe
 from tinygn_dist.estimate.setting import Setting
 
@@ -42,8 +43,8 @@ class UnitScores:
 def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: InputMoments | None) -> UnitScores:
     """Scores of every kind of which `most` removes some.
 
-    auto: removal probes for layers and heads, the solver's own saliency for channels. moments: unreduced Gram matrices
-    of the groups' outputs, read by the criteria activation and removal of channels.
+    auto: removal probes for layers, heads and experts, the solver's own saliency for channels. moments: unreduced Gram
+    matrices of the groups' outputs, read by the criteria activation and removal of channels.
     """
     scores = UnitScores()
     if most.layers:
@@ -52,13 +53,22 @@ def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: Inpu
             _order_by_removal(scores, setting, most.layers, options)
         else:
             _order_by_score(scores, setting, criterion, options)
-    for kind, default in (("heads", "removal"), ("channels", "obs")):
-        criterion = default if options.criterion == "auto" else options.criterion
+    for kind in ("heads", "channels", "experts"):
+        groups = setting.anatomy.of_kind(kind)
+        criterion = _criterion(kind, groups, options)
         if getattr(most, kind) and criterion != "obs":
-            groups = setting.anatomy.of_kind(kind)
             values = _group_scores(scores, setting, groups, criterion, options, moments)
             scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
     return scores
+
+
+def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> str:
+    """What auto means for a kind. Experts have no solver, as layers have none: obs then means auto."""
+    if kind == "experts" and options.criterion in ("auto", "obs"):
+        return "removal" if groups and groups[0].num_units <= MANY else "activation"
+    if options.criterion != "auto":
+        return options.criterion
+    return "obs" if kind == "channels" else "removal"
 
 
 def _order_by_removal(scores: UnitScores, setting: Setting, num_removed: int, options: PruneConfig) -> None:
@@ -121,6 +131,9 @@ def _group_scores(
             return _removal(scores, setting, groups, options, moments)
         case "gate":
             values = _gates(scores, setting, groups, options)
+        case "activation" if groups[0].router:
+            values, reached = output_mass(setting, groups)
+            _warn_unreached(groups, reached)
         case "activation":
             values = [
                 score.unit_sums(energy, group.output_width)
@@ -147,8 +160,8 @@ def _removal(
     options: PruneConfig,
     moments: InputMoments | None,
 ) -> list[torch.Tensor]:
-    """One probe per head; channels in blocks of similar activation energy, the energy ordering inside a block."""
-    if groups[0].num_units <= MANY:
+    """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside."""
+    if groups[0].num_units <= MANY or groups[0].router:
         blocks = [list(torch.arange(group.num_units).split(1)) for group in groups]
     else:
         energies = _column_energies(setting, groups, moments)
@@ -184,8 +197,8 @@ def _gates(
 ) -> list[torch.Tensor]:
     if options.estimator != "backprop" and groups[0].num_units > MANY:
         raise UserError(
-            f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} channels are too many for "
-            "finite differences: use --estimator backprop, or criterion obs or removal"
+            f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} are too "
+            "many for finite differences: use --estimator backprop, or criterion obs, removal or activation"
         )
     derivatives, counts = _gate_grads(scores, setting, list(probes.single_units(groups)), options)
     return list(score.second_order(derivatives, counts).split([group.num_units for group in groups]))
@@ -210,28 +223,32 @@ def _gate_grads(
 def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
     """||W_:,j||^2 sum x_j^2 of every input feature of the groups' outputs, over the data of all ranks."""
     assert moments is not None
-    diagonals = [moments.moments.sum(moments.of(group.output)).diagonal().clone() for group in groups]
+    targets = [setting.anatomy.target_of(group.output) for group in groups]
+    diagonals = [moments.moments.sum(moments.of(target)).diagonal().clone() for target in targets]
     setting.backend.sum_over_data(diagonals)
     energies = []
-    for group, diagonal in zip(groups, diagonals, strict=True):
-        target = setting.anatomy.target_of(group.output)
-        weight = target.matrix(setting.backend.whole(setting.model, target))
+    for target, diagonal in zip(targets, diagonals, strict=True):
+        weight = setting.backend.shard(setting.model, target).weight
+        weight = target.matrix(setting.backend.gather(setting.model, target, weight))
         energies.append(score.column_energy(weight, diagonal.float()))
     return energies
 
 
 def _unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:
-    """Sum of squares of every weight that goes with a unit."""
-
-    def matrix(path: str) -> torch.Tensor:
-        target = setting.anatomy.target_of(path)
-        return target.matrix(setting.backend.whole(setting.model, target)).double()
-
-    total = score.unit_sums(matrix(group.output).square().sum(0), group.output_width)
-    for row in group.inputs:
-        block = matrix(row.part.path).chunk(row.part.of)[row.part.index]
-        total = total + score.unit_sums(block.square().sum(1), row.width)
+    """(units,) sums of squares of every parameter that goes with a unit."""
+    total = torch.zeros(group.num_units, dtype=torch.float64)
+    for piece in group.slices:
+        squares = setting.backend.whole(setting.model, piece.tensor).double().square().movedim(piece.dim, 0)
+        own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
+        total += score.unit_sums(own, piece.width).cpu()
     return total
+
+
+def _warn_unreached(groups: Sequence[UnitGroup], reached: Sequence[torch.Tensor]) -> None:
+    for group, tokens in zip(groups, reached, strict=True):
+        never = (tokens == 0).nonzero().squeeze(1).tolist()
+        if never:
+            log.warning("no calibration token was routed to experts %s of layer %d: they score 0", never, group.layer)
 
 
 def _row(kind: str, layer: int, criterion: str, value: float, error: float | None = None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Unit patterns: score layers, heads (KV groups) and FFN channels, choose what goes, and re-fit what stays.
+"""Unit patterns: score layers, heads (KV groups), FFN channels and experts, choose what goes, re-fit what stays.
 
-Probes decide between layers and between heads, in units of loss. Inside one FFN the layer's own output error decides
+Probes decide between layers, heads and experts, in units of loss. Inside one FFN the layer's own output error decides
 (every layer keeps the same width, so that stock classes load). Where several kinds may go, candidate mixes are tried
 on the live model, measured, and undone to the last bit.
 """
@@ -21,6 +21,7 @@ from tinygn_dist.budget import Mix, UnitSizes, mixes
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import InputMoments, input_moments
+from tinygn_dist.estimate.hooks import routed_to
 from tinygn_dist.estimate.restart import running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
@@ -28,59 +29,69 @@ from tinygn_dist.solve import least_squares
 from tinygn_dist.unit_scores import UnitScores, score_units
 
 log = logging.getLogger(__name__)
+_ROUTED = "{} stay, as many as the router chooses for each token"
+INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
 
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """What stays, by index in the dense model. heads and channels: per kept layer, ascending."""
+    """What stays, by index in the dense model. The other kinds: per kept layer, ascending."""
 
     layers: tuple[int, ...]
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def of(self, kind: str) -> Mapping[int, tuple[int, ...]]:
-        return self.heads if kind == "heads" else self.channels
+        return getattr(self, kind)
 
     def fingerprint(self) -> str:
         """16 hex digits, equal for equal choices."""
-        told = [self.layers, sorted(self.heads.items()), sorted(self.channels.items())]
+        told = [self.layers, *(sorted(self.of(kind).items()) for kind in INNER_KINDS)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def unit_sizes(anatomy: Anatomy) -> UnitSizes:
     """Counts and parameters per unit. UserError when layers differ, which no stock config could express afterwards."""
     facts: dict[str, tuple[int, int]] = {}
-    for kind in ("heads", "channels"):
+    for kind in INNER_KINDS:
         seen = {(group.num_units, group.unit_params) for group in anatomy.of_kind(kind)}
         if len(seen) > 1:
             raise UserError(
                 f"layers have different numbers of {kind}, which cannot be cut evenly; use --pattern layers"
             )
         facts[kind] = seen.pop() if seen else (0, 0)
-    return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *facts["heads"], *facts["channels"])
+    inner = [number for kind in INNER_KINDS for number in facts[kind]]
+    experts = anatomy.of_kind("experts")
+    if not experts:
+        return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *inner)
+    sparse = {group.layer for group in experts}
+    dense = [params for layer, params in enumerate(anatomy.layer_params) if layer not in sparse]
+    sparse_params = anatomy.layer_params[experts[0].layer]
+    return UnitSizes(anatomy.num_layers, sparse_params, *inner, experts[0].least, len(dense), max(dense, default=0))
 
 
 def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     """The mixes that reach the asked sparsity. UserError, before weights load, when none does."""
-    if "heads" in options.unit_kinds and not anatomy.of_kind("heads") and options.pattern == "heads":
-        raise UserError(f"heads cannot be removed: {anatomy.family.attention.fixed}; use --pattern channels or layers")
+    kinds, sizes = options.unit_kinds, unit_sizes(anatomy)
+    if options.pattern in anatomy.fixed:
+        others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
+        raise UserError(
+            f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
+        )
     bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")
-    if options.protect and options.unit_kinds != ("layers",):
-        raise UserError(
-            "prune.protect keeps whole layers; heads and channels are cut evenly in all, so use --pattern layers"
-        )
-    sizes = unit_sizes(anatomy)
+    if options.protect and kinds != ("layers",):
+        raise UserError("prune.protect keeps whole layers; other units are cut evenly in all, so use --pattern layers")
     if options.counts is not None:
         return [_fixed_mix(sizes, options)]
-    found = list(mixes(sizes, options.sparsity, options.unit_kinds, options.multiple_of))
+    found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of))
     found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
     if not found:
         raise UserError(
             f"{options.pattern} cannot remove {options.sparsity:.0%} of the layers' {sizes.total_params:,} parameters "
-            f"(layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each "
-            "stays); lower sparsity or use --pattern units"
+            f"({_told(sizes)}); lower sparsity or use --pattern units"
         )
     return found
 
@@ -89,12 +100,20 @@ def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
     mix = Mix(**options.counts)
     for kind in UNIT_KINDS:
         there, asked = getattr(sizes, kind), getattr(mix, kind)
-        if asked and (kind not in options.unit_kinds or asked >= there):
+        if asked and (kind not in options.unit_kinds or asked > sizes.most(kind)):
             raise UserError(
-                f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which one stays, and pattern "
+                f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which "
+                f"{_ROUTED.format(sizes.least_experts) if kind == 'experts' else 'one stays'}, and pattern "
                 f"{options.pattern} removes {', '.join(options.unit_kinds)}"
             )
     return mix
+
+
+def _told(sizes: UnitSizes) -> str:
+    told = f"layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each stays"
+    if sizes.experts:
+        told += f"; of {sizes.experts} experts {_ROUTED.format(sizes.least_experts)}"
+    return told
 
 
 @dataclass(frozen=True)
@@ -108,16 +127,19 @@ class Trial:
 def remove_units(
     setting: Setting, candidates: Sequence[Mix], options: PruneConfig
 ) -> tuple[KeptUnits, UnitScores, list[Trial]]:
-    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out.
+    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
+    and experts are only named: no value of their weights is the same as their absence).
 
     Returns what stays, the scores with their standard errors, and every mix that was measured.
     """
     most = Mix(*(max(getattr(mix, kind) for mix in candidates) for kind in UNIT_KINDS))
     groups = [group for group in setting.anatomy.groups if getattr(most, group.kind)]
-    moments = input_moments(setting, [group.output for group in groups], full=True) if groups else None
+    fed = [group for group in groups if group.router is None]
+    targets = [setting.anatomy.target_of(group.output) for group in fed]
+    moments = input_moments(setting, targets, full=True) if fed else None
     probed = setting.first(options.probe_samples)
     scores = score_units(probed, most, options, moments)
-    jobs = _jobs(setting, moments, groups) if moments else {}
+    jobs = _jobs(setting, moments, fed) if moments else {}
     if len(candidates) == 1:
         return _apply(setting, candidates[0], most, scores, jobs, options), scores, []
     backend, changed = setting.backend, [target for job in jobs.values() for target in job.targets]
@@ -126,13 +148,13 @@ def remove_units(
 
     def loss_of(mix: Mix) -> float:
         kept = _apply(setting, mix, most, scores, jobs, options)
-        told = f"{mix.layers} layers, {mix.heads} KV groups and {mix.channels} channels of each"
-        with running_layers(setting.bare, setting.anatomy, kept.layers):
+        routed = {group: kept.experts[group.layer] for group in groups if group.router and group.layer in kept.experts}
+        with routed_to(setting.bare, routed), running_layers(setting.bare, setting.anatomy, kept.layers):
             loss = mean_loss(probed, "trying a mix")
         for target in changed:
             backend.write(setting.model, target, dense[target.name])
         trials.append(Trial(mix, loss))
-        log.info("without %s: loss %.4f", told, loss)
+        log.info("without %s: loss %.4f", mix, loss)
         return loss
 
     best = _walk(candidates, loss_of)
@@ -165,7 +187,7 @@ def _jobs(setting: Setting, moments: InputMoments, groups: Sequence[UnitGroup]) 
     jobs = {}
     for group in groups:
         target = setting.anatomy.target_of(group.output)
-        gram = moments.moments.pop(moments.of(group.output))
+        gram = moments.moments.pop(moments.of(target))
         jobs[group] = Job((target,), [gram], target.shape[1] ** 3 + target.shape[0] * target.shape[1] ** 2)
     setting.backend.sum_for_jobs(list(jobs.values()))
     return jobs
@@ -174,7 +196,7 @@ def _jobs(setting: Setting, moments: InputMoments, groups: Sequence[UnitGroup]) 
 def _apply(
     setting: Setting, mix: Mix, most: Mix, scores: UnitScores, jobs: dict[UnitGroup, Job], options: PruneConfig
 ) -> KeptUnits:
-    """Zero the units of one mix in the live weights, re-fit the columns that stay, and say what stays."""
+    """Zero the heads and channels of one mix in the live weights, re-fit the columns that stay, and say what stays."""
     gone = set(scores.layer_order[: mix.layers])
     for group, job in jobs.items():
         job.extra |= {"group": group, "removed": 0 if group.layer in gone else getattr(mix, group.kind)}
@@ -183,12 +205,16 @@ def _apply(
         return [_solve_columns(job, weights[0], most, scores, options)]
 
     setting.backend.map_targets(setting.model, list(jobs.values()), solve)
-    kept: dict[str, dict[int, tuple[int, ...]]] = {"heads": {}, "channels": {}}
+    kept: dict[str, dict[int, tuple[int, ...]]] = {kind: {} for kind in INNER_KINDS}
     for group, job in jobs.items():
         if group.layer not in gone:
             kept[group.kind][group.layer] = job.outcome
+    for group in setting.anatomy.of_kind("experts"):
+        if mix.experts and group.layer not in gone:
+            order = scores.by_group["experts", group.layer].argsort(stable=True)
+            kept["experts"][group.layer] = tuple(sorted(order[mix.experts :].tolist()))
     layers = tuple(layer for layer in range(setting.anatomy.num_layers) if layer not in gone)
-    return KeptUnits(layers, kept["heads"], kept["channels"])
+    return KeptUnits(layers, **kept)
 
 
 def _solve_columns(

@@ -1,6 +1,6 @@
 """What every rank of a launched job checks and measures for tests/contract/test_sharded.py.
 
-`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER`: asserts what can be judged inside the job, and
+`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [CHECK ...]`: asserts what can be judged inside the job, and
 writes what must be the same on every backend (fingerprints, digests, losses) to FOLDER/facts.json.
 """
 
@@ -44,6 +44,7 @@ CONV1D_CASES = [
     ("obs", {}),
     ("wanda", {"scope": "global"}),
 ]
+EXPERT_CASES = [("wanda", {}), ("taylor", {"scope": "global"}), ("fisher", {"pattern": "2:4"}), ("obs", {})]
 UNIT_CASES = [
     {"pattern": "layers", "sparsity": 0.3},
     {"pattern": "layers", "sparsity": 0.3, "criterion": "magnitude"},
@@ -53,6 +54,8 @@ UNIT_CASES = [
     {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7, "criterion": "activation"},
     {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7, "criterion": "magnitude"},
     {"pattern": "units", "sparsity": 0.35, "multiple_of": 7},
+    {"pattern": "experts", "sparsity": 0.2},
+    {"pattern": "experts", "sparsity": 0.2, "criterion": "magnitude"},
 ]
 
 
@@ -71,6 +74,16 @@ def gpt2() -> nn.Module:
     config = hf.GPT2Config(
         vocab_size=VOCAB, n_embd=32, n_inner=44, n_layer=2, n_head=4, n_positions=64, attn_implementation="eager",
         bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _seeded(config)
+
+
+def mixtral() -> nn.Module:
+    """3 experts in one tensor do not divide by 2: under FSDP2 a rank holds whole experts, under ZeRO-3 a part of one."""
+    config = hf.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
+        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return _seeded(config)
 
@@ -97,17 +110,17 @@ def setting(backend: Backend, model: nn.Module) -> Setting:
 
 def pieces(backend: Backend) -> None:
     """Shards partition every weight, at the offsets they claim; gather and cut are each other's inverse."""
-    for model in (llama(), gpt2()):
+    for model in (llama(), gpt2(), mixtral()):
         reference = {name: p.detach().clone() for name, p in model.named_parameters()}
         here = setting(backend, model)
         for target in here.anatomy.targets:
-            shard, whole = backend.shard(here.model, target), reference[target.name]
+            shard, whole = backend.shard(here.model, target), target.within(reference[target.parameter])
             flat = whole.reshape(-1)[shard.offset : shard.offset + shard.weight.numel()]
             assert torch.equal(shard.weight.reshape(-1), flat), target.name
             held = torch.zeros(target.numel, dtype=torch.int64)
             held[shard.offset : shard.offset + shard.weight.numel()] += 1
             assert backend.sum_over_shards(held).eq(1).all(), f"{target.name}: not a partition"
-            assert torch.equal(backend.whole(here.model, target), whole)
+            assert torch.equal(backend.gather(here.model, target, shard.weight), whole)
             assert torch.equal(backend.cut(here.model, target, whole), shard.weight)
             positive = backend.gather(here.model, target, shard.weight > 0)
             assert torch.equal(positive, whole > 0)
@@ -128,11 +141,12 @@ def sums(backend: Backend, sharded: int) -> None:
         assert sharded == 1 or len(set(lengths)) == 1, lengths
 
 
-def masks(backend: Backend) -> dict[str, str]:
-    """Fingerprint of the mask and digest of the weights of every criterion and pattern."""
+def masks(backend: Backend) -> dict[str, dict[str, object]]:
+    """Fingerprint of the mask, digest and norm of the weights of every criterion and pattern."""
     found = {}
     cases = [("llama", llama, name, case) for name, cases in WEIGHT_CASES.items() for case in cases]
     cases += [("gpt2", gpt2, name, case) for name, case in CONV1D_CASES]
+    cases += [("mixtral", mixtral, name, case) for name, case in EXPERT_CASES]
     for family, build, criterion, case in cases:
         here = setting(backend, build())
         before = digest(backend, here.model) if criterion == "fisher" and not case else None
@@ -144,7 +158,13 @@ def masks(backend: Backend) -> dict[str, str]:
         assert chosen.violations(here.model, backend) == 0
         kept = sum(chosen.kept(backend).values())
         name = f"{family} {criterion} {case.get('pattern', case.get('scope', 'layer'))}"
-        found[name] = f"{fingerprint} kept {kept} weights {digest(backend, here.model)}"
+        norm = sum(float(t.double().square().sum()) for t in backend.full_state(here.model).values()) ** 0.5
+        found[name] = {
+            "mask": fingerprint,
+            "kept": kept,
+            "weights": digest(backend, here.model),
+            "norm": backend.everyone(norm)[0],
+        }
         assert before is None or before != digest(backend, here.model)
     return found
 
@@ -152,7 +172,8 @@ def masks(backend: Backend) -> dict[str, str]:
 def units(backend: Backend) -> dict[str, str]:
     found = {}
     for case in UNIT_CASES:
-        here, options = setting(backend, llama()), PruneConfig(**case)
+        build = mixtral if case["pattern"] == "experts" else llama
+        here, options = setting(backend, build()), PruneConfig(**case)
         kept, _, trials = remove_units(here, plan_mixes(here.anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
@@ -241,7 +262,7 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
     return found
 
 
-def main(folder: Path, sharded: int) -> None:
+def main(folder: Path, sharded: int, wanted: list[str]) -> None:
     torch.set_num_threads(1)
     backend = make_backend(DistributedConfig(timeout_seconds=60))
     hf.logging.disable_progress_bar()
@@ -256,6 +277,8 @@ def main(folder: Path, sharded: int) -> None:
         ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),
         ("runs", lambda: whole_runs(backend, folder)),
     ):
+        if wanted and name not in wanted:
+            continue
         start = time.monotonic()
         facts[name] = check()
         facts["seconds"][name] = round(time.monotonic() - start, 1)
@@ -265,4 +288,4 @@ def main(folder: Path, sharded: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -15,13 +15,14 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
 | shard(model, target)                | this rank's piece of a weight and where it starts                           |
 | gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
-| whole(model, target)                | the whole weight on every rank, to read, one at a time                      |
+| whole(model, name)                  | the whole parameter on every rank, to read, one at a time                   |
 | by_rows(model, target, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
 | gradient_sums(model, targets, f)    | sums over micro-batches of f(gradient), as pieces                           |
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
 | map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
+| look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
 | write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
 | no_sync / backward / clip_grad_norm | one optimizer step made of micro-batches                                    |
@@ -58,9 +59,9 @@ Item = TypeVar("Item")
 class Shard:
     """This rank's piece of a target.
 
-    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened parameter
-    *as stored*; the piece is a run of consecutive elements. Masks and scores of a target have this shape on each rank.
-    Edits go through `write`: a sharded backend may hold copies.
+    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened target *as
+    stored* (which `target.start` places in a parameter that holds several); the piece is a run of consecutive elements.
+    Masks and scores of a target have this shape on each rank. Edits go through `write`: there may be master copies.
     """
 
     weight: torch.Tensor
@@ -82,6 +83,7 @@ class Job:
 
 # solve(job, whole (out, in) weights) -> for each target (new weight, keep mask), both (out, in)
 Solve = Callable[[Job, list[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
+Look = Callable[[Job, list[torch.Tensor]], None]
 
 
 class Backend(ABC):
@@ -136,7 +138,7 @@ class Backend(ABC):
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
-        return Shard(self.unwrap(model).get_parameter(target.name).data, 0)
+        return Shard(target.within(self.unwrap(model).get_parameter(target.parameter).data), 0)
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
         return piece
@@ -144,9 +146,9 @@ class Backend(ABC):
     def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
         return whole
 
-    def whole(self, model: nn.Module, target: Target) -> torch.Tensor:
-        """The weight as stored. To be read only, and dropped before the next: it may be a copy."""
-        return self.gather(model, target, self.shard(model, target).weight)
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        """To be read only, and dropped before the next: it may be a copy."""
+        return self.unwrap(model).get_parameter(name).data
 
     def by_rows(
         self, model: nn.Module, target: Target, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
@@ -163,12 +165,16 @@ class Backend(ABC):
     ) -> Iterator[GradientSums]:
         """Inside, every backward of a micro-batch adds function(fp32 gradient); afterwards `.moments` are complete over
         the data of all ranks. The targets must require gradients."""
-        bare, sums = self.unwrap(model), GradientSums(function)
-        for target in targets:
-            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
-        with hooked(sums, {t.name: (bare.get_parameter(t.name), lambda whole: whole) for t in targets}):
+        sums = self._empty_sums(model, targets, function)
+        with hooked(sums, [(self.unwrap(model).get_parameter(t.parameter), t, lambda whole: whole) for t in targets]):
             yield sums
         self.sum_over_data(sums.moments.tensors())
+
+    def _empty_sums(self, model: nn.Module, targets: Sequence[Target], function: Callable) -> GradientSums:
+        sums = GradientSums(function)
+        for target in targets:
+            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
+        return sums
 
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -202,13 +208,7 @@ class Backend(ABC):
         result is sent once and each rank keeps its piece.
         """
         owners = self.deal([job.cost for job in jobs])
-        mine: dict[int, list[torch.Tensor]] = {}
-        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-            for target in job.targets:
-                weight = target.matrix(self.whole(model, target))
-                if owner == self.rank:
-                    mine.setdefault(index, []).append(weight)
-        solved = {}
+        mine, solved = self._owned_weights(model, jobs, owners), {}
         with self.together("solving the layers"):
             for index in list(mine):
                 solved[index] = solve(jobs[index], mine.pop(index))
@@ -221,6 +221,24 @@ class Backend(ABC):
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             job.outcome = told[owner][index]
         return masks
+
+    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
+        mine = self._owned_weights(model, jobs, self.deal([job.cost for job in jobs]))
+        with self.together("looking at the layers"):
+            for index in list(mine):
+                look(jobs[index], mine.pop(index))
+
+    def _owned_weights(
+        self, model: nn.Module, jobs: Sequence[Job], owners: Sequence[int]
+    ) -> dict[int, list[torch.Tensor]]:
+        """The whole (out, in) weights of the jobs this rank owns, by index of the job."""
+        mine: dict[int, list[torch.Tensor]] = {}
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            for target in job.targets:
+                weight = target.matrix(self.gather(model, target, self.shard(model, target).weight))
+                if owner == self.rank:
+                    mine.setdefault(index, []).append(weight)
+        return mine
 
     def _spread_result(
         self, model: nn.Module, target: Target, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
@@ -242,12 +260,12 @@ class Backend(ABC):
     @abstractmethod
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer: ...
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> None:
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         """Scale the gradients of the coming step so that the norm of them all is at most max_norm."""
-        self._accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        self._accelerator.clip_grad_norm_(parameters, max_norm)
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:
@@ -285,9 +303,15 @@ class Backend(ABC):
         raise UserError(f"{doing} failed on rank {rank}: {message}")
 
     def main_first(self, work: Callable[[], Item]) -> Item:
-        """`work()` on the main rank, then on the others (who find its caches warm)."""
-        with self._accelerator.main_process_first():
+        """`work()` on the main rank, then on the others (who find its caches warm), also when the main rank failed:
+        Accelerate's own context would leave them waiting for it."""
+        if not self.is_main:
+            self.barrier()
+        try:
             return work()
+        finally:
+            if self.is_main:
+                self.barrier()
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """Owner rank of each piece of work: largest first to the least loaded rank. The same on every rank."""

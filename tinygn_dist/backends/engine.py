@@ -66,7 +66,3 @@ def innermost(optimizer: EngineOptimizer) -> torch.optim.Optimizer:
     """The torch optimizer over the fp32 masters; its hooks fire once per parameter group or sub-group, before DeepSpeed
     copies the masters to the live weights."""
     return optimizer.engine.optimizer.optimizer
-
-
-def named(model: nn.Module, name: str) -> nn.Parameter:
-    return (model.module if isinstance(model, DeepSpeedEngine) else model).get_parameter(name)

@@ -95,48 +95,54 @@ class FSDP2(Backend):
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
-        parameter = model.get_parameter(target.name)
-        return Shard(parameter.detach().to_local(), self._slices(target.stored_shape).start)
+        slices = self._slices(model, target)
+        run = model.get_parameter(target.parameter).detach().to_local().view(-1)
+        return Shard(slices.local(run).view(-1, target.stored_shape[1]), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(target.stored_shape).gather(piece)
+        return self._slices(model, target).gather(piece)
 
     def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._slices(target.stored_shape).cut(whole).view(-1, *whole.shape[1:])
+        return self._slices(model, target).cut(whole).view(-1, target.stored_shape[1])
+
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        return model.get_parameter(name).detach().full_tensor()
 
     @contextlib.contextmanager
     def gradient_sums(
         self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
-        sums = GradientSums(function)
-        for target in targets:
-            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
-        with hooked(sums, self._unsharded(model, targets)):
+        sums = self._empty_sums(model, targets, function)
+        with hooked(sums, list(self._unsharded(model, targets))):
             yield sums
         self.agree(sums.order(), "which weights a micro-batch reaches")
         for tensor in sums.moments.tensors():  # the shard axis is summed already
             if self._replica_group is not None:
                 collectives.sum_(tensor, group=self._replica_group)
 
-    def _unsharded(self, model: nn.Module, targets: Sequence[Target]) -> dict[str, tuple[nn.Parameter, Callable]]:
+    def _unsharded(
+        self, model: nn.Module, targets: Sequence[Target]
+    ) -> Iterator[tuple[nn.Parameter, Target, Callable[[torch.Tensor], torch.Tensor]]]:
         """The plain parameters that take part in the forward, which stay the same objects, and how to reduce each."""
-        wanted, found = {target.name: target for target in targets}, {}
+        wanted: dict[str, list[tuple[Target, Slices]]] = {}
+        for target in targets:
+            wanted.setdefault(target.parameter, []).append((target, self._slices(model, target)))
         for prefix, module in model.named_modules():
-            if isinstance(module, FSDPModule):
-                module.unshard()
-                for name, parameter in module.named_parameters(prefix=prefix):
-                    if name in wanted and not isinstance(parameter, DTensor):
-                        slices = self._slices(wanted[name].stored_shape)
-                        found[name] = (parameter, lambda whole, s=slices: s.reduce(whole).view(-1, whole.shape[1]))
-                module.reshard()
-        return found
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if not isinstance(parameter, DTensor):
+                    for target, slices in wanted.get(name, ()):
+                        yield parameter, target, lambda whole, s=slices: s.reduce(whole).view(-1, whole.shape[1])
+            module.reshard()
 
-    def _slices(self, shape: tuple[int, ...]) -> Slices:
-        """Rows are dealt as torch.chunk does."""
-        group = self._shard_group
+    def _slices(self, model: nn.Module, target: Target) -> Slices:
+        """Leading rows (or experts) are dealt as torch.chunk does."""
+        group, shape = self._shard_group, model.get_parameter(target.parameter).shape
         num_ranks = dist.get_world_size(group)
         length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
-        return Slices(shape, length, dist.get_rank(group), num_ranks, group)
+        return Slices(target.stored_shape, target.start, length, dist.get_rank(group), num_ranks, group)
 
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
+from tinygn_dist.anatomy import Target
 from tinygn_dist.moments import Moments
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# from this rank's whole fp64 tensor to the owned piece of the sum over the weight's owners
+# from this rank's whole fp64 target to the owned piece of the sum over the weight's owners
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -38,14 +39,15 @@ class GradientSums:
         self._counts = counts
         yield
 
-    def take(self, name: str, parameter: nn.Parameter, reduce: Reduce) -> None:
-        """Add the gradient of `parameter` and drop it."""
+    def take(self, parameter: nn.Parameter, targets: Sequence[tuple[Target, Reduce]]) -> None:
+        """Add the gradients of targets that lie in one parameter, and drop the parameter's."""
         grad, parameter.grad = parameter.grad, None
-        contribution = self._function(grad.float()).double()
-        if not self._counts:
-            contribution.zero_()
-        self.moments.add(name, reduce(contribution))
-        self._taken.update(name.encode())
+        for target, reduce in targets:
+            contribution = self._function(target.within(grad).float()).double()
+            if not self._counts:
+                contribution.zero_()
+            self.moments.add(target.name, reduce(contribution))
+            self._taken.update(target.name.encode())
 
     def order(self) -> str:
         """Equal for equal sequences of names, whose gradients came one after the other: it must be the same on every
@@ -54,15 +56,16 @@ class GradientSums:
 
 
 @contextlib.contextmanager
-def hooked(sums: GradientSums, parameters: Mapping[str, tuple[nn.Parameter, Reduce]]) -> Iterator[None]:
-    """`sums` takes every gradient of the named parameters inside the context."""
+def hooked(sums: GradientSums, places: Sequence[tuple[nn.Parameter, Target, Reduce]]) -> Iterator[None]:
+    """Inside, `sums` takes the gradient of every target from the parameter that holds it."""
+    held: dict[nn.Parameter, list[tuple[Target, Reduce]]] = {}
+    for parameter, target, reduce in places:
+        held.setdefault(parameter, []).append((target, reduce))
     handles = []
     try:
-        for name, (parameter, reduce) in parameters.items():
+        for parameter, targets in held.items():
             handles.append(
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p, name=name, reduce=reduce: sums.take(name, p, reduce)
-                )
+                parameter.register_post_accumulate_grad_hook(lambda p, targets=targets: sums.take(p, targets))
             )
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A stored weight cut into equal runs of its flat elements, one per rank; the last ones may be short or empty.
+"""A parameter cut into equal runs of its flat elements, one per rank; the last ones may be short or empty.
 
 Both FSDP2 (whole rows) and ZeRO-3 (any flat run) cut weights like this, so gathering, cutting and summing a weight
 over its owners is the same code for both; and so is dealing work to ranks that must run equally many forwards.
@@ -22,50 +22,64 @@ _reduce_scatter = (
 
 @dataclass(frozen=True)
 class Slices:
-    """shape: of the stored weight. length: elements per rank (the runs of the last ranks may hold less). rank and
-    num_ranks: within `group`, the ranks that hold the weight once between them."""
+    """How one tensor, lying somewhere in a parameter, is spread over the ranks that hold the parameter once.
+
+    shape: of the tensor as stored. start: flat index in the parameter of its first element. length: elements of the
+    parameter per rank. rank, num_ranks: within `group`.
+    """
 
     shape: tuple[int, ...]
+    start: int
     length: int
     rank: int
     num_ranks: int
     group: dist.ProcessGroup | None = None
 
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def bounds(self, rank: int | None = None) -> tuple[int, int]:
+        """First and last + 1 flat element of the tensor that a rank (this one by default) holds; equal for none."""
+        rank, numel = self.rank if rank is None else rank, math.prod(self.shape)
+        low, high = (min(max(r * self.length - self.start, 0), numel) for r in (rank, rank + 1))
+        return low, high
 
-    @property
-    def start(self) -> int:
-        """Flat index of this rank's first element."""
-        return min(self.rank * self.length, self.numel)
-
-    @property
-    def stop(self) -> int:
-        return min(self.start + self.length, self.numel)
+    def local(self, run: torch.Tensor) -> torch.Tensor:
+        """View of this rank's piece of the tensor in its flat run of the parameter."""
+        low, high = self.bounds()
+        before = self.start - self.rank * self.length
+        return run[before + low : before + high] if high > low else run[:0]
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """(stop - start,) copy of this rank's run of a whole tensor, which may be dropped afterwards."""
-        return whole.reshape(-1)[self.start : self.stop].clone()
+        """Flat copy of this rank's piece of a whole tensor, which may be dropped afterwards."""
+        low, high = self.bounds()
+        return whole.reshape(-1)[low:high].clone()
 
     def gather(self, piece: torch.Tensor) -> torch.Tensor:
         """The whole tensor, shaped as stored, from every rank's piece. A collective."""
-        sent = piece.new_zeros(self.length)
+        sent = piece.new_zeros(self._largest())
         sent[: piece.numel()] = piece.reshape(-1)
-        received = piece.new_empty(self.length * self.num_ranks)
+        received = piece.new_empty(len(sent) * self.num_ranks)
         if piece.dtype == torch.bool:  # gloo moves no bools
             dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8), group=self.group)
         else:
             dist.all_gather_into_tensor(received, sent, group=self.group)
-        return received[: self.numel].view(self.shape)
+        sizes = [high - low for low, high in map(self.bounds, range(self.num_ranks))]
+        parts = [part[:size] for part, size in zip(received.split(len(sent)), sizes, strict=True)]
+        return torch.cat(parts).view(self.shape)
 
     def reduce(self, whole: torch.Tensor) -> torch.Tensor:
-        """(stop - start,) this rank's run of the sum over the group of every rank's whole tensor. A collective."""
-        sent = whole.new_zeros(self.length * self.num_ranks)
-        sent[: self.numel] = whole.reshape(-1)
-        received = whole.new_empty(self.length)
-        _reduce_scatter(received, sent, group=self.group)
-        return received[: self.stop - self.start]
+        """Flat piece of this rank of the sum over the group of every rank's whole tensor. A collective."""
+        flat, size = whole.reshape(-1), self._largest()
+        sent = whole.new_zeros(self.num_ranks, size)
+        for rank in range(self.num_ranks):
+            low, high = self.bounds(rank)
+            sent[rank, : high - low] = flat[low:high]
+        received = whole.new_empty(size)
+        _reduce_scatter(received, sent.view(-1), group=self.group)
+        low, high = self.bounds()
+        return received[: high - low]
+
+    def _largest(self) -> int:
+        """Elements of the largest piece: what every rank sends, because collectives want equal sizes."""
+        return min(self.length, math.prod(self.shape))
 
 
 def share_padded(items: Sequence[Item], rank: int, num_ranks: int) -> list[tuple[Item, bool]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -32,7 +32,8 @@ class ZeroOptimizer(Backend):
         if optimizer is None:
             return model.to(self.device)
         self._dtype = model.dtype
-        return engine.start(self._accelerator, model, optimizer)
+        self._training, started = engine.start(self._accelerator, model, optimizer)
+        return self._training, started
 
     def release(self, model: nn.Module, *prepared: Any) -> None:
         with torch.no_grad():
@@ -49,25 +50,35 @@ class ZeroOptimizer(Backend):
         return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
 
     def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        parameter = engine.named(model, target.name)
-        parameter.data.copy_(piece)
-        for master, run in _owned_master(parameter):
+        self.shard(model, target).weight.copy_(piece)
+        for master, run in self._masters(model, target):
             master.copy_(piece.reshape(-1)[run])
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        parameter = engine.named(model, target.name)
-        parameter.data.masked_fill_(~keep, 0)
-        for master, run in _owned_master(parameter):
+        self.shard(model, target).weight.masked_fill_(~keep, 0)
+        for master, run in self._masters(model, target):
             master.masked_fill_(~keep.reshape(-1)[run], 0)
+
+    def _masters(self, model: nn.Module, target: Target) -> list[tuple[torch.Tensor, slice]]:
+        """The run of the target that lies in this rank's flat fp32 master, if any, and where it lies in the target."""
+        mapping = getattr(self.unwrap(model).get_parameter(target.parameter), "_hp_mapping", None)
+        if mapping is None:
+            return []
+        where = mapping.lp_fragment_address
+        low, high = max(where.start, target.start), min(where.start + where.numel, target.start + target.numel)
+        if high <= low:
+            return []
+        master = mapping.hp_fragment.detach()[low - where.start : high - where.start]
+        return [(master, slice(low - target.start, high - target.start))]
 
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return engine.boundary(model, last)
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        model.backward(loss)
+    def backward(self, loss: torch.Tensor) -> None:
+        self._training.backward(loss)
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> None:
-        engine.clip(model, max_norm)
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        engine.clip(self._training, max_norm)
 
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
         return engine.innermost(optimizer)
@@ -92,9 +103,9 @@ class ZeroParameters(Backend):
         if optimizer is not None:
             self._dtype = model.dtype
             self._estimating.pop(id(model)).destroy()
-            started = engine.start(self._accelerator, model, optimizer)
+            self._training, started = engine.start(self._accelerator, model, optimizer)
             unset_hf_deepspeed_config()
-            return started
+            return self._training, started
         config = self._estimation_config(model.dtype)
         with engine.keeping_buffers(model):
             self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=config)
@@ -115,10 +126,9 @@ class ZeroParameters(Backend):
         return config | ({names[dtype]: {"enabled": True}} if dtype in names else {})
 
     def release(self, model: nn.Module, *prepared: Any) -> None:
-        trained = next(object for object in prepared if isinstance(object, DeepSpeedEngine))
         with torch.no_grad():
             for parameter in model.parameters():
-                master = _master_partition(trained, parameter)
+                master = _master_run(self._training, parameter)
                 _drop_whole(parameter)
                 held = parameter.ds_tensor if master is None else master
                 parameter.ds_tensor.data = held.detach().to(self._dtype, copy=True).view(-1)
@@ -147,42 +157,43 @@ class ZeroParameters(Backend):
         gathered: dict[int, torch.Tensor] = {}  # tied weights once
         for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
             if id(tensor) not in gathered:
-                whole = tensor.detach()
-                if hasattr(tensor, "ds_tensor"):
-                    slices = self._slices(tensor)
-                    whole = slices.gather(_live(tensor, slices))
+                whole = self._gathered(tensor) if hasattr(tensor, "ds_tensor") else tensor.detach()
                 gathered[id(tensor)] = whole.cpu() if self.is_main else whole.new_empty(0)
             state[name] = gathered[id(tensor)]
         return state if self.is_main else {}
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
-        parameter = engine.named(model, target.name)
-        slices = self._slices(parameter)
-        return Shard(_live(parameter, slices), slices.start)
+        slices = self._slices(model, target)
+        return Shard(slices.local(_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(engine.named(model, target.name)).gather(piece)
+        return self._slices(model, target).gather(piece)
 
     def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._slices(engine.named(model, target.name)).cut(whole)
+        return self._slices(model, target).cut(whole)
+
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        return self._gathered(self.unwrap(model).get_parameter(name))
+
+    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
+        slices = self._slices_of(parameter, tuple(parameter.ds_shape), 0)
+        return slices.gather(slices.local(_run(parameter)))
 
     @contextlib.contextmanager
     def gradient_sums(
         self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
-        sums, parameters = GradientSums(function), {}
-        for target in targets:
-            parameter = engine.named(model, target.name)
-            slices = self._slices(parameter)
-            sums.moments.reserve(target.name, (slices.stop - slices.start,), self.device)
-            parameters[target.name] = (parameter, slices.reduce)
-        with hooked(sums, parameters):
+        sums, bare = self._empty_sums(model, targets, function), self.unwrap(model)
+        with hooked(sums, [(bare.get_parameter(t.parameter), t, self._slices(model, t).reduce) for t in targets]):
             yield sums
         self.agree(sums.order(), "which weights a micro-batch reaches")
 
-    def _slices(self, parameter: nn.Parameter) -> Slices:
-        return Slices(tuple(parameter.ds_shape), parameter.ds_tensor.ds_numel, self.rank, self.num_ranks)
+    def _slices(self, model: nn.Module, target: Target) -> Slices:
+        return self._slices_of(self.unwrap(model).get_parameter(target.parameter), target.stored_shape, target.start)
+
+    def _slices_of(self, parameter: nn.Parameter, shape: tuple[int, ...], start: int) -> Slices:
+        return Slices(shape, start, parameter.ds_tensor.ds_numel, self.rank, self.num_ranks)
 
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -199,43 +210,33 @@ class ZeroParameters(Backend):
         self._edit(model, target, lambda held: held.masked_fill_(~keep, 0))
 
     def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
-        parameter = engine.named(model, target.name)
-        slices = self._slices(parameter)
-        edit(_live(parameter, slices))
-        master = _master_partition(model, parameter) if isinstance(model, DeepSpeedEngine) else None
+        parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)
+        edit(slices.local(_run(parameter)))
+        master = _master_run(model, parameter) if isinstance(model, DeepSpeedEngine) else None
         if master is not None:
-            edit(master[: slices.stop - slices.start])
+            edit(slices.local(master))
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return engine.boundary(model, last)
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        model.backward(loss)
+    def backward(self, loss: torch.Tensor) -> None:
+        self._training.backward(loss)
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> None:
-        engine.clip(model, max_norm)
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        engine.clip(self._training, max_norm)
 
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
         return engine.innermost(optimizer)
 
 
-def _owned_master(parameter: nn.Parameter) -> list[tuple[torch.Tensor, slice]]:
-    """Stages 1 and 2: the run of the flat fp32 master that this rank owns, if any, and where it lies in the weight."""
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is None:
-        return []
-    where = mapping.lp_fragment_address
-    return [(mapping.hp_fragment.detach(), slice(where.start, where.start + where.numel))]
+def _run(parameter: nn.Parameter) -> torch.Tensor:
+    """Stage 3: this rank's run of a weight, with the padding behind it, which holds anything."""
+    return parameter.ds_tensor.detach().view(-1)
 
 
-def _live(parameter: nn.Parameter, slices: Slices) -> torch.Tensor:
-    """Stage 3: this rank's run of a weight, without the padding behind it, which holds anything."""
-    return parameter.ds_tensor.detach().view(-1)[: slices.stop - slices.start]
-
-
-def _master_partition(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torch.Tensor | None:
-    """Stage 3: view of the flat fp32 master of this rank's run (padding included); None for a frozen parameter."""
+def _master_run(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torch.Tensor | None:
+    """Stage 3: the fp32 master of this rank's run, a view; None for a frozen parameter."""
     if not parameter.requires_grad:
         return None
     return trained.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].detach().view(-1)

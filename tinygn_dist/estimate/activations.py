@@ -1,52 +1,60 @@
 """Second moments of what linear layers read: sums over real tokens of x^2 or of x x^T, and layers' block influence.
 
-Layers that read the same tensor (q, k, v; gate, up) share one sum. Padding is left out.
+Layers that read the same tensor (q, k, v; gate, up) share one sum. Padding is left out. Every expert has sums of its
+own, over the tokens routed to it.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook
 from torch import nn
 
+from tinygn_dist.anatomy import Target, expert_weights
+from tinygn_dist.estimate.experts import ExpertObserver, Routed
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments
-from tinygn_dist.objective import Batch, model_inputs
+from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
+
+
+class Read(NamedTuple):
+    """hidden: (..., in) what a target read. tokens: where its rows lie in the flattened micro-batch; None: in order."""
+
+    hidden: torch.Tensor
+    tokens: torch.Tensor | None
 
 
 @dataclass
 class InputMoments:
-    """moments: this rank's sums, by source. source_of: module path -> the module whose name the shared sum carries.
-    num_tokens: real tokens seen by this rank."""
+    """moments: this rank's sums, by source. source_of: target -> the target whose name the shared sum carries."""
 
     moments: Moments = field(default_factory=Moments)
     source_of: dict[str, str] = field(default_factory=dict)
-    num_tokens: int = 0
 
-    def of(self, module: str) -> str:
-        return self.source_of[module]
+    def of(self, target: Target) -> str:
+        return self.source_of[target.name]
 
 
-def input_moments(setting: Setting, modules: Sequence[str], *, full: bool) -> InputMoments:
+def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) -> InputMoments:
     """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
     sums of squares. The caller reduces them, to every rank or to the one that needs them."""
     found = InputMoments()
-    inputs: dict[str, torch.Tensor] = {}
-    hooks = [(setting.bare.get_submodule(name), Observer(_keep_in(inputs, name))) for name in modules]
+    inputs: dict[str, Read] = {}
+    hooks = _input_hooks(setting.bare, targets, inputs)
     mine = setting.backend.share(setting.batches)
     with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
         for batch, real in mine:
             batch = setting.on_device(batch)
             inputs.clear()
-            setting.model(**model_inputs(batch), **_without_logits(setting.bare))
+            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
             if real:
-                _add(found, inputs, _real_tokens(batch), full)
+                _add(found, inputs, real_tokens(batch), full)
             advance()
     # a rank without batches still takes part in the sums: names and shapes from a rank that had some
     names = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
@@ -67,8 +75,8 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad(), attached(hooks), setting.progress.bar("block influence", len(mine)) as advance:
         for batch, real in mine:
             batch = setting.on_device(batch)
-            setting.model(**model_inputs(batch), **_without_logits(setting.bare))
-            mask = _real_tokens(batch)
+            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            mask = real_tokens(batch)
             if real:
                 for index, cosine in cosines.items():
                     cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
@@ -79,16 +87,34 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return sums, tokens
 
 
-def _without_logits(model: nn.Module) -> dict[str, int]:
-    """A causal LM can be told to compute the logits of one position only."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def _input_hooks(
+    bare: nn.Module, targets: Sequence[Target], inputs: dict[str, Read]
+) -> list[tuple[nn.Module, ModelHook]]:
+    """One hook per module, which puts what each target reads into `inputs`."""
+    wanted = {target.name for target in targets}
 
+    def linear(name: str) -> Observer:
+        def seen(hidden: torch.Tensor, _: Any) -> None:
+            inputs[name] = Read(hidden, None)
 
-def _keep_in(inputs: dict[str, torch.Tensor], name: str):
-    def seen(hidden: torch.Tensor, _: Any) -> None:
-        inputs[name] = hidden
+        return Observer(seen)
 
-    return seen
+    def fused(module: str) -> ExpertObserver:
+        leaves = expert_weights(bare.get_submodule(module))
+
+        def seen(routed: Routed) -> None:
+            for leaf, rows in zip(leaves, (routed.rows, routed.inner), strict=True):
+                name = f"{module}.{leaf}[{routed.expert}]"
+                if name in wanted:
+                    inputs[name] = Read(rows, routed.tokens)
+
+        return ExpertObserver(seen)
+
+    by_module = {target.module: target for target in targets}
+    return [
+        (bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
+        for module, target in by_module.items()
+    ]
 
 
 def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
@@ -98,22 +124,17 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
     return seen
 
 
-def _real_tokens(batch: Batch) -> torch.Tensor | None:
-    mask = batch.get("attention_mask")
-    return None if mask is None else mask.flatten().bool()
-
-
-def _add(found: InputMoments, inputs: dict[str, torch.Tensor], mask: torch.Tensor | None, full: bool) -> None:
+def _add(found: InputMoments, inputs: dict[str, Read], mask: torch.Tensor | None, full: bool) -> None:
     sources: dict[int, str] = {}
-    for name, hidden in inputs.items():
+    for name, (hidden, tokens) in inputs.items():
         source = sources.setdefault(id(hidden), name)  # `inputs` keeps every tensor alive, so ids are unique
         found.source_of.setdefault(name, source)
         if source != name:
             continue
         rows = hidden.flatten(0, -2).float()
-        rows = rows if mask is None else rows[mask]
+        if mask is not None:
+            rows = rows[mask if tokens is None else mask[tokens]]
         found.moments.add(name, rows.t() @ rows if full else rows.square().sum(0))
-    found.num_tokens += rows.shape[0]
 
 
 def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Target, UnitGroup
-from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
+from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gate
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.moments import Moments
 
@@ -33,7 +33,7 @@ def gradients_of(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[N
 def weight_gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
     """Per target name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
     mean loss per token; shaped like this rank's shard. Summed over the data of all ranks."""
-    parameters = [setting.bare.get_parameter(target.name) for target in targets]
+    parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
     mine = setting.backend.share(setting.batches)
     with (
         gradients_of(setting.bare, parameters),
@@ -63,7 +63,6 @@ def gate_gradients(
     results = [torch.zeros(group.num_units, sum(sizes), dtype=torch.float64) for group in groups]
     by_layer = torch.zeros(len(layers), sum(sizes), dtype=torch.float64)
     counts = torch.zeros(sum(sizes), dtype=torch.float64)
-    outputs = [setting.bare.get_submodule(group.output) for group in groups]
     layer_modules = [setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{layer}") for layer in layers]
     mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
     with gradients_of(setting.bare, ()), setting.progress.bar("gate gradients", len(mine)) as advance:
@@ -72,7 +71,7 @@ def gate_gradients(
             size = span.stop - span.start
             gates = [torch.ones(size, g.num_units, device=backend.device, requires_grad=True) for g in groups]
             layer_gates = [torch.ones(size, device=backend.device, requires_grad=True) for _ in layers]
-            hooks = [(o, InputGate(gate, g.output_width)) for o, g, gate in zip(outputs, groups, gates, strict=True)]
+            hooks = [unit_gate(setting.bare, group, gate) for group, gate in zip(groups, gates, strict=True)]
             hooks += [(m, LayerGate(gate)) for m, gate in zip(layer_modules, layer_gates, strict=True)]
             with attached(hooks):
                 losses = setting.objective(setting.model, setting.on_device(batch))

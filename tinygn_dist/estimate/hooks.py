@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
+
+from tinygn_dist.anatomy import UnitGroup
 
 _HOOKED = ("forward", "_hf_hook", "_old_forward")
 
@@ -33,7 +35,8 @@ def attached(hooks: Iterable[tuple[nn.Module, ModelHook]]) -> Iterator[None]:
 class InputGate(ModelHook):
     """Multiplies a module's input by one factor per unit.
 
-    factors: (units,) or (batch, units) of the input's dtype; each unit is `width` consecutive features.
+    factors: (units,) or (batch, units); each unit is `width` consecutive features. The input may come with its batch
+    and sequence dims flattened into one (OPT).
     """
 
     def __init__(self, factors: torch.Tensor, width: int) -> None:
@@ -43,8 +46,56 @@ class InputGate(ModelHook):
         hidden = args[0]
         factors = self.factors.to(hidden.dtype).repeat_interleave(self.width, -1)
         if factors.dim() == 2:
-            factors = factors[:, None]
+            flat = hidden.dim() == 2
+            factors = factors.repeat_interleave(len(hidden) // len(factors), 0) if flat else factors[:, None]
         return (hidden * factors, *args[1:]), kwargs
+
+
+class RoutingGate(ModelHook):
+    """Multiplies the routing weight of each expert by its factor: the gate on an expert's output. A factor of 0 is not
+    removal, because the router does not hand the expert's share to the others.
+
+    factors: (experts,) or (batch, experts).
+    """
+
+    def __init__(self, factors: torch.Tensor) -> None:
+        self.factors = factors
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        hidden, chosen, weights = args  # (tokens, hidden), and (tokens, top k) twice
+        factors = self.factors.to(weights.dtype)
+        if factors.dim() == 2:
+            factors = factors.repeat_interleave(len(hidden) // len(factors), 0).gather(1, chosen)
+        else:
+            factors = factors[chosen]
+        return (hidden, chosen, weights * factors), kwargs
+
+
+class RouterMask(ModelHook):
+    """Routes as if only the `kept` experts existed: the router chooses with their rows alone, whatever rule it has
+    (softmax before or after the choice, renormalised or not), and its choice is translated back.
+
+    kept: (experts that stay,) int64, ascending.
+    """
+
+    def __init__(self, kept: torch.Tensor) -> None:
+        self.kept = kept
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        whole = dict(module._parameters)  # here and not after the forward, when offloaded weights are gone again
+        try:
+            for name, parameter in whole.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter[self.kept], requires_grad=False)
+            _, weights, chosen = type(module).forward(module, *args, **kwargs)  # without hooks, this one included
+        finally:
+            module._parameters.update(whole)
+        self._routing = weights, self.kept[chosen]
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        routing, self._routing = self._routing, None
+        return output[0], *routing
 
 
 class LayerGate(ModelHook):
@@ -87,6 +138,20 @@ class Observer(ModelHook):
             hidden, self._hidden = self._hidden, None
             self.seen(hidden, output)
         return output
+
+
+def unit_gate(bare: nn.Module, group: UnitGroup, factors: torch.Tensor) -> tuple[nn.Module, ModelHook]:
+    """The hook that multiplies every unit of a group by its factor, and where it goes."""
+    module = bare.get_submodule(group.output)
+    return module, RoutingGate(factors) if group.router else InputGate(factors, group.output_width)
+
+
+def routed_to(bare: nn.Module, kept: Mapping[UnitGroup, Sequence[int]]) -> contextlib.AbstractContextManager[None]:
+    """Inside the context, tokens of these groups are routed between the kept experts only."""
+    device = next(bare.parameters()).device
+    return attached(
+        [(bare.get_submodule(g.router), RouterMask(torch.tensor(units, device=device))) for g, units in kept.items()]
+    )
 
 
 def first(output: Any) -> torch.Tensor:

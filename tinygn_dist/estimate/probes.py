@@ -7,15 +7,15 @@ batch; each rank fills in the sequences it saw, so the sum over ranks is exact a
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate.hooks import ModelHook
-from torch import nn
 
 from tinygn_dist.anatomy import UnitGroup
-from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
+from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gate
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.objective import Batch
@@ -23,7 +23,10 @@ from tinygn_dist.objective import Batch
 
 @dataclass(frozen=True)
 class Probe:
-    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself."""
+    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself.
+
+    Factor 0 is removal: experts are then taken from the router, which shares their tokens out among the others.
+    """
 
     layer: int
     group: UnitGroup | None = None
@@ -88,8 +91,9 @@ def gate_derivatives(setting: Setting, gates: Sequence[Probe], step: float) -> t
 
 def default_step(dtype: torch.dtype) -> float:
     """Step for a gate near 1 in a central difference, from the dtype's resolution: (3 u)^(1/3) balances rounding
-    noise u against the third derivative when both are of the loss's own size (Berahas et al. 2019)."""
-    return (3 * torch.finfo(dtype).eps) ** (1 / 3)
+    noise u against the third derivative when both are of the loss's own size (Berahas et al. 2019). Rounded to a power
+    of two, so that 1 + step and 1 - step are exact in the dtype."""
+    return 2.0 ** round(math.log2(3 * torch.finfo(dtype).eps) / 3)
 
 
 def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
@@ -106,17 +110,19 @@ def _probed(setting: Setting, batch: Batch, layers: Sequence[int], cache: Prefix
         with running_layers(setting.bare, setting.anatomy, later, (cache, probe.layer)):
             return setting.objective(setting.model, batch).total
     with (
-        attached([_gate_hook(setting, probe)]),
+        _gated(setting, probe),
         running_layers(setting.bare, setting.anatomy, [probe.layer, *later], (cache, probe.layer)),
     ):
         return setting.objective(setting.model, batch).total
 
 
-def _gate_hook(setting: Setting, probe: Probe) -> tuple[nn.Module, ModelHook]:
+def _gated(setting: Setting, probe: Probe) -> contextlib.AbstractContextManager[None]:
     device = setting.backend.device
     if probe.group is None:
         layer = setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{probe.layer}")
-        return layer, LayerGate(torch.tensor(probe.factor, device=device))
-    factors = torch.ones(probe.group.num_units, device=device)
+        return attached([(layer, LayerGate(torch.tensor(probe.factor, dtype=torch.float64, device=device)))])
+    if probe.group.router and probe.factor == 0:
+        return routed_to(setting.bare, {probe.group: sorted(set(range(probe.group.num_units)) - set(probe.units))})
+    factors = torch.ones(probe.group.num_units, dtype=torch.float64, device=device)
     factors[list(probe.units)] = probe.factor
-    return setting.bare.get_submodule(probe.group.output), InputGate(factors, probe.group.output_width)
+    return attached([unit_gate(setting.bare, probe.group, factors)])

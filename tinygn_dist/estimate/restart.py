@@ -70,14 +70,18 @@ def running_layers(
         cache, layer = start
         wanted.insert(0, _Handover(cache.inputs[layer], cache.output_like, everything[layer]))
         types.insert(0, layer)
-    saved = {key: getattr(config, key) for key in (anatomy.family.depth, "layer_types") if hasattr(config, key)}
+    changed = (anatomy.family.depth, "layer_types", "use_cache")
+    saved = {key: getattr(config, key) for key in changed if hasattr(config, key)}
     try:
         parent._modules[name] = nn.ModuleList(wanted)
         setattr(config, anatomy.family.depth, len(wanted))
+        config.use_cache = False  # layers look for their entry by their own number
         if saved.get("layer_types"):
             config.layer_types = [saved["layer_types"][layer] for layer in types]
         yield
     finally:
         parent._modules[name] = everything
+        if "use_cache" not in saved:
+            del config.use_cache
         for key, value in saved.items():
             setattr(config, key, value)

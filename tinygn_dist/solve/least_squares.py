@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from tinygn_dist.budget import spread
-from tinygn_dist.solve.obs import damped
+from tinygn_dist.solve.obs import cholesky, damped
 
 
 def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
@@ -66,5 +66,5 @@ def _block_saliency(weight: torch.Tensor, inverse: torch.Tensor, width: int) -> 
 def _solver(gram: torch.Tensor, columns: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Cholesky factor of the damped Gram matrix of some inputs, and what was added to its diagonal."""
     inside = gram[columns[:, None], columns].float()
-    solid = damped(inside, damping)
-    return torch.linalg.cholesky(solid), solid.diagonal() - inside.diagonal()
+    lower, used = cholesky(inside, damping)
+    return lower, damped(inside, used).diagonal() - inside.diagonal()

@@ -6,6 +6,7 @@ is pushed onto the columns still to come through the Cholesky factor of the inve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Solved(NamedTuple):
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Hessian with dead inputs (zero diagonal) given a unit diagonal, and damping * mean(diagonal) added to it."""
+    """Hessian with dead inputs (zero diagonal) given the mean diagonal, and damping * mean(diagonal) added to the others."""
     result = hessian.clone()
     diagonal = result.diagonal()
     alive = diagonal > 0
@@ -33,8 +34,8 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     return result
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor U of the inverse, H^-1 = U^T U, and the damping that made it possible.
+def cholesky(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Lower Cholesky factor of the damped Hessian, and the damping that made it possible.
 
     Damping grows tenfold until the factorisation succeeds. Raises ValueError when even damping 1 does not help.
     """
@@ -42,11 +43,20 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
     while attempt <= 1:
         lower, failed = torch.linalg.cholesky_ex(damped(hessian, attempt))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper, attempt
+            return lower, attempt
         attempt *= 10
     raise ValueError("the Hessian is not positive definite even with damping 1; its inputs hold NaN or inf")
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Upper Cholesky factor U of the inverse, H^-1 = U^T U, and the damping that made it possible (see `cholesky`)."""
+    attempt = damping
+    while True:
+        lower, attempt = cholesky(hessian, attempt)
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper, attempt
+        attempt *= 10
 
 
 def prune(
@@ -72,9 +82,11 @@ def prune(
     work[:, hessian.diagonal() <= 0] = 0  # their inputs are always zero: removing them changes nothing
     factor, used = inverse_factor(hessian.float(), damping)
     keep = torch.ones_like(work, dtype=torch.bool)
+    if nm is not None:
+        block_size = max(nm[1], block_size - block_size % nm[1])  # a group of M must not be cut
     starts = list(range(0, num_inputs, block_size))
     sizes = [min(block_size, num_inputs - start) for start in starts]
-    quota = spread(num_pruned, [out * size for size in sizes])
+    quota = _row_quotas(num_pruned, out, sizes) if per_row else spread(num_pruned, [out * size for size in sizes])
     for start, size, quota_here in zip(starts, sizes, quota, strict=True):
         stop = start + size
         block, upper = work[:, start:stop].clone(), factor[start:stop, start:stop]
@@ -83,7 +95,7 @@ def prune(
             saliency = block.square() / upper.diagonal().square()
             if row_energy is not None:
                 saliency *= row_energy[:, None]
-            keep[:, start:stop] = _drop_lowest(saliency, quota_here, per_row)
+            keep[:, start:stop] = _drop_lowest(saliency, quota_here)
         for column in range(size):
             if nm is not None and column % nm[1] == 0:
                 group = slice(column, column + nm[1])
@@ -105,17 +117,22 @@ def saliency(weight: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01)
     return weight.float().square() / (2 * factor.square().sum(0))
 
 
-def _drop_lowest(saliency: torch.Tensor, num_pruned: int, per_row: bool) -> torch.Tensor:
-    """Keep mask with exactly num_pruned False; per_row: spread evenly, the first rows take the remainder."""
-    rows = saliency.shape[0]
-    if not per_row:
+def _row_quotas(num_pruned: int, rows: int, sizes: Sequence[int]) -> list[list[int]]:
+    """Per block of columns, how many entries of each row go: every row loses the same number in all (give or
+    take one where it does not divide)."""
+    by_row = [spread(lost, sizes) for lost in spread(num_pruned, [1] * rows)]
+    return [list(block) for block in zip(*by_row, strict=True)]
+
+
+def _drop_lowest(saliency: torch.Tensor, num_pruned: int | list[int]) -> torch.Tensor:
+    """Keep mask with exactly num_pruned False, or that many False in each row."""
+    if isinstance(num_pruned, int):
         order = saliency.flatten().argsort(stable=True)
         keep = torch.ones(saliency.numel(), dtype=torch.bool, device=saliency.device)
         keep[order[:num_pruned]] = False
         return keep.view_as(saliency)
     rank = saliency.argsort(dim=1, stable=True).argsort(1)
-    quota = torch.tensor(spread(num_pruned, [1] * rows), device=saliency.device)
-    return rank >= quota[:, None]
+    return rank >= torch.tensor(num_pruned, device=saliency.device)[:, None]
 
 
 def _keep_n(saliency: torch.Tensor, n: int) -> torch.Tensor:

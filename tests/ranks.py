@@ -1,0 +1,102 @@
+"""Real gloo processes for tests: one group of N per session, each test sends it a function.
+
+A launch costs 6 to 10 seconds, a call in a running group milliseconds. A group in which a rank failed is thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as mp
+
+COLLECTIVE_SECONDS = 60
+CALL_SECONDS = 180
+
+
+class RankFailed(AssertionError):
+    """A worker raised: its traceback."""
+
+
+class Ranks:
+    """`call(function, *arguments)` runs function(backend, *arguments) on every rank and returns the results by rank."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float = CALL_SECONDS) -> list[Any]:
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results: dict[int, Any] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while waiting:
+            ready = wait(list(waiting), timeout=seconds)
+            if not ready:
+                self.stop()
+                raise RankFailed(f"ranks {sorted(waiting.values())} of {self.size} did not answer in {seconds} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    fine, value = pipe.recv()
+                except EOFError:
+                    fine, value = False, "the process died"
+                if not fine:
+                    self.stop()
+                    raise RankFailed(f"rank {rank} of {self.size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(self.size)]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context, port = mp.get_context("spawn"), _free_port()
+        for rank in range(self.size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, rank, self.size, port), daemon=True)
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in facts.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    import torch
+    import torch.distributed as dist
+
+    from tinygn_dist.backends import make_backend
+    from tinygn_dist.config import DistributedConfig
+
+    torch.set_num_threads(1)
+    backend = make_backend(DistributedConfig(num_processes=size, timeout_seconds=COLLECTIVE_SECONDS))
+    connected = dist.get_world_size() if dist.is_initialized() else 1
+    assert connected == backend.num_ranks == size and backend.rank == rank, "the test rig itself is not connected"
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(backend, *arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

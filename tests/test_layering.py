@@ -1,0 +1,119 @@
+"""Who may import what, checked on the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tinygn_dist"
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+PURE = ("moments", "score", "budget", "schedule", "threshold", "errors")
+MAX_FUNCTION, MAX_FILE = 60, 320
+
+
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def imports_of(name: str) -> Iterator[tuple[str, int]]:
+    """(dotted name, column) of everything a module imports; column 0 = when it is itself imported."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.col_offset) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in FILES or node.module == "torch" else node.module), node.col_offset
+
+
+def is_pure(name: str) -> bool:
+    return name.startswith("tinygn_dist.solve") or name in {f"tinygn_dist.{module}" for module in PURE}
+
+
+def test_the_walk_sees_the_package():
+    assert len(FILES) > 30 and "tinygn_dist.solve.obs" in FILES
+    assert ("torch.distributed", 0) in set(imports_of("tinygn_dist.backends.collectives"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tinygn_dist.backends")])
+def test_only_backends_know_of_process_groups(name: str):
+    forbidden = ("torch.distributed", "deepspeed", "accelerate.state", "accelerate.utils")
+    bad = [what for what, _ in imports_of(name) if what.startswith(forbidden) or "DTensor" in what]
+    assert not bad, f"{name} imports {bad}"
+    source = FILES[name].read_text(encoding="utf-8")
+    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)]
+    assert not [n.attr for n in calls if n.attr in ("all_reduce", "all_gather", "full_tensor", "to_local")]
+    assert not [n for n in calls if ast.unparse(n).startswith(("torch.distributed", "dist."))]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if is_pure(name)])
+def test_pure_modules_import_torch_the_standard_library_and_each_other(name: str):
+    for what, _ in imports_of(name):
+        ours = what.startswith("tinygn_dist")
+        assert is_pure(what) if ours else what.split(".")[0] in (*sys.stdlib_module_names, "torch"), f"{name}: {what}"
+
+
+def test_the_list_of_pure_modules_exists():
+    assert all(f"tinygn_dist.{name}" in FILES for name in PURE)
+
+
+def test_no_import_cycles():
+    graph = {
+        name: {what for what, column in imports_of(name) if what in FILES and column == 0 and what != name}
+        for name in FILES
+        if name != "tinygn_dist"
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "cycle: " + " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+    assert len(done) == len(graph)
+
+
+def test_stages_do_not_import_the_pipeline_or_the_command_line():
+    above = {"tinygn_dist.pipeline": {"tinygn_dist", "tinygn_dist.cli"}, "tinygn_dist.cli": set()}
+    for name in FILES:
+        for what, _ in imports_of(name):
+            assert what not in above or name in above[what], f"{name} imports {what}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_only_the_command_line_reads_argv_and_the_environment(name: str):
+    may_read_environ = name == "tinygn_dist.cli" or name.startswith("tinygn_dist.backends")  # how the job was launched
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Attribute):
+            dotted = ast.unparse(node)
+            assert name == "tinygn_dist.cli" or dotted != "sys.argv", f"{name}:{node.lineno}"
+            assert may_read_environ or dotted not in ("os.environ", "os.getenv"), f"{name}:{node.lineno}"
+            configures = dotted in ("logging.basicConfig", "logging.disable")
+            assert name == "tinygn_dist.cli" or not configures, f"{name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_and_functions_stay_short(name: str):
+    lines = FILES[name].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_FILE, f"{name} has {len(lines)} lines"
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{name}.{node.name} has {length} lines"
+
+
+def test_no_vague_module_names():
+    assert not [name for name in FILES if name.split(".")[-1] in ("utils", "helpers", "manager", "core", "common")]

@@ -1,0 +1,74 @@
+"""Gradient energy of layer outputs against plain autograd, and budgets in units of loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from tinygn_dist.budget import blend
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.estimate.energy import loss_moments
+from tinygn_dist.weights import sparsify
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classifier"])
+def test_loss_moments_equal_plain_autograd(family: str) -> None:
+    """sum_t s_t x x^T and sum_t dy^2 |x|^2 over real tokens, from gradients that torch keeps for us."""
+    setting = tiny.setting(family)
+    name, module = setting.anatomy.targets[1].name, setting.anatomy.targets[1].module
+    found = loss_moments(setting, setting.anatomy.targets)
+    gram, rows = 0.0, 0.0
+    for batch in setting.batches:
+        kept = {}
+
+        def keep(module, inputs, output, kept=kept) -> None:
+            output.retain_grad()
+            kept["x"], kept["y"] = inputs[0], output
+
+        handle = setting.bare.get_submodule(module).register_forward_hook(keep)
+        setting.objective(setting.model, batch).total.sum().backward()
+        handle.remove()
+        real = batch["attention_mask"].bool()
+        x, dy = kept["x"].detach()[real].double(), kept["y"].grad[real].double()
+        gram = gram + (x * dy.square().mean(1, keepdim=True)).t() @ x
+        rows = rows + dy.square().t() @ x.square().sum(1)
+    setting.bare.zero_grad()
+    torch.testing.assert_close(found.gram.sum(name), gram, rtol=1e-4, atol=1e-6 * float(gram.abs().max()))
+    torch.testing.assert_close(found.rows.sum(name), rows, rtol=1e-4, atol=1e-6 * float(rows.max()))
+
+
+def test_loss_moments_leave_no_trace() -> None:
+    setting = tiny.setting("llama")
+    before = tiny.state_bytes(setting.bare)
+    flags = [p.requires_grad for p in setting.bare.parameters()]
+    loss_moments(setting, setting.anatomy.targets)
+    assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
+    assert flags == [p.requires_grad for p in setting.bare.parameters()]
+    assert all(p.grad is None for p in setting.bare.parameters())
+    assert not any("_hf_hook" in module.__dict__ for module in setting.bare.modules())
+
+
+def test_blend_adds_up_and_reaches_both_ends() -> None:
+    sizes, wanted = [100, 300, 50], [90, 100, 35]
+    assert blend(225, sizes, wanted, 1.0) == wanted
+    assert blend(225, sizes, wanted, 0.0) == [50, 150, 25]
+    assert blend(225, sizes, wanted, 0.5) == [70, 125, 30]
+    assert sum(blend(224, sizes, [90, 99, 35], 0.3)) == 224
+    assert blend(7, [3, 3, 3], [3, 3, 1], 1.0) == [3, 3, 1]
+
+
+@pytest.mark.parametrize("allocation", [0.0, 0.5, 1.0])
+def test_exact_count_whatever_the_allocation(allocation: float) -> None:
+    """A global budget moves zeros between layers and never changes their number; a quiet layer loses more."""
+    setting = tiny.setting("llama")
+    quiet = setting.bare.get_submodule("model.layers.1.mlp.down_proj")
+    with torch.no_grad():
+        quiet.weight.mul_(1e-3)
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, allocation=allocation)
+    masks = sparsify(setting, setting.anatomy.targets, options)
+    kept = masks.kept(setting.backend)
+    total = sum(target.numel for target in setting.anatomy.targets)
+    assert sum(kept.values()) == total - round(0.5 * total)
+    share = kept["model.layers.1.mlp.down_proj.weight"] / quiet.weight.numel()
+    assert share == pytest.approx(0.5, abs=1e-3) if allocation == 0 else share < 0.5

@@ -1,0 +1,57 @@
+"""Sums that do not depend on the order of the batches, nor on the dtype of what is added."""
+
+import torch
+
+from tinygn_dist.moments import Moments
+
+
+def contributions() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(40, generator=generator) * 10 ** float(torch.rand(1, generator=generator) * 2) for _ in range(300)
+    ]
+
+
+def summed(parts: list[torch.Tensor]) -> Moments:
+    moments = Moments()
+    for part in parts:
+        moments.add("x", part)
+    return moments
+
+
+def test_any_order_and_any_split_round_to_the_same_bits():
+    parts, wanted = contributions(), summed(contributions()).rounded("x")
+    for seed in range(5):
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+        assert torch.equal(summed([parts[i] for i in order]).rounded("x"), wanted)
+    for ranks in (2, 3, 4):
+        total = Moments()
+        for rank in range(ranks):
+            total.merge(summed(parts[rank::ranks]))
+        assert torch.equal(total.rounded("x"), wanted)
+
+
+def test_three_hundred_batches_are_summed_without_stalling():
+    """A running bf16 or fp16 sum of ones stops growing; counts must not."""
+    moments = Moments()
+    for _ in range(3000):
+        moments.add("x", torch.ones(2, dtype=torch.bfloat16))
+    assert moments.sum("x").tolist() == [3000.0, 3000.0]
+
+
+def test_adding_does_not_alias_the_contribution():
+    moments, part = Moments(), torch.ones(3, dtype=torch.float64)
+    moments.add("x", part)
+    moments.add("x", part)
+    assert part.tolist() == [1.0] * 3 and moments.sum("x").tolist() == [2.0] * 3
+
+
+def test_a_reserved_sum_is_zero_and_keeps_what_is_there():
+    moments = Moments()
+    moments.reserve("x", (2,), torch.device("cpu"))
+    moments.add("x", torch.ones(2))
+    moments.reserve("x", (2,), torch.device("cpu"))
+    assert moments.sum("x").tolist() == [1.0, 1.0] and "x" in moments and moments.names() == ("x",)
+    other = Moments()
+    other.load_state_dict(moments.state_dict())
+    assert torch.equal(other.pop("x"), torch.ones(2).double()) and "x" not in other

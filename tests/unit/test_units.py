@@ -1,0 +1,285 @@
+"""Choosing and removing units in one process: scores, greedy order, the mixes tried, and forward passes only."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests import plain, tiny
+from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.budget import Mix
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.selection import check_nm, choose_masks
+from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.unit_scores import score_units
+from tinygn_dist.units import plan_mixes, remove_units
+from tinygn_dist.weights import sparsify
+
+
+@pytest.fixture
+def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any backward pass is an error: forward-only means the memory of inference."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a backward pass in a forward-only method")
+
+    monkeypatch.setattr(torch.Tensor, "backward", refuse)
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+
+
+def mean_loss(model: torch.nn.Module, batches: list, family: str) -> float:
+    counts = sum(int(plain.loss(model, b, family).count.sum()) for b in batches)
+    return float(plain.total_losses(model, batches, family).sum()) / counts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_head_scores_are_losses_per_token_without_the_group(backend, family: str):
+    setting = tiny.setting(family, backend)
+    scores = score_units(setting, Mix(heads=1), PruneConfig(pattern="heads"), None)
+    base = mean_loss(setting.model, setting.batches, family)
+    for layer, unit in itertools.product(range(3), range(2)):
+        changed = plain.without_units(setting.model, family, "heads", {layer: [unit]})
+        wanted = mean_loss(changed, setting.batches, family) - base
+        row = next(r for r in scores.table if (r["layer"], r["unit"]) == (layer, unit))
+        assert row["score"] == pytest.approx(wanted, abs=2e-5) and row["std_error"] > 0
+    first, second = scores.by_group["heads", 0].tolist()
+    rows = {r["unit"]: r["score"] for r in scores.table if r["layer"] == 0}
+    assert (first < second) == (rows[0] < rows[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
+def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
+    setting = tiny.setting(family, backend, model=tiny.build(family, num_hidden_layers=3))
+    order = score_units(setting, Mix(layers=2), PruneConfig(pattern="layers"), None).layer_order
+    gone: list[int] = []
+    for _ in range(2):
+        left = [layer for layer in range(3) if layer not in gone]
+        losses = {
+            layer: mean_loss(plain.without_layers(setting.model, family, [*gone, layer]), setting.batches, family)
+            for layer in left
+        }
+        gone.append(min(losses, key=losses.get))
+    assert order == gone
+
+
+def test_protected_layers_stay(backend):
+    setting = tiny.setting("llama", backend)
+    for criterion in ("removal", "gate", "magnitude", "activation", "random"):
+        options = PruneConfig(pattern="layers", criterion=criterion, protect=(0, 2))
+        assert score_units(setting, Mix(layers=1), options, None).layer_order[0] == 1, criterion
+
+
+@pytest.mark.parametrize("kind", ["heads", "channels"])
+def test_gate_scores_by_forward_passes_are_those_of_backpropagation(backend, kind: str):
+    setting = tiny.setting("llama", backend)
+    found = []
+    for estimator in ("finite-difference", "backprop"):
+        options = PruneConfig(pattern=kind, criterion="gate", estimator=estimator)
+        mix = Mix(heads=1) if kind == "heads" else Mix(channels=8)
+        found.append(torch.cat(list(score_units(setting, mix, options, None).by_group.values())))
+    assert torch.corrcoef(torch.stack(found))[0, 1] > 0.999
+    torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=2e-4)
+
+
+CHOICES = [("layers", 0.3), ("heads", 0.1), ("channels", 0.2), ("units", 0.4)]
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gpt2", "opt", "bert", "vit"])
+@pytest.mark.parametrize("pattern, sparsity", CHOICES)
+def test_the_live_model_computes_what_the_smaller_one_will(
+    backend, no_backward, family: str, pattern: str, sparsity: float
+):
+    """After remove_units the dense-shaped model is zeroed and re-fitted; cutting it must not change the outputs; as
+    many units are gone as were planned; the loss told for the chosen mix is the loss of the result."""
+    if pattern == "heads" and family in tiny.FIXED_HEADS:
+        assert not read_anatomy(tiny.build(family), needs_units=True).of_kind("heads")
+        return
+    setting = tiny.setting(family, backend)
+    options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probe_samples=64)
+    candidates = plan_mixes(setting.anatomy, options)
+    kept, _, trials = remove_units(setting, candidates, options)
+    is_conv1d = {target.module: target.input_dim == 0 for target in setting.anatomy.targets}
+    small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
+    small.load_state_dict(smaller_state(setting.model.state_dict(), setting.anatomy, kept, is_conv1d))
+    small.tie_weights()
+    gone = [layer for layer in range(3) if layer not in kept.layers]
+    shorter = plain.without_layers(setting.model, family, gone)
+    for batch in setting.batches:
+        wanted = plain.logits(shorter, batch)
+        torch.testing.assert_close(plain.logits(small, batch), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    removed = setting.anatomy.total_params - sum(p.numel() for p in small.parameters())
+    assert removed >= round(sparsity * sum(setting.anatomy.layer_params))
+    for counts in (kept.heads, kept.channels):
+        assert len({len(units) for units in counts.values()}) <= 1
+    if trials:
+        best = min(trial.loss for trial in trials)
+        assert mean_loss(small, setting.batches, family) == pytest.approx(best, rel=1e-4)
+    assert (pattern == "units") == bool(trials)
+
+
+def test_what_was_tried_before_does_not_change_a_trial(backend):
+    """Candidates are undone to the last bit: a mix has the same loss whether others were tried before it or not."""
+
+    def losses(candidates: list[Mix] | None = None) -> dict[Mix, float]:
+        setting = tiny.setting("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
+        options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probe_samples=64)
+        _, _, trials = remove_units(setting, candidates or plan_mixes(setting.anatomy, options), options)
+        return {trial.mix: trial.loss for trial in trials}
+
+    everything = losses()
+    assert len(everything) > 2
+    largest = {
+        max(everything, key=lambda mix, kind=kind: getattr(mix, kind)) for kind in ("layers", "heads", "channels")
+    }
+    last = max(everything)
+    fewer = losses(sorted({last, *largest}))
+    assert fewer.keys() < everything.keys()
+    assert all(everything[mix] == loss for mix, loss in fewer.items())
+
+
+def test_refitting_lowers_the_loss_of_the_layer_outputs(backend):
+    def error(compensate: bool) -> float:
+        setting, dense = tiny.setting("llama", backend), tiny.build("llama")
+        options = PruneConfig(pattern="channels", sparsity=0.3, multiple_of=8, compensate=compensate)
+        remove_units(setting, plan_mixes(setting.anatomy, options), options)
+        return sum(
+            float((plain.logits(setting.model, b) - plain.logits(dense, b)).square().sum()) for b in setting.batches
+        )
+
+    assert error(True) < error(False)
+
+
+def test_counts_are_met_exactly(backend):
+    setting = tiny.setting("llama", backend)
+    options = PruneConfig(pattern="units", counts={"layers": 1, "heads": 1, "channels": 7})
+    kept, _, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    assert len(kept.layers) == 2 and set(kept.heads) == set(kept.channels) == set(kept.layers)
+    assert {len(u) for u in kept.heads.values()} == {1} and {len(u) for u in kept.channels.values()} == {41}
+
+
+@pytest.mark.parametrize("criterion", ["removal", "gate", "obs", "magnitude", "activation", "random"])
+def test_every_criterion_removes_the_same_number(backend, no_backward, criterion: str):
+    setting = tiny.setting("qwen2", backend)
+    options = PruneConfig(pattern="channels", sparsity=0.2, multiple_of=8, criterion=criterion)
+    (mix,) = plan_mixes(setting.anatomy, options)
+    kept, _, _ = remove_units(setting, [mix], options)
+    assert mix.channels > 0 and {len(u) for u in kept.channels.values()} == {48 - mix.channels}
+
+
+def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
+    """The blocks whose removal costs least go, as a search over the blocks by plain code finds them."""
+    model = tiny.build("llama", intermediate_size=96)
+    setting = tiny.setting("llama", backend, model=model)
+    asked = dict(counts={"channels": 32}, probe_channels=16, compensate=False, probe_samples=64)
+    wanted: dict[int, list[int]] = {}
+    for layer in range(3):
+        weight, seen = plain.columns_of(model, "llama", layer, "channels"), []
+        handle = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].detach())
+        )
+        rows = []
+        for batch in setting.batches:
+            plain.logits(model, batch)
+            rows.append(seen.pop()[batch["attention_mask"].bool()])
+        handle.remove()
+        energy = torch.cat(rows).square().sum(0) * weight.square().sum(0)
+        blocks = energy.argsort().split(16)
+        cost = [
+            mean_loss(plain.without_units(model, "llama", "channels", {layer: b.tolist()}), setting.batches, "llama")
+            for b in blocks
+        ]
+        best = sorted(range(6), key=cost.__getitem__)[:2]
+        gone = set(torch.cat([blocks[i] for i in best]).tolist())
+        wanted[layer] = [unit for unit in range(96) if unit not in gone]
+    options = PruneConfig(pattern="channels", criterion="removal", **asked)
+    kept, _, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    assert {layer: list(units) for layer, units in kept.channels.items()} == wanted
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs", "random"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_masks_without_gradients_need_no_backward(backend, no_backward, criterion: str, pattern: str):
+    setting = tiny.setting("llama", backend)
+    targets = setting.anatomy.targets
+    masks = sparsify(setting, targets, PruneConfig(pattern=pattern, sparsity=0.5, criterion=criterion))
+    assert masks.violations(setting.model, backend) == 0
+    for target in targets:
+        weight, keep = setting.model.get_parameter(target.name), masks.by_name[target.name]
+        assert int(keep.sum()) == target.numel // 2 and not torch.signbit(weight[~keep]).any()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "fisher", "obs"])
+@pytest.mark.parametrize("scope", ["row", "layer", "global"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
+def test_exact_counts_per_group(backend, criterion: str, scope: str, sparsity: float):
+    """Exactly round(s * n) per row, per weight, or over the model, whatever the criterion."""
+    setting = tiny.setting("gpt2", backend)  # Conv1D: rows of the matrix are columns of the storage
+    targets = setting.anatomy.targets
+    masks = sparsify(
+        setting, targets, PruneConfig(pattern="unstructured", sparsity=sparsity, criterion=criterion, scope=scope)
+    )
+    gone = {t.name: t.matrix(~masks.by_name[t.name]) for t in targets}
+    if scope == "row":
+        for target in targets:
+            assert set(gone[target.name].sum(1).tolist()) == {round(sparsity * target.shape[1])}
+    elif scope == "layer" or criterion == "obs":
+        assert [int(gone[t.name].sum()) for t in targets] == [round(sparsity * t.numel) for t in targets]
+    else:
+        assert sum(int(g.sum()) for g in gone.values()) == round(sparsity * sum(t.numel for t in targets))
+    if criterion == "magnitude" and scope == "layer" and sparsity == 0.3:
+        dense = tiny.build("gpt2")
+        for target in targets:
+            weights = dense.get_parameter(target.name).detach().abs().flatten()
+            order = weights.argsort(stable=True)[: round(0.3 * target.numel)]
+            assert torch.equal((~masks.by_name[target.name]).flatten().nonzero()[:, 0], order.sort().values)
+
+
+def test_global_competition_empties_no_layer(backend):
+    """A layer scaled by 1e-4 would lose everything; a floor stays."""
+    model = tiny.build("llama")
+    with torch.no_grad():
+        for parameter in model.model.layers[1].parameters():
+            parameter.mul_(1e-4)
+    setting = tiny.setting("llama", backend, model=model)
+    targets = setting.anatomy.targets
+    options = PruneConfig(pattern="unstructured", sparsity=0.6, criterion="magnitude", scope="global")
+    masks = sparsify(setting, targets, options)
+    assert min(int(mask.sum()) for mask in masks.by_name.values()) >= 1
+    total = sum(t.numel for t in targets)
+    assert sum(int(mask.sum()) for mask in masks.by_name.values()) == total - round(0.6 * total)
+    assert plain.logits(setting.model, setting.batches[0]).isfinite().all()
+
+
+def test_nan_scores_name_the_weight(backend):
+    setting = tiny.setting("llama", backend)
+    targets = setting.anatomy.targets[:2]
+    scores = {t.name: torch.ones(t.shape) for t in targets}
+    scores[targets[1].name][0, 0] = torch.nan
+    with pytest.raises(UserError, match=targets[1].name):
+        choose_masks(setting.model, targets, scores, sparsity=0.5, scope="layer", nm=None, backend=backend)
+
+
+def test_n_of_m_that_does_not_divide_is_refused_with_the_weight():
+    targets = read_anatomy(tiny.build("llama", intermediate_size=50), needs_units=False).targets
+    with pytest.raises(UserError, match="50 inputs of model.layers.0.mlp.down_proj.weight"):
+        check_nm(targets, 4)
+    check_nm([t for t in targets if "down_proj" not in t.name], 4)
+
+
+@pytest.mark.parametrize(
+    "wanted, ignored, part",
+    [
+        (("does.not.exist",), (), "does.not.exist"),
+        ((".*",), ("nothing",), "nothing"),
+        ((".*",), (".*",), "no weight"),
+        (("(",), (), "regular expression"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(wanted: tuple, ignored: tuple, part: str):
+    """Success without having pruned anything would be a lie."""
+    with pytest.raises(UserError, match=part):
+        read_anatomy(tiny.build("llama"), needs_units=False).choose_targets(wanted, ignored)
