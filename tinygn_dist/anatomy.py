@@ -45,6 +45,10 @@ class Target:
         return self.shape[0] * self.shape[1]
 
     @property
+    def stored_shape(self) -> tuple[int, int]:
+        return self.shape if self.input_dim == 1 else self.shape[::-1]
+
+    @property
     def start(self) -> int:
         """Index of the target's first element in its flattened parameter; it ends `numel` later."""
         return (self.index or 0) * self.numel
@@ -56,6 +60,16 @@ class Target:
     def matrix(self, stored: torch.Tensor) -> torch.Tensor:
         """(out, in) view of the target as stored; in-place edits reach it."""
         return stored if self.input_dim == 1 else stored.t()
+
+    def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
+        """values (in,), one per input feature, laid out like `piece`: a run of the stored elements from `offset` on."""
+        if self.input_dim == 1 and piece.dim() == 2:
+            return values.expand(piece.shape)
+        width = self.stored_shape[1]
+        first, last = offset // width, -(-(offset + piece.numel()) // width)
+        one_each = values.repeat(last - first) if self.input_dim == 1 else values[first:last].repeat_interleave(width)
+        start = offset - first * width
+        return one_each[start : start + piece.numel()].view(piece.shape)
 
 
 @dataclass(frozen=True)

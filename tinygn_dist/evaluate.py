@@ -59,24 +59,21 @@ def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
 
 def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, backend: Backend) -> dict[str, Any]:
     """Prefill and decode tokens per second of one sequence (items per second for other tasks), on the main rank alone
-    while the others wait; median of three, after one warm-up. The number of threads is part of the figure."""
-    backend.barrier()
-    figures: dict[str, Any] = {}
-    if backend.is_main:
-        bare = backend.unwrap(model)
+    while the others wait (or take part, where the weights are sharded); median of three, after one warm-up. The number
+    of threads is part of the figure."""
+    bare = backend.unwrap(model)
+
+    def measure() -> dict[str, Any]:
         with torch.no_grad():
             if task == "causal-lm":
                 figures = _language_speed(bare, example, options, backend.device)
             else:
                 batch = {k: v.to(backend.device) for k, v in model_inputs(example).items()}
-                figures = {
-                    "items_per_second": round(
-                        len(next(iter(batch.values()))) / _median_seconds(lambda: bare(**batch)), 2
-                    )
-                }
-        figures |= {"threads": torch.get_num_threads(), "device": str(backend.device)}
-    backend.barrier()
-    return figures
+                seconds = _median_seconds(lambda: bare(**batch))
+                figures = {"items_per_second": round(len(next(iter(batch.values()))) / seconds, 2)}
+        return figures | {"threads": torch.get_num_threads(), "device": str(backend.device)}
+
+    return backend.on_main(measure) or {}
 
 
 def _language_speed(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import resource
 import time
@@ -116,10 +115,16 @@ class _Run:
             model = load.load_model(self.source)
         else:
             model = self.backend.main_first(lambda: load.load_model(self.source))
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        parameters = list(model.parameters())
+        self.size = {
+            "num_params": sum(p.numel() for p in parameters),
+            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+        }
         self.model = self.backend.prepare(model)
         self.processor = load.load_processor(self.source)
         if self.config.recover.steps and self.config.recover.distill:
-            self.teacher = copy.deepcopy(self.model)
+            self.teacher = self.backend.prepare(load.load_model(self.source))
 
     def read_data(self) -> None:
         config, rows = self.config, None
@@ -151,12 +156,7 @@ class _Run:
                 setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name)))
 
     def evaluate_before(self) -> None:
-        parameters = list(self.backend.unwrap(self.model).parameters())
-        size = {
-            "num_params": sum(p.numel() for p in parameters),
-            "bytes": sum(p.numel() * p.element_size() for p in parameters),
-        }
-        self.report.before = self.quality(self.model) | size | {"speed": self.speed(self.model)}
+        self.report.before = self.quality(self.model) | self.size | {"speed": self.speed(self.model)}
 
     def remove_units(self) -> None:
         """Choose, re-fit and take out units; the model is a smaller one afterwards."""
@@ -172,13 +172,16 @@ class _Run:
             "probe_forwards": scores.forwards,
         }
         bare = self.backend.unwrap(self.model)
-        state = smaller_state(bare.state_dict(), self.anatomy, kept)
+        state = self.backend.full_state(self.model)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
-        small.load_state_dict(state, strict=True)
+        with self.backend.together("filling the smaller model"):
+            if self.backend.is_main:
+                small.load_state_dict(smaller_state(state, self.anatomy, kept), strict=True)
+        self.backend.spread(small)
         small.tie_weights()
         small.generation_config = getattr(bare, "generation_config", None)
-        self.model = self.backend.prepare(small.eval())
         left = sum(p.numel() for p in small.parameters())
+        self.model = self.backend.prepare(small.eval())
         self.report.parameters = {
             "dense": self.anatomy.total_params,
             "removed": self.anatomy.total_params - left,
@@ -221,7 +224,8 @@ class _Run:
 
     def export(self) -> None:
         """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
-        state = self.backend.full_state(self.model)
+        state = self.backend.full_state(self.model)  # in the checkpoint's dtypes, whatever the model ran in
+        state = {name: tensor.to(self.dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
         with export.draft(self.destination, self.backend) as draft:
             with self.backend.together("writing the checkpoint"):
                 if self.backend.is_main:

@@ -48,8 +48,16 @@ def recover(
 ) -> Recovered:
     """Train the model in place for `options.steps` steps. Runs in fp32 and returns the weights to their dtype: a step
     of lr * g below half a bf16 ulp would vanish."""
-    dtype = next(model.parameters()).dtype
-    model.float().train()
+    with backend.in_fp32(model):
+        model.train()
+        losses, tokens = _train(model, teacher, task, sequences, masks, options, backend, progress)
+        model.eval()
+    window = max(1, len(losses) // 10)
+    return Recovered(options.steps, tokens, sum(losses[:window]) / window, sum(losses[-window:]) / window)
+
+
+def _train(model, teacher, task, sequences, masks, options, backend, progress) -> tuple[list[float], int]:
+    """The loss of each step, and the tokens of them all."""
     frozen = _freeze_embeddings(model) if not options.train_embeddings else []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -69,14 +77,13 @@ def recover(
             advance()
     if handle is not None:
         handle.remove()
-        wrong = masks.violations(wrapped, backend)
+    backend.release(model, wrapped, prepared)
+    if masks:  # in the masters that the weights were just read from
+        wrong = masks.violations(model, backend)
         assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
-    backend.release(wrapped, prepared)
     for parameter in frozen:
         parameter.requires_grad_(True)
-    model.to(dtype).eval()
-    window = max(1, len(losses) // 10)
-    return Recovered(options.steps, tokens, sum(losses[:window]) / window, sum(losses[-window:]) / window)
+    return losses, tokens
 
 
 def _steps(sequences: Sequence[Batch], options: RecoverConfig) -> Iterator[list[Batch]]:

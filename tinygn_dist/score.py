@@ -14,7 +14,8 @@ def magnitude(weight: torch.Tensor) -> torch.Tensor:
 
 
 def wanda(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
-    """|w| * ||x||_2 with the norm of each input feature over all tokens (Sun et al. 2023). input_sq_sum: (in,)."""
+    """|w| * ||x||_2 with the norm of each weight's input feature over all tokens (Sun et al. 2023). input_sq_sum broadcasts
+    against the weight."""
     return weight.float().abs() * input_sq_sum.clamp(min=0).sqrt()
 
 

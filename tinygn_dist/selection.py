@@ -41,18 +41,25 @@ def choose_masks(
     backend: Backend,
 ) -> dict[str, torch.Tensor]:
     """Keep masks shaped like the scores, which are shaped like this rank's shards. scope: row, layer or global."""
-    for target in targets:
-        if not torch.isfinite(scores[target.name]).all():
-            raise UserError(
-                f"score of {target.name} is NaN or inf on rank {backend.rank}; check the data and the weights"
-            )
+    _refuse_nonfinite(targets, scores, backend)
     if nm is not None:
-        return {t.name: _stored(t, keep_n_of_m(t.matrix(scores[t.name]), *nm)) for t in targets}
+        return {t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *nm)) for t in targets}
     if scope == "row":
-        return {t.name: _stored(t, keep_per_row(t.matrix(scores[t.name]), sparsity)) for t in targets}
+        return {
+            t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_per_row(rows, sparsity))
+            for t in targets
+        }
     if scope == "layer":
         return {t.name: _keep_in(model, [t], scores, num_kept(t.numel, sparsity), backend)[0] for t in targets}
     return _keep_globally(model, targets, scores, sparsity, backend)
+
+
+def _refuse_nonfinite(targets: Sequence[Target], scores: Mapping[str, torch.Tensor], backend: Backend) -> None:
+    """The same UserError on every rank when any rank's piece of a score is NaN or inf."""
+    bad = next((t.name for t in targets if not torch.isfinite(scores[t.name]).all()), None)
+    for rank, name in enumerate(backend.everyone(bad)):
+        if name is not None:
+            raise UserError(f"score of {name} is NaN or inf on rank {rank}; check the data and the weights")
 
 
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
@@ -86,7 +93,3 @@ def _keep_in(model, targets, scores, keep: int, backend: Backend) -> list[torch.
         starts.append(before + backend.shard(model, target).offset)
         before += target.numel
     return keep_largest([scores[target.name] for target in targets], starts, keep, backend.sum_over_shards)
-
-
-def _stored(target: Target, mask: torch.Tensor) -> torch.Tensor:
-    return target.matrix(mask)  # a transpose is its own inverse

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import UnitGroup
@@ -141,7 +140,7 @@ def _group_scores(
                 for group, energy in zip(groups, _column_energies(setting, groups, moments), strict=True)
             ]
         case "magnitude":
-            values = [_unit_magnitude(setting.bare, group) for group in groups]
+            values = [_unit_magnitude(setting, group) for group in groups]
         case "random":
             values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
         case _:
@@ -229,16 +228,17 @@ def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: Inp
     setting.backend.sum_over_data(diagonals)
     energies = []
     for target, diagonal in zip(targets, diagonals, strict=True):
-        weight = target.matrix(setting.backend.shard(setting.model, target).weight)
+        weight = setting.backend.shard(setting.model, target).weight
+        weight = target.matrix(setting.backend.gather(setting.model, target, weight))
         energies.append(score.column_energy(weight, diagonal.float()))
     return energies
 
 
-def _unit_magnitude(bare: nn.Module, group: UnitGroup) -> torch.Tensor:
+def _unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:
     """(units,) sums of squares of every parameter that goes with a unit."""
     total = torch.zeros(group.num_units, dtype=torch.float64)
     for piece in group.slices:
-        squares = bare.get_parameter(piece.tensor).detach().double().square().movedim(piece.dim, 0)
+        squares = setting.backend.whole(setting.model, piece.tensor).double().square().movedim(piece.dim, 0)
         own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
         total += score.unit_sums(own, piece.width).cpu()
     return total

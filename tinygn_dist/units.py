@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tinygn_dist.anatomy import Anatomy, UnitGroup
-from tinygn_dist.backends.base import Job
+from tinygn_dist.backends.pieces import Job
 from tinygn_dist.budget import Mix, UnitSizes, mixes
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
@@ -142,7 +142,8 @@ def remove_units(
     jobs = _jobs(setting, moments, fed) if moments else {}
     if len(candidates) == 1:
         return _apply(setting, candidates[0], most, scores, jobs, options), scores, []
-    dense = {t.name: setting.backend.shard(setting.model, t).weight.clone() for j in jobs.values() for t in j.targets}
+    backend, changed = setting.backend, [target for job in jobs.values() for target in job.targets]
+    dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
     trials: list[Trial] = []
 
     def loss_of(mix: Mix) -> float:
@@ -150,8 +151,8 @@ def remove_units(
         routed = {group: kept.experts[group.layer] for group in groups if group.router and group.layer in kept.experts}
         with routed_to(setting.bare, routed), running_layers(setting.bare, setting.anatomy, kept.layers):
             loss = mean_loss(probed, "trying a mix")
-        for name, weight in dense.items():
-            _shard_named(setting, name).copy_(weight)
+        for target in changed:
+            backend.write(setting.model, target, dense[target.name])
         trials.append(Trial(mix, loss))
         log.info("without %s: loss %.4f", mix, loss)
         return loss
@@ -203,12 +204,11 @@ def _apply(
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [_solve_columns(job, weights[0], most, scores, options)]
 
-    masks = setting.backend.map_targets(setting.model, list(jobs.values()), solve)
+    setting.backend.map_targets(setting.model, list(jobs.values()), solve)
     kept: dict[str, dict[int, tuple[int, ...]]] = {kind: {} for kind in INNER_KINDS}
     for group, job in jobs.items():
         if group.layer not in gone:
-            columns = job.targets[0].matrix(masks[job.targets[0].name])[0]
-            kept[group.kind][group.layer] = tuple(columns[:: group.output_width].nonzero().squeeze(1).tolist())
+            kept[group.kind][group.layer] = job.outcome
     for group in setting.anatomy.of_kind("experts"):
         if mix.experts and group.layer not in gone:
             order = scores.by_group["experts", group.layer].argsort(stable=True)
@@ -221,6 +221,7 @@ def _solve_columns(
     job: Job, weight: torch.Tensor, most: Mix, scores: UnitScores, options: PruneConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     group, removed, gram = job.extra["group"], job.extra["removed"], job.moments[0].float()
+    job.outcome = tuple(range(group.num_units))
     if removed == 0:
         return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
     ranked = scores.by_group.get((group.kind, group.layer))
@@ -234,7 +235,9 @@ def _solve_columns(
         order = job.extra["order"]
     keep_unit = torch.ones(group.num_units, dtype=torch.bool, device=weight.device)
     keep_unit[order[:removed]] = False
-    columns = least_squares.unit_columns(keep_unit.nonzero().squeeze(1), group.output_width)
+    units = keep_unit.nonzero().squeeze(1)
+    job.outcome = tuple(units.tolist())
+    columns = least_squares.unit_columns(units, group.output_width)
     fitted = torch.zeros_like(weight)
     if options.compensate:
         fitted[:, columns] = least_squares.refit(weight, gram, columns, options.damping).to(weight.dtype)
@@ -243,8 +246,3 @@ def _solve_columns(
     keep = torch.zeros_like(weight, dtype=torch.bool)
     keep[:, columns] = True
     return fitted, keep
-
-
-def _shard_named(setting: Setting, name: str) -> torch.Tensor:
-    target = next(target for target in setting.anatomy.targets if target.name == name)
-    return setting.backend.shard(setting.model, target).weight

@@ -9,7 +9,7 @@ import torch
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
-from tinygn_dist.backends.base import Job, Shard
+from tinygn_dist.backends.pieces import Job, Shard
 from tinygn_dist.budget import blend, num_kept
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
@@ -77,10 +77,11 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
         case "wanda":
             found = input_moments(setting, targets, full=False)
             setting.backend.sum_over_data(found.moments.tensors())
-            return {
-                t.name: t.matrix(score.wanda(t.matrix(shards[t.name].weight), found.moments.rounded(found.of(t))))
-                for t in targets
-            }
+            scores = {}
+            for target in targets:
+                weight, energy = shards[target.name].weight, found.moments.rounded(found.of(target))
+                scores[target.name] = score.wanda(weight, target.per_input(energy, weight, shards[target.name].offset))
+            return scores
         case "taylor" | "fisher":
             grads = weight_gradients(setting, targets, squares=criterion == "fisher")
             rule = score.fisher if criterion == "fisher" else score.taylor

@@ -11,7 +11,8 @@ import torch
 
 from tests import tiny
 from tests.ranks import RankFailed, Ranks
-from tinygn_dist.backends.base import Backend, Job
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.pieces import Job
 from tinygn_dist.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Target
-from tinygn_dist.backends.base import Shard
+from tinygn_dist.backends.pieces import Shard
 from tinygn_dist.masking import Masks
 from tinygn_dist.selection import keep_n_of_m, keep_per_row
 

@@ -11,11 +11,16 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import Refused
 
 __all__ = ["Backend", "make_backend"]
+
+_ACCEPTED = (
+    "launch with configs/accelerate/cpu.yaml, ddp.yaml, fsdp2.yaml, hsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
+)
 
 
 def make_backend(options: DistributedConfig, accelerator: Accelerator | None = None) -> Backend:
@@ -25,21 +30,56 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
     Accelerate start one process, or several that do not know of each other, and exit 0.
     """
     if accelerator is None:
-        accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            log_with=list(options.trackers) or None,
-            project_dir="tracking" if options.trackers else None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.timeout_seconds))],
-        )
+        _refuse_launch()
+        with sharding_on_cpu():
+            accelerator = Accelerator(
+                cpu=not torch.cuda.is_available() and sharding_asked() is None,
+                log_with=list(options.trackers) or None,
+                project_dir="tracking" if options.trackers else None,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.timeout_seconds))],
+            )
     _check_processes(accelerator, options.num_processes)
     match accelerator.distributed_type:
         case DistributedType.NO | DistributedType.MULTI_CPU | DistributedType.MULTI_GPU:
             return Replicated(accelerator)
+        case DistributedType.FSDP:
+            _refuse_fsdp(2 if accelerator.is_fsdp2 else 1, getattr(accelerator.parallelism_config, "tp_size", 1))
+            from tinygn_dist.backends.fsdp2 import FSDP2
+
+            return FSDP2(accelerator)
+        case DistributedType.DEEPSPEED:
+            from tinygn_dist.backends.zero import ZeroOptimizer, ZeroParameters  # deepspeed is an optional dependency
+
+            match accelerator.state.deepspeed_plugin.zero_stage:
+                case 1 | 2:
+                    return ZeroOptimizer(accelerator)
+                case 3:
+                    return ZeroParameters(accelerator)
+                case stage:
+                    raise Refused(f"launched with DeepSpeed ZeRO stage {stage}, accepted: 1, 2 and 3; {_ACCEPTED}")
         case other:
             raise Refused(
-                f"launched as {other.value}, accepted: one process or DDP; "
-                "launch with configs/accelerate/cpu.yaml or ddp.yaml"
+                f"launched as {other.value}, accepted: one process, DDP, FSDP2 and DeepSpeed ZeRO; {_ACCEPTED}"
             )
+
+
+def _refuse_launch() -> None:
+    """What would crash or misbehave in Accelerate's own constructor, seen in the environment its launcher sets."""
+    if sharding_asked() == "FSDP":
+        _refuse_fsdp(int(os.environ.get("FSDP_VERSION", 1)), int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1)))
+
+
+def _refuse_fsdp(version: int, tp_size: int) -> None:
+    if version != 2:
+        raise Refused(
+            "launched with FSDP version 1, accepted: version 2 (set fsdp_version: 2); launch with "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    if tp_size > 1:
+        raise Refused(
+            f"launched with FSDP2 and tensor parallelism of {tp_size}, which is broken in Accelerate, accepted: "
+            "tp_size 1; launch with configs/accelerate/fsdp2.yaml, or hsdp.yaml for several nodes"
+        )
 
 
 def _check_processes(accelerator: Accelerator, asked: int | None) -> None:
@@ -56,9 +96,9 @@ def _check_processes(accelerator: Accelerator, asked: int | None) -> None:
             f"{asked} processes were asked for, {found} are running (`accelerate launch --cpu --num_processes N` starts "
             "one); launch with configs/accelerate/cpu.yaml, or `tinygn compress --num-processes N`"
         )
-    for wanted, env in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(env, "false").lower() == "true" and accelerator.distributed_type.value != wanted:
-            raise Refused(
-                f"{wanted} was asked for, Accelerate fell back to {accelerator.distributed_type.value}; on a machine "
-                "without a GPU use configs/accelerate/cpu.yaml"
-            )
+    wanted = sharding_asked()
+    if wanted is not None and accelerator.distributed_type.value != wanted:
+        raise Refused(
+            f"{wanted} was asked for, Accelerate fell back to {accelerator.distributed_type.value}; unset "
+            "ACCELERATE_USE_CPU and use_cpu: they turn sharding off without a word"
+        )

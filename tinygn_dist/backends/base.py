@@ -6,19 +6,31 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 
 | operation                           | meaning                                                                   |
 |-------------------------------------|---------------------------------------------------------------------------|
-| prepare(model, optimizer)           | place (and, with an optimizer, wrap) the model; once per model              |
+| spread(model)                       | every rank's whole, not yet placed model takes the main rank's weights      |
+| prepare(model, optimizer)           | place a model once; with an optimizer, wrap the placed model for training   |
+| release(model, *prepared)           | end training: the model is placed as before, with the trained weights       |
 | unwrap(model)                       | the model under the wrappers, to read names and attach hooks                |
+| in_fp32(model)                      | context: a placed model's weights and buffers in fp32, for training         |
 | share(items)                        | the items this rank works on; padded where a forward is a collective        |
-| shard(model, target)                | this rank's piece of a weight, where it starts, and its gradient            |
+| on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
+| shard(model, target)                | this rank's piece of a weight and where it starts                           |
+| gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
+| whole(model, name)                  | the whole parameter on every rank, to read, one at a time                   |
+| by_rows(model, target, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
+| gradient_sums(model, targets, f)    | sums over micro-batches of f(gradient), as pieces                           |
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
-| map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the result on every rank       |
+| map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
 | look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
+| write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
 | no_sync / backward / clip_grad_norm | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)          | the torch optimizer whose step really moves the weights                     |
 | full_state(model)                   | full weights by name, on the main rank's CPU                                |
+
+The operations of base.py that are not abstract are right where every rank holds every weight whole; backends that
+shard the weights override them.
 """
 
 from __future__ import annotations
@@ -26,8 +38,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -36,41 +47,12 @@ from torch import nn
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
+from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.pieces import Job, Look, Shard, Solve
 from tinygn_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's piece of a target.
-
-    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened target *as
-    stored* (which `target.start` places in a parameter that holds several). grad: same shape, or None. Masks of a
-    target have this shape on each rank.
-    """
-
-    weight: torch.Tensor
-    offset: int
-    grad: torch.Tensor | None = None
-
-
-@dataclass
-class Job:
-    """Row work on targets that share one input. moments: this rank's partial sums over its data, until
-    `sum_for_jobs` completes them on the rank that solves the job and empties them elsewhere."""
-
-    targets: tuple[Target, ...]
-    moments: list[torch.Tensor]
-    cost: float
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-# solve(job, whole (out, in) weights) -> for each target (new weight, keep mask), both (out, in)
-Solve = Callable[[Job, list[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
-
-Look = Callable[[Job, list[torch.Tensor]], None]
 
 
 class Backend(ABC):
@@ -88,42 +70,157 @@ class Backend(ABC):
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any: ...
 
     @abstractmethod
+    def release(self, model: nn.Module, *prepared: Any) -> None: ...
+
+    @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module: ...
-
-    @abstractmethod
-    def release(self, *prepared: Any) -> None: ...
-
-    @abstractmethod
-    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]: ...
-
-    @abstractmethod
-    def shard(self, model: nn.Module, target: Target) -> Shard: ...
 
     @abstractmethod
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]: ...
 
+    def spread(self, model: nn.Module) -> None:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            collectives.broadcast_(tensor.data, 0)
+
+    @contextlib.contextmanager
+    def in_fp32(self, model: nn.Module) -> Iterator[None]:
+        """Afterwards every tensor has its own dtype again: buffers are often fp32 in a bf16 model, and must stay so."""
+        before = {name: tensor.dtype for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._cast(model, {n: torch.float32 if dtype.is_floating_point else dtype for n, dtype in before.items()})
+        yield
+        self._cast(model, before)
+
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = tensor.data.to(dtypes[name])
+
+    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        """(item, whether it counts); an item that does not count is run so that all ranks run equally many."""
+        return [(item, True) for item in items[self.rank :: self.num_ranks]]
+
+    def on_main(self, work: Callable[[], Item]) -> Item | None:
+        """What `work` returned on the main rank; on the others None or the value of their own run."""
+        self.barrier()
+        result = work() if self.is_main else None
+        self.barrier()
+        return result
+
+    # -- pieces of weights -------------------------------------------------------------------------------------------
+    def shard(self, model: nn.Module, target: Target) -> Shard:
+        return Shard(target.within(self.unwrap(model).get_parameter(target.parameter).data), 0)
+
+    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+        return piece
+
+    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+        return whole
+
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        """To be read only, and dropped before the next: it may be a copy."""
+        return self.unwrap(model).get_parameter(name).data
+
+    def by_rows(
+        self, model: nn.Module, target: Target, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """`work` maps (rows, in) to the same shape, row by row. Moves nothing where the pieces are made of whole rows."""
+        if piece.dim() == 2 and target.input_dim == 1:
+            return work(piece)
+        whole = target.matrix(work(target.matrix(self.gather(model, target, piece))))
+        return self.cut(model, target, whole.contiguous())
+
+    @contextlib.contextmanager
+    def gradient_sums(
+        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[GradientSums]:
+        """Inside, every backward of a micro-batch adds function(fp32 gradient); afterwards `.moments` are complete over
+        the data of all ranks. The targets must require gradients."""
+        sums = self._empty_sums(model, targets, function)
+        with hooked(sums, [(self.unwrap(model).get_parameter(t.parameter), t, lambda whole: whole) for t in targets]):
+            yield sums
+        self.sum_over_data(sums.moments.tensors())
+
+    def _empty_sums(self, model: nn.Module, targets: Sequence[Target], function: Callable) -> GradientSums:
+        sums = GradientSums(function)
+        for target in targets:
+            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
+        return sums
+
     # -- combining facts ---------------------------------------------------------------------------------------------
-    @abstractmethod
-    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
-    @abstractmethod
-    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor: ...
+    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
-    @abstractmethod
-    def sum_over_data(self, tensors: Iterable[torch.Tensor]) -> None: ...
+    def sum_over_data(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            collectives.sum_(tensor)
 
-    @abstractmethod
-    def sum_for_jobs(self, jobs: Sequence[Job]) -> None: ...
+    def sum_for_jobs(self, jobs: Sequence[Job]) -> None:
+        for job, owner in zip(jobs, self.deal([job.cost for job in jobs]), strict=True):
+            for index, moment in enumerate(job.moments):
+                collectives.sum_(moment, owner=owner)
+                if owner != self.rank:
+                    job.moments[index] = moment.new_empty(0)
 
     # -- writing -----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]: ...
-
-    @abstractmethod
-    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None: ...
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None: ...
 
     @abstractmethod
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None: ...
+
+    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
+        """Writes the new weights; returns the keep masks by target name, shaped like this rank's shards.
+
+        Every weight is gathered in turn and kept by its owner alone; the owners solve at the same time; then every
+        result is sent once and each rank keeps its piece.
+        """
+        owners = self.deal([job.cost for job in jobs])
+        mine, solved = self._owned_weights(model, jobs, owners), {}
+        with self.together("solving the layers"):
+            for index in list(mine):
+                solved[index] = solve(jobs[index], mine.pop(index))
+        masks = {}
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            for position, target in enumerate(job.targets):
+                results = solved[index][position] if owner == self.rank else None
+                masks[target.name] = self._spread_result(model, target, results, owner)
+        told = self.everyone({index: jobs[index].outcome for index in solved})
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            job.outcome = told[owner][index]
+        return masks
+
+    def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
+        mine = self._owned_weights(model, jobs, self.deal([job.cost for job in jobs]))
+        with self.together("looking at the layers"):
+            for index in list(mine):
+                look(jobs[index], mine.pop(index))
+
+    def _owned_weights(
+        self, model: nn.Module, jobs: Sequence[Job], owners: Sequence[int]
+    ) -> dict[int, list[torch.Tensor]]:
+        """The whole (out, in) weights of the jobs this rank owns, by index of the job."""
+        mine: dict[int, list[torch.Tensor]] = {}
+        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+            for target in job.targets:
+                weight = target.matrix(self.gather(model, target, self.shard(model, target).weight))
+                if owner == self.rank:
+                    mine.setdefault(index, []).append(weight)
+        return mine
+
+    def _spread_result(
+        self, model: nn.Module, target: Target, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
+    ) -> torch.Tensor:
+        """Write the owner's new (out, in) weight everywhere; returns this rank's piece of its keep mask."""
+        dtype = self.shard(model, target).weight.dtype
+        weight = torch.empty(target.stored_shape, dtype=dtype, device=self.device)
+        keep = torch.empty(target.stored_shape, dtype=torch.bool, device=self.device)
+        if result is not None:
+            weight.copy_(target.matrix(result[0]))
+            keep.copy_(target.matrix(result[1]))
+        self.write(model, target, self.cut(model, target, collectives.broadcast_(weight, owner)))
+        return self.cut(model, target, collectives.broadcast_(keep, owner))
 
     # -- training ----------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -135,8 +232,9 @@ class Backend(ABC):
     def backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-        return float(self._accelerator.clip_grad_norm_(parameters, max_norm))
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """Scale the gradients of the coming step so that the norm of them all is at most max_norm."""
+        self._accelerator.clip_grad_norm_(parameters, max_norm)
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:

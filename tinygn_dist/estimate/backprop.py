@@ -33,23 +33,22 @@ def gradients_of(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[N
 def weight_gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
     """Per target name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
     mean loss per token; shaped like this rank's shard. Summed over the data of all ranks."""
-    backend, moments = setting.backend, Moments()
     parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
-    mine = backend.share(setting.batches)
-    for target in targets:
-        moments.reserve(target.name, tuple(backend.shard(setting.model, target).weight.shape), backend.device)
-    with gradients_of(setting.bare, parameters), setting.progress.bar("gradients", len(mine)) as advance:
+    mine = setting.backend.share(setting.batches)
+    with (
+        gradients_of(setting.bare, parameters),
+        setting.backend.gradient_sums(setting.model, targets, torch.square if squares else _itself) as sums,
+        setting.progress.bar("gradients", len(mine)) as advance,
+    ):
         for batch, real in mine:
-            setting.objective(setting.model, setting.on_device(batch)).mean().backward()
-            for target in targets:
-                grad = backend.shard(setting.model, target).grad
-                if real and grad is not None:
-                    moments.add(target.name, grad.float().square() if squares else grad.float())
-            for parameter in parameters:
-                parameter.grad = None
+            with sums.micro_batch(counts=real):
+                setting.objective(setting.model, setting.on_device(batch)).mean().backward()
             advance()
-    backend.sum_over_data(moments.tensors())
-    return moments
+    return sums.moments
+
+
+def _itself(grad: torch.Tensor) -> torch.Tensor:
+    return grad
 
 
 def gate_gradients(

@@ -1,0 +1,291 @@
+"""What every rank of a launched job checks and measures for tests/contract/test_sharded.py.
+
+`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [CHECK ...]`: asserts what can be judged inside the job, and
+writes what must be the same on every backend (fingerprints, digests, losses) to FOLDER/facts.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers as hf
+from torch import nn
+
+from tinygn_dist import recover as training
+from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.backends import Backend, make_backend
+from tinygn_dist.config import Config, DistributedConfig, PruneConfig, RecoverConfig
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.masking import Masks
+from tinygn_dist.objective import objective_of
+from tinygn_dist.pipeline import compress
+from tinygn_dist.progress import Progress
+from tinygn_dist.units import plan_mixes, remove_units
+from tinygn_dist.weights import sparsify
+
+VOCAB = 96
+NO_DOWN = {"ignore": ("down_proj",)}  # its 49 inputs are no multiple of 4
+WEIGHT_CASES = {
+    "magnitude": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "wanda": [{"scope": "layer"}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "taylor": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "fisher": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "obs": [{}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "random": [{}],
+}
+CONV1D_CASES = [
+    ("wanda", {"scope": "row"}),
+    ("taylor", {"pattern": "2:4"}),
+    ("obs", {}),
+    ("wanda", {"scope": "global"}),
+]
+EXPERT_CASES = [("wanda", {}), ("taylor", {"scope": "global"}), ("fisher", {"pattern": "2:4"}), ("obs", {})]
+UNIT_CASES = [
+    {"pattern": "layers", "sparsity": 0.3},
+    {"pattern": "layers", "sparsity": 0.3, "criterion": "magnitude"},
+    {"pattern": "heads", "sparsity": 0.1, "criterion": "gate", "estimator": "backprop"},
+    {"pattern": "heads", "sparsity": 0.1},
+    {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7},
+    {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7, "criterion": "activation"},
+    {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7, "criterion": "magnitude"},
+    {"pattern": "units", "sparsity": 0.35, "multiple_of": 7},
+    {"pattern": "experts", "sparsity": 0.2},
+    {"pattern": "experts", "sparsity": 0.2, "criterion": "magnitude"},
+]
+
+
+def llama(tied: bool = False) -> nn.Module:
+    """49 rows do not divide by 2; a flat half of a (49, 40) or (40, 49) weight cuts a row."""
+    config = hf.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=40, intermediate_size=49, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10, max_position_embeddings=64, tie_word_embeddings=tied,
+        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _seeded(config)
+
+
+def gpt2() -> nn.Module:
+    """Conv1D stores (in, out): shards of its rows are shards of inputs."""
+    config = hf.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_inner=44, n_layer=2, n_head=4, n_positions=64, attn_implementation="eager",
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _seeded(config)
+
+
+def mixtral() -> nn.Module:
+    """3 experts in one tensor do not divide by 2: under FSDP2 a rank holds whole experts, under ZeRO-3 a part of one."""
+    config = hf.MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
+        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return _seeded(config)
+
+
+def _seeded(config: hf.PretrainedConfig) -> nn.Module:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def rows(count: int = 5, length: int = 12) -> list[dict[str, torch.Tensor]]:
+    """An odd number of micro-batches, so that ranks have unequal shares."""
+    ids = torch.randint(3, VOCAB, (count, 1, length), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def setting(backend: Backend, model: nn.Module) -> Setting:
+    anatomy = read_anatomy(model, needs_units=True)
+    return Setting(backend.prepare(model), anatomy, objective_of("causal-lm"), rows(), backend, Progress())
+
+
+def pieces(backend: Backend) -> None:
+    """Shards partition every weight, at the offsets they claim; gather and cut are each other's inverse."""
+    for model in (llama(), gpt2(), mixtral()):
+        reference = {name: p.detach().clone() for name, p in model.named_parameters()}
+        here = setting(backend, model)
+        for target in here.anatomy.targets:
+            shard, whole = backend.shard(here.model, target), target.within(reference[target.parameter])
+            flat = whole.reshape(-1)[shard.offset : shard.offset + shard.weight.numel()]
+            assert torch.equal(shard.weight.reshape(-1), flat), target.name
+            held = torch.zeros(target.numel, dtype=torch.int64)
+            held[shard.offset : shard.offset + shard.weight.numel()] += 1
+            assert backend.sum_over_shards(held).eq(1).all(), f"{target.name}: not a partition"
+            assert torch.equal(backend.gather(here.model, target, shard.weight), whole)
+            assert torch.equal(backend.cut(here.model, target, whole), shard.weight)
+            positive = backend.gather(here.model, target, shard.weight > 0)
+            assert torch.equal(positive, whole > 0)
+
+
+def sums(backend: Backend, sharded: int) -> None:
+    """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the weights."""
+    setting(backend, llama())
+    assert int(backend.sum_over_shards(torch.ones(1))) == sharded
+    data = torch.tensor([float(2**backend.rank)])
+    backend.sum_over_data([data])
+    assert int(data) == 2**backend.num_ranks - 1
+    for count in (1, 2, 5, 8):
+        mine = backend.share(range(count))
+        counted = [item for part in backend.everyone([i for i, real in mine if real]) for item in part]
+        assert sorted(counted) == list(range(count))
+        lengths = backend.everyone(len(mine))
+        assert sharded == 1 or len(set(lengths)) == 1, lengths
+
+
+def masks(backend: Backend) -> dict[str, dict[str, object]]:
+    """Fingerprint of the mask, digest and norm of the weights of every criterion and pattern."""
+    found = {}
+    cases = [("llama", llama, name, case) for name, cases in WEIGHT_CASES.items() for case in cases]
+    cases += [("gpt2", gpt2, name, case) for name, case in CONV1D_CASES]
+    cases += [("mixtral", mixtral, name, case) for name, case in EXPERT_CASES]
+    for family, build, criterion, case in cases:
+        here = setting(backend, build())
+        before = digest(backend, here.model) if criterion == "fisher" and not case else None
+        options = PruneConfig(**{"pattern": "unstructured", "sparsity": 0.5, "criterion": criterion, **case})
+        targets = here.anatomy.choose_targets(options.targets, options.ignore)
+        chosen = sparsify(here, targets, options)
+        fingerprint = chosen.fingerprint(here.model, backend)
+        backend.agree(fingerprint, "the mask")
+        assert chosen.violations(here.model, backend) == 0
+        kept = sum(chosen.kept(backend).values())
+        name = f"{family} {criterion} {case.get('pattern', case.get('scope', 'layer'))}"
+        norm = sum(float(t.double().square().sum()) for t in backend.full_state(here.model).values()) ** 0.5
+        found[name] = {
+            "mask": fingerprint,
+            "kept": kept,
+            "weights": digest(backend, here.model),
+            "norm": backend.everyone(norm)[0],
+        }
+        assert before is None or before != digest(backend, here.model)
+    return found
+
+
+def units(backend: Backend) -> dict[str, str]:
+    found = {}
+    for case in UNIT_CASES:
+        build = mixtral if case["pattern"] == "experts" else llama
+        here, options = setting(backend, build()), PruneConfig(**case)
+        kept, _, trials = remove_units(here, plan_mixes(here.anatomy, options), options)
+        backend.agree(kept.fingerprint(), "the kept units")
+        found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
+    return found
+
+
+def digest(backend: Backend, model: nn.Module) -> str:
+    """Of every bit of the full state, from the main rank."""
+    state, total = backend.full_state(model), hashlib.sha256()
+    for name in sorted(state):
+        assert state[name].numel() > 0, f"{name} is empty"
+        total.update(name.encode() + state[name].contiguous().numpy().tobytes())
+    assert bool(state) or not backend.is_main
+    return backend.everyone(total.hexdigest()[:16])[0]
+
+
+def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> dict[str, float]:
+    """5 steps of AdamW with momentum, weight decay, clipping and 2 or 4 micro-batches per step and rank."""
+    model = llama(tied).to(dtype)
+    here = setting(backend, model)
+    options = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
+    chosen = sparsify(here, here.anatomy.targets, options)
+    fingerprint = chosen.fingerprint(here.model, backend)
+    asked = RecoverConfig(steps=5, learning_rate=5e-3, batch_size=8, weight_decay=0.1, clip_norm=0.5, distill=0)
+    dtypes = [tensor.dtype for tensor in here.model.state_dict().values()]
+    with backend.in_fp32(here.model):
+        losses = _five_steps(backend, here.model, chosen, asked)
+        assert chosen.violations(here.model, backend) == 0, "the masters regrew"
+    assert dtypes == [tensor.dtype for tensor in here.model.state_dict().values()]
+    assert chosen.violations(here.model, backend) == 0
+    assert chosen.fingerprint(here.model, backend) == fingerprint
+    return _told(backend, here, losses, chosen)
+
+
+def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: RecoverConfig) -> list[float]:
+    frozen = training._freeze_embeddings(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=asked.learning_rate, weight_decay=asked.weight_decay)
+    wrapped, prepared = backend.prepare(model, optimizer)
+    chosen.enforce(wrapped, prepared, backend)
+    losses = []
+    for step in range(asked.steps):
+        batch = [rows(5)[(step + i) % 5] for i in range(asked.batch_size)]
+        losses.append(training._one_step(wrapped, None, "causal-lm", batch, prepared, asked, backend)[0])
+        assert chosen.violations(wrapped, backend) == 0, f"live weights regrew in step {step}"
+    backend.release(model, wrapped, prepared)
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    return losses
+
+
+def _told(backend: Backend, here: Setting, losses: list[float], chosen: Masks) -> dict[str, float]:
+    """Losses, and sums over the trained weights as they would be exported."""
+    from tinygn_dist.evaluate import mean_loss
+
+    facts = {f"loss {step}": loss for step, loss in enumerate(losses)}
+    facts["loss after"] = mean_loss(here, "evaluating")
+    state = backend.full_state(here.model)
+    if backend.is_main:
+        for target in here.anatomy.targets:
+            assert int((state[target.name] == 0).sum()) >= target.numel // 2
+        facts["norm"] = float(sum(t.double().square().sum() for t in state.values()) ** 0.5)
+        facts["zeros"] = float(sum(int((state[t.name] == 0).sum()) for t in here.anatomy.targets))
+    return facts
+
+
+def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
+    """The pipeline from a saved model to a checkpoint that was read back, without and with training."""
+    found = {}
+    base = {"model": {"name": str(folder / "model")}, "evaluate": {"prefill_tokens": 8, "decode_tokens": 2}}
+    base["data"] = {"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3}
+    for name, prune, steps in (
+        ("units", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 0),
+        ("units recovered", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 3),
+        ("sparse recovered", {"pattern": "unstructured", "sparsity": 0.5, "estimator": "finite-difference"}, 3),
+    ):
+        output = folder / name.replace(" ", "-")
+        recover = {"steps": steps, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3}
+        config = Config(**base, prune=prune, recover=recover, output={"dir": str(output), "overwrite": True})
+        report = compress(config, backend)
+        facts = {"fingerprint": report.selection["fingerprint"], "loss": report.after["loss"]}
+        facts |= {"params": report.after["num_params"], "zeros": report.sparsity["zeros"]}
+        if not steps:
+            facts["file"] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()[:16]
+        found[name] = facts
+    return found
+
+
+def main(folder: Path, sharded: int, wanted: list[str]) -> None:
+    torch.set_num_threads(1)
+    backend = make_backend(DistributedConfig(timeout_seconds=60))
+    hf.logging.disable_progress_bar()
+    facts: dict[str, object] = {"backend": type(backend).__name__, "ranks": backend.num_ranks, "seconds": {}}
+    for name, check in (
+        ("pieces", lambda: pieces(backend)),
+        ("sums", lambda: sums(backend, sharded)),
+        ("masks", lambda: masks(backend)),
+        ("units", lambda: units(backend)),
+        ("training", lambda: training_keeps_zeros(backend, torch.float32, False)),
+        ("training tied", lambda: training_keeps_zeros(backend, torch.float32, True)),
+        ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),
+        ("runs", lambda: whole_runs(backend, folder)),
+    ):
+        if wanted and name not in wanted:
+            continue
+        start = time.monotonic()
+        facts[name] = check()
+        facts["seconds"][name] = round(time.monotonic() - start, 1)
+    if backend.is_main:
+        (folder / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    backend.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

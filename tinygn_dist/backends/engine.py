@@ -1,0 +1,68 @@
+"""Training with a DeepSpeed engine, the same for every ZeRO stage.
+
+Through Accelerate, DeepSpeed steps inside `backward` and clips by a number from its config file. Here the engine is
+driven call by call, so that a training loop is backward, clip, step as everywhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+
+class EngineOptimizer:
+    """The optimizer of an engine, with the two calls of a training loop."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine = engine
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def zero_grad(self) -> None:
+        """The engine has dropped the gradients in its step."""
+
+
+def start(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """(engine, optimizer) for a model and an optimizer over its parameters, with the job's DeepSpeed config."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    if config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+        config["train_micro_batch_size_per_gpu"] = 1  # only multiplied up and logged: the caller scales its losses
+    config["gradient_accumulation_steps"] = 1  # DeepSpeed would divide the losses by it
+    config.pop("train_batch_size", None)
+    with keeping_buffers(model):
+        engine, _ = accelerator.prepare(model, optimizer)
+    return engine, EngineOptimizer(engine)
+
+
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """A bf16 engine casts the buffers too; rotary frequencies in bf16 are wrong from the first hundred tokens on."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    yield
+    for name, buffer in model.named_buffers():
+        buffer.data = before[name].to(buffer.device)
+
+
+@contextlib.contextmanager
+def boundary(engine: DeepSpeedEngine, last: bool) -> Iterator[None]:
+    """The backward inside is the last of a step, or one of those before."""
+    engine.set_gradient_accumulation_boundary(last)
+    yield
+
+
+def clip(engine: DeepSpeedEngine, max_norm: float) -> None:
+    """Take effect in the coming step, where the norm of the whole gradient is known."""
+    engine.optimizer.clip_grad = max_norm
+
+
+def innermost(optimizer: EngineOptimizer) -> torch.optim.Optimizer:
+    """The torch optimizer over the fp32 masters; its hooks fire once per parameter group or sub-group, before DeepSpeed
+    copies the masters to the live weights."""
+    return optimizer.engine.optimizer.optimizer

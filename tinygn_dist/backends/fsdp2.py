@@ -1,0 +1,167 @@
+"""FSDP2: every parameter is a DTensor of which each rank holds whole leading rows; HSDP keeps such a set per group.
+
+Traps that shape this file (torch 2.13, Accelerate 1.15):
+- Modules that stay unsharded after a forward hide their DTensors behind plain copies; edits of the one are not seen by
+  the other. So everything is resharded after every forward, at the price of one more all-gather of embeddings and head.
+- Edits inside an `unshard()` are thrown away: weights are written through the local shards only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.backends import collectives
+from tinygn_dist.backends.base import Backend, Item
+from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.pieces import Shard
+from tinygn_dist.backends.slices import Slices, share_padded
+
+_WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
+
+
+class FSDP2(Backend):
+    """The model is sharded from `prepare` on, for estimation and training alike."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        mesh, parallel = accelerator.torch_device_mesh, accelerator.parallelism_config
+        hybrid = parallel is not None and parallel.dp_replicate_enabled
+        self._shard_group = mesh["dp_shard"].get_group() if hybrid else None  # None: all ranks
+        self._replica_group = mesh["dp_replicate"].get_group() if hybrid else None
+        self._wrapping = {name: getattr(accelerator.state.fsdp_plugin, name) for name in _WRAPPING}
+        if accelerator.mixed_precision == "bf16":
+            # Accelerate's own policy returns losses in bf16, which no difference of losses survives, and adds
+            # gradients in bf16
+            accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            )
+
+    # -- where the model is ------------------------------------------------------------------------------------------
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if optimizer is not None:
+            # over DTensors already: nothing for Accelerate to map from old parameters to new ones
+            return model, self._accelerator.prepare_optimizer(optimizer)
+        for name, asked in self._wrapping.items():  # settled by the first model, which need not be of this class
+            setattr(self._accelerator.state.fsdp_plugin, name, asked)
+        fsdp2_prepare_model(self._accelerator, model)
+        model.set_reshard_after_forward(True)
+        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+        assert not whole, f"{whole[0]} is not sharded"
+        return model
+
+    def release(self, model: nn.Module, *prepared: Any) -> None:
+        self._accelerator.free_memory(*prepared)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        wanted = {id(t): dtypes[name] for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))
+        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for module in sharded:  # what FSDP2 keeps between forwards was made for the old dtype
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.all_gather_outputs = []
+                    parameter.__dict__.pop("_unsharded_param", None)
+                group.lazy_init()
+
+    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        return share_padded(items, self.rank, self.num_ranks)
+
+    def on_main(self, work: Callable[[], Item]) -> Item | None:
+        return work()  # its forwards need every rank
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        gathered: dict[int, torch.Tensor] = {}  # tied weights once
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                whole = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+                gathered[id(tensor)] = whole.cpu() if self.is_main else whole.new_empty(0)
+            state[name] = gathered[id(tensor)]
+        return state if self.is_main else {}
+
+    # -- pieces of weights -------------------------------------------------------------------------------------------
+    def shard(self, model: nn.Module, target: Target) -> Shard:
+        slices = self._slices(model, target)
+        run = model.get_parameter(target.parameter).detach().to_local().view(-1)
+        return Shard(slices.local(run).view(-1, target.stored_shape[1]), slices.bounds()[0])
+
+    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, target).gather(piece)
+
+    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, target).cut(whole).view(-1, target.stored_shape[1])
+
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        return model.get_parameter(name).detach().full_tensor()
+
+    @contextlib.contextmanager
+    def gradient_sums(
+        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[GradientSums]:
+        sums = self._empty_sums(model, targets, function)
+        with hooked(sums, list(self._unsharded(model, targets))):
+            yield sums
+        self.agree(sums.order(), "which weights a micro-batch reaches")
+        for tensor in sums.moments.tensors():  # the shard axis is summed already
+            if self._replica_group is not None:
+                collectives.sum_(tensor, group=self._replica_group)
+
+    def _unsharded(
+        self, model: nn.Module, targets: Sequence[Target]
+    ) -> Iterator[tuple[nn.Parameter, Target, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The plain parameters that take part in the forward, which stay the same objects, and how to reduce each."""
+        wanted: dict[str, list[tuple[Target, Slices]]] = {}
+        for target in targets:
+            wanted.setdefault(target.parameter, []).append((target, self._slices(model, target)))
+        for prefix, module in model.named_modules():
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()
+            for name, parameter in module.named_parameters(prefix=prefix):
+                if not isinstance(parameter, DTensor):
+                    for target, slices in wanted.get(name, ()):
+                        yield parameter, target, lambda whole, s=slices: s.reduce(whole).view(-1, whole.shape[1])
+            module.reshard()
+
+    def _slices(self, model: nn.Module, target: Target) -> Slices:
+        """Leading rows (or experts) are dealt as torch.chunk does."""
+        group, shape = self._shard_group, model.get_parameter(target.parameter).shape
+        num_ranks = dist.get_world_size(group)
+        length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
+        return Slices(target.stored_shape, target.start, length, dist.get_rank(group), num_ranks, group)
+
+    # -- combining facts ---------------------------------------------------------------------------------------------
+    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.sum_(tensor, group=self._shard_group)
+
+    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.max_(tensor, group=self._shard_group)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
+        self.shard(model, target).weight.copy_(piece)
+
+    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
+        self.shard(model, target).weight.masked_fill_(~keep, 0)  # the shards are the fp32 masters
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
+
+    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
+        return getattr(optimizer, "optimizer", optimizer)

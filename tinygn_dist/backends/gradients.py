@@ -1,0 +1,73 @@
+"""Sums over micro-batches of a function of each weight gradient, kept as this rank's shards.
+
+What a sharded backend leaves in `.grad` is a mean over ranks, that is over micro-batches that ran at the same time:
+no square of a single micro-batch's gradient can be had from it, and its rounding depends on the number of ranks. So
+the gradient is taken where autograd puts it, before any reduction, one weight at a time: the function is applied to
+this rank's micro-batch alone, the fp64 result is summed over the owners of the weight, and only the owned piece stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.moments import Moments
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+# from this rank's whole fp64 target to the owned piece of the sum over the weight's owners
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+class GradientSums:
+    """moments: per name the fp64 sum, shaped like this rank's shard."""
+
+    def __init__(self, function: Function) -> None:
+        self.moments = Moments()
+        self._function = function
+        self._taken = hashlib.sha256()
+        self._counts = True
+
+    @contextlib.contextmanager
+    def micro_batch(self, counts: bool) -> Iterator[None]:
+        """One backward. counts: False for a padding micro-batch, which runs only because the others' backward is a
+        collective."""
+        self._counts = counts
+        yield
+
+    def take(self, parameter: nn.Parameter, targets: Sequence[tuple[Target, Reduce]]) -> None:
+        """Add the gradients of targets that lie in one parameter, and drop the parameter's."""
+        grad, parameter.grad = parameter.grad, None
+        for target, reduce in targets:
+            contribution = self._function(target.within(grad).float()).double()
+            if not self._counts:
+                contribution.zero_()
+            self.moments.add(target.name, reduce(contribution))
+            self._taken.update(target.name.encode())
+
+    def order(self) -> str:
+        """Equal for equal sequences of names, whose gradients came one after the other: it must be the same on every
+        rank where a gradient is reduced the moment it is there."""
+        return self._taken.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def hooked(sums: GradientSums, places: Sequence[tuple[nn.Parameter, Target, Reduce]]) -> Iterator[None]:
+    """Inside, `sums` takes the gradient of every target from the parameter that holds it."""
+    held: dict[nn.Parameter, list[tuple[Target, Reduce]]] = {}
+    for parameter, target, reduce in places:
+        held.setdefault(parameter, []).append((target, reduce))
+    handles = []
+    try:
+        for parameter, targets in held.items():
+            handles.append(
+                parameter.register_post_accumulate_grad_hook(lambda p, targets=targets: sums.take(p, targets))
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,250 @@
+"""DeepSpeed ZeRO. Stages 1 and 2 shard only what training adds (optimizer states, gradients); stage 3 the weights too.
+
+The live weights have fp32 master copies in training, which each step writes over the live ones: zeros must be in both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.backends import collectives, engine
+from tinygn_dist.backends.base import Backend, Item
+from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.pieces import Shard
+from tinygn_dist.backends.slices import Slices, share_padded
+
+
+class ZeroOptimizer(Backend):
+    """Stages 1 and 2: every rank holds the whole model, and estimation runs on it bare, as with DDP."""
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if optimizer is None:
+            return model.to(self.device)
+        self._dtype = model.dtype
+        self._training, started = engine.start(self._accelerator, model, optimizer)
+        return self._training, started
+
+    def release(self, model: nn.Module, *prepared: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+                # a copy: the live weights are views of the engine's flat buffers
+                parameter.data = (parameter.data if master is None else master).to(self._dtype, copy=True)
+        self._accelerator.free_memory(*prepared)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model.module if isinstance(model, DeepSpeedEngine) else model
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
+
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
+        self.shard(model, target).weight.copy_(piece)
+        for master, run in self._masters(model, target):
+            master.copy_(piece.reshape(-1)[run])
+
+    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
+        self.shard(model, target).weight.masked_fill_(~keep, 0)
+        for master, run in self._masters(model, target):
+            master.masked_fill_(~keep.reshape(-1)[run], 0)
+
+    def _masters(self, model: nn.Module, target: Target) -> list[tuple[torch.Tensor, slice]]:
+        """The run of the target that lies in this rank's flat fp32 master, if any, and where it lies in the target."""
+        mapping = getattr(self.unwrap(model).get_parameter(target.parameter), "_hp_mapping", None)
+        if mapping is None:
+            return []
+        where = mapping.lp_fragment_address
+        low, high = max(where.start, target.start), min(where.start + where.numel, target.start + target.numel)
+        if high <= low:
+            return []
+        master = mapping.hp_fragment.detach()[low - where.start : high - where.start]
+        return [(master, slice(low - target.start, high - target.start))]
+
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return engine.boundary(model, last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._training.backward(loss)
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        engine.clip(self._training, max_norm)
+
+    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
+        return engine.innermost(optimizer)
+
+
+class ZeroParameters(Backend):
+    """Stage 3: rank r holds elements [r*n, (r+1)*n) of every flattened weight, which may cut a row; whole weights exist
+    while a module runs. Two engines take turns with a model: one without an optimizer for estimation, whose hooks
+    gather and drop weights, and the training one.
+
+    Accelerate tells transformers about stage 3, which from then on builds every model in pieces, skeletons and the
+    smaller model of a cut too; `unset_hf_deepspeed_config` takes that back: `prepare` is what shards.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        super().__init__(accelerator)
+        self._estimating: dict[int, DeepSpeedEngine] = {}
+        unset_hf_deepspeed_config()
+
+    # -- where the model is ------------------------------------------------------------------------------------------
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if optimizer is not None:
+            self._dtype = model.dtype
+            self._estimating.pop(id(model)).destroy()
+            self._training, started = engine.start(self._accelerator, model, optimizer)
+            unset_hf_deepspeed_config()
+            return self._training, started
+        config = self._estimation_config(model.dtype)
+        with engine.keeping_buffers(model):
+            self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=config)
+        whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
+        assert not whole, f"{whole[0]} is not sharded"
+        return model
+
+    def _estimation_config(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The job's stage 3 settings without what concerns an optimizer. Nothing is fetched ahead: probes leave layers
+        out, so the next layer is not the one that the last forward saw. Nothing stays whole after its module ran: a
+        whole copy would hide an edit of the shard."""
+        asked = copy.deepcopy(self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+        asked = {key: value for key, value in asked.items() if value != "auto" and key != "offload_optimizer"}
+        asked |= {"stage": 3, "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+        asked |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": asked}
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return config | ({names[dtype]: {"enabled": True}} if dtype in names else {})
+
+    def release(self, model: nn.Module, *prepared: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                master = _master_run(self._training, parameter)
+                _drop_whole(parameter)
+                held = parameter.ds_tensor if master is None else master
+                parameter.ds_tensor.data = held.detach().to(self._dtype, copy=True).view(-1)
+                parameter.data = parameter.data.to(self._dtype)
+        self._accelerator.free_memory(*prepared)
+        self.prepare(model)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model.module if isinstance(model, DeepSpeedEngine) else model
+
+    def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        self._estimating.pop(id(model)).destroy()
+        super()._cast(model, dtypes)
+        for name, parameter in model.named_parameters():
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtypes[name])
+        self.prepare(model)
+
+    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        return share_padded(items, self.rank, self.num_ranks)
+
+    def on_main(self, work: Callable[[], Item]) -> Item | None:
+        return work()  # its forwards need every rank
+
+    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        gathered: dict[int, torch.Tensor] = {}  # tied weights once
+        for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
+            if id(tensor) not in gathered:
+                whole = self._gathered(tensor) if hasattr(tensor, "ds_tensor") else tensor.detach()
+                gathered[id(tensor)] = whole.cpu() if self.is_main else whole.new_empty(0)
+            state[name] = gathered[id(tensor)]
+        return state if self.is_main else {}
+
+    # -- pieces of weights -------------------------------------------------------------------------------------------
+    def shard(self, model: nn.Module, target: Target) -> Shard:
+        slices = self._slices(model, target)
+        return Shard(slices.local(_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
+
+    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, target).gather(piece)
+
+    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, target).cut(whole)
+
+    def whole(self, model: nn.Module, name: str) -> torch.Tensor:
+        return self._gathered(self.unwrap(model).get_parameter(name))
+
+    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
+        slices = self._slices_of(parameter, tuple(parameter.ds_shape), 0)
+        return slices.gather(slices.local(_run(parameter)))
+
+    @contextlib.contextmanager
+    def gradient_sums(
+        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[GradientSums]:
+        sums, bare = self._empty_sums(model, targets, function), self.unwrap(model)
+        with hooked(sums, [(bare.get_parameter(t.parameter), t, self._slices(model, t).reduce) for t in targets]):
+            yield sums
+        self.agree(sums.order(), "which weights a micro-batch reaches")
+
+    def _slices(self, model: nn.Module, target: Target) -> Slices:
+        return self._slices_of(self.unwrap(model).get_parameter(target.parameter), target.stored_shape, target.start)
+
+    def _slices_of(self, parameter: nn.Parameter, shape: tuple[int, ...], start: int) -> Slices:
+        return Slices(shape, start, parameter.ds_tensor.ds_numel, self.rank, self.num_ranks)
+
+    # -- combining facts ---------------------------------------------------------------------------------------------
+    def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.sum_(tensor)
+
+    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
+        return collectives.max_(tensor)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
+        self._edit(model, target, lambda held: held.copy_(piece))
+
+    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
+        self._edit(model, target, lambda held: held.masked_fill_(~keep, 0))
+
+    def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
+        parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)
+        edit(slices.local(_run(parameter)))
+        master = _master_run(model, parameter) if isinstance(model, DeepSpeedEngine) else None
+        if master is not None:
+            edit(slices.local(master))
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return engine.boundary(model, last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._training.backward(loss)
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        engine.clip(self._training, max_norm)
+
+    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
+        return engine.innermost(optimizer)
+
+
+def _run(parameter: nn.Parameter) -> torch.Tensor:
+    """Stage 3: this rank's run of a weight, with the padding behind it, which holds anything."""
+    return parameter.ds_tensor.detach().view(-1)
+
+
+def _master_run(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torch.Tensor | None:
+    """Stage 3: the fp32 master of this rank's run, a view; None for a frozen parameter."""
+    if not parameter.requires_grad:
+        return None
+    return trained.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].detach().view(-1)
+
+
+def _drop_whole(parameter: nn.Parameter) -> None:
+    """Stage 3: small weights stay whole in training (persistence threshold), which would hide an edit of the shard."""
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
+        parameter.ds_active_sub_modules.clear()  # the last backward leaves its marks on them
+        parameter.partition()
