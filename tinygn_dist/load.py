@@ -94,7 +94,7 @@ def find_model(options: ModelConfig) -> Source:
         raise Refused(
             f"{options.name} carries `pruned_heads`, which transformers 5 no longer loads; use the full checkpoint"
         )
-    return Source(path, gguf_file, config, _task(options, config), options)
+    return Source(path, gguf_file, config, task_of(options, config), options)
 
 
 def skeleton(source: Source) -> nn.Module:
@@ -203,7 +203,8 @@ def _refuse_pickles(folder: Path) -> None:
         ) from None
 
 
-def _task(options: ModelConfig, config: PretrainedConfig) -> str:
+def task_of(options: ModelConfig, config: PretrainedConfig) -> str:
+    """The asked task, or the one the checkpoint's `architectures` name. Raises Refused for one that is not known."""
     if options.task != "auto":
         return options.task
     named = (getattr(config, "architectures", None) or [""])[0]

@@ -27,7 +27,7 @@ from tinygn_dist.recover import check_batch, recover
 from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
-from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.shrink import fill_smaller, smaller_config
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
 
@@ -172,16 +172,9 @@ class _Run:
             "probe_forwards": scores.forwards,
         }
         bare = self.backend.unwrap(self.model)
-        state = self.backend.full_state(self.model)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
-        with self.backend.together("filling the smaller model"):
-            if self.backend.is_main:
-                small.load_state_dict(smaller_state(state, self.anatomy, kept), strict=True)
-        self.backend.spread(small)
-        small.tie_weights()
-        small.generation_config = getattr(bare, "generation_config", None)
         left = sum(p.numel() for p in small.parameters())
-        self.model = self.backend.prepare(small.eval())
+        self.model = self.backend.prepare(fill_smaller(small, self.model, self.anatomy, kept, self.backend))
         self.report.parameters = {
             "dense": self.anatomy.total_params,
             "removed": self.anatomy.total_params - left,

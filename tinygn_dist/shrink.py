@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from tinygn_dist.anatomy import Anatomy, Slice
+from tinygn_dist.backends.base import Backend
 from tinygn_dist.units import KeptUnits
 
 
@@ -63,6 +65,19 @@ def smaller_state(state: Mapping[str, torch.Tensor], anatomy: Anatomy, kept: Kep
             name = f"{anatomy.layers_path}.{position[int(found.group(1))]}.{name[found.end() :]}"
         small[name] = tensor.contiguous()
     return small
+
+
+def fill_smaller(small: nn.Module, dense: nn.Module, anatomy: Anatomy, kept: KeptUnits, backend: Backend) -> nn.Module:
+    """`small`, built from `smaller_config`, with the kept weights of the prepared `dense` model; in eval mode, not yet
+    prepared. A collective: the main rank fills, the others take its weights."""
+    state = backend.full_state(dense)
+    with backend.together("filling the smaller model"):
+        if backend.is_main:
+            small.load_state_dict(smaller_state(state, anatomy, kept), strict=True)
+    backend.spread(small)
+    small.tie_weights()
+    small.generation_config = getattr(backend.unwrap(dense), "generation_config", None)
+    return small.eval()
 
 
 def _entries(piece: Slice, units: Sequence[int]) -> torch.Tensor:

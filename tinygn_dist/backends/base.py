@@ -58,6 +58,9 @@ Item = TypeVar("Item")
 class Backend(ABC):
     """See the module's table. `accelerator` is private to backends: stages never touch it."""
 
+    shards_weights = False
+    """whether a rank may hold only a piece of a weight, or a master copy beside it"""
+
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.device: torch.device = accelerator.device

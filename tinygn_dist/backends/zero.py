@@ -29,6 +29,8 @@ from tinygn_dist.backends.slices import Slices, share_padded
 class ZeroOptimizer(Backend):
     """Stages 1 and 2: every rank holds the whole model, and estimation runs on it bare, as with DDP."""
 
+    shards_weights = True
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is None:
             return model.to(self.device)
@@ -93,6 +95,8 @@ class ZeroParameters(Backend):
     Accelerate tells transformers about stage 3, which from then on builds every model in pieces, skeletons and the
     smaller model of a cut too; `unset_hf_deepspeed_config` takes that back: `prepare` is what shards.
     """
+
+    shards_weights = True
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
