@@ -99,6 +99,6 @@ def _check_processes(accelerator: Accelerator, asked: int | None) -> None:
     wanted = sharding_asked()
     if wanted is not None and accelerator.distributed_type.value != wanted:
         raise Refused(
-            f"{wanted} was asked for, Accelerate fell back to {accelerator.distributed_type.value}; unset "
-            "ACCELERATE_USE_CPU and use_cpu: they turn sharding off without a word"
+            f"{wanted} was asked for, Accelerate fell back to {accelerator.distributed_type.value}; start at "
+            "least 2 processes, and leave ACCELERATE_USE_CPU and use_cpu unset: they turn sharding off without a word"
         )
