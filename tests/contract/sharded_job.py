@@ -6,10 +6,12 @@ writes what must be the same on every backend (fingerprints, digests, losses) to
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.config import Config, DistributedConfig, PruneConfig, RecoverConfig
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.masking import Masks
 from tinygn_dist.objective import objective_of
 from tinygn_dist.pipeline import compress
@@ -126,6 +129,17 @@ def pieces(backend: Backend) -> None:
             assert torch.equal(positive, whole > 0)
 
 
+def nothing_stays(backend: Backend) -> None:
+    """A model that is no longer used is freed when the next is placed: after a cut, the dense one."""
+    here = setting(backend, llama())
+    mean_loss(here, "evaluating")
+    model = weakref.ref(here.model)
+    del here
+    backend.prepare(gpt2())
+    gc.collect()
+    assert model() is None
+
+
 def sums(backend: Backend, sharded: int) -> None:
     """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the weights."""
     setting(backend, llama())
@@ -227,8 +241,6 @@ def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: Recove
 
 def _told(backend: Backend, here: Setting, losses: list[float], chosen: Masks) -> dict[str, float]:
     """Losses, and sums over the trained weights as they would be exported."""
-    from tinygn_dist.evaluate import mean_loss
-
     facts = {f"loss {step}": loss for step, loss in enumerate(losses)}
     facts["loss after"] = mean_loss(here, "evaluating")
     state = backend.full_state(here.model)
@@ -269,6 +281,7 @@ def main(folder: Path, sharded: int, wanted: list[str]) -> None:
     facts: dict[str, object] = {"backend": type(backend).__name__, "ranks": backend.num_ranks, "seconds": {}}
     for name, check in (
         ("pieces", lambda: pieces(backend)),
+        ("nothing stays", lambda: nothing_stays(backend)),
         ("sums", lambda: sums(backend, sharded)),
         ("masks", lambda: masks(backend)),
         ("units", lambda: units(backend)),

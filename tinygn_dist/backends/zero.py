@@ -13,7 +13,9 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,6 +26,9 @@ from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Shard
 from tinygn_dist.backends.slices import Slices, share_padded
+
+_ESTIMATION = "_estimation_engine"
+"""where a model keeps its engine, past nn.Module's registration, so that they go together"""
 
 
 class ZeroOptimizer(Backend):
@@ -45,6 +50,7 @@ class ZeroOptimizer(Backend):
                 # a copy: the live weights are views of the engine's flat buffers
                 parameter.data = (parameter.data if master is None else master).to(self._dtype, copy=True)
         self._accelerator.free_memory(*prepared)
+        self._training = None
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DeepSpeedEngine) else model
@@ -100,20 +106,20 @@ class ZeroParameters(Backend):
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
-        self._estimating: dict[int, DeepSpeedEngine] = {}
         unset_hf_deepspeed_config()
 
     # -- where the model is ------------------------------------------------------------------------------------------
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is not None:
             self._dtype = model.dtype
-            self._estimating.pop(id(model)).destroy()
+            model.__dict__.pop(_ESTIMATION).destroy()
             self._training, started = engine.start(self._accelerator, model, optimizer)
             unset_hf_deepspeed_config()
             return self._training, started
+        _forget_models()
         config = self._estimation_config(model.dtype)
         with engine.keeping_buffers(model):
-            self._estimating[id(model)], *_ = deepspeed.initialize(model=model, config=config)
+            model.__dict__[_ESTIMATION], *_ = deepspeed.initialize(model=model, config=config)
         whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
         assert not whole, f"{whole[0]} is not sharded"
         return model
@@ -139,13 +145,14 @@ class ZeroParameters(Backend):
                 parameter.ds_tensor.data = held.detach().to(self._dtype, copy=True).view(-1)
                 parameter.data = parameter.data.to(self._dtype)
         self._accelerator.free_memory(*prepared)
+        self._training = None
         self.prepare(model)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, DeepSpeedEngine) else model
 
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-        self._estimating.pop(id(model)).destroy()
+        model.__dict__.pop(_ESTIMATION).destroy()
         super()._cast(model, dtypes)
         for name, parameter in model.named_parameters():
             parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtypes[name])
@@ -233,6 +240,16 @@ class ZeroParameters(Backend):
 
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
         return engine.innermost(optimizer)
+
+
+def _forget_models() -> None:
+    """Stage 3: engines leave their models in a global stack of running modules and in caches of a class, and with them
+    every model that was ever placed. Between forwards none of it is needed."""
+    FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
 
 
 def _run(parameter: nn.Parameter) -> torch.Tensor:
