@@ -25,7 +25,7 @@ from tinygn_dist.backends import collectives, engine
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Shard
-from tinygn_dist.backends.slices import Slices, share_padded
+from tinygn_dist.backends.slices import Slices, gathered_state, share_padded
 
 _ESTIMATION = "_estimation_engine"
 """where a model keeps its engine, past nn.Module's registration, so that they go together"""
@@ -165,14 +165,10 @@ class ZeroParameters(Backend):
         return work()  # its forwards need every rank
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = {}
-        gathered: dict[int, torch.Tensor] = {}  # tied weights once
-        for name, tensor in self.unwrap(model).state_dict(keep_vars=True).items():
-            if id(tensor) not in gathered:
-                whole = self._gathered(tensor) if hasattr(tensor, "ds_tensor") else tensor.detach()
-                gathered[id(tensor)] = whole.cpu() if self.is_main else whole.new_empty(0)
-            state[name] = gathered[id(tensor)]
-        return state if self.is_main else {}
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            return self._gathered(tensor) if hasattr(tensor, "ds_tensor") else tensor.detach()
+
+        return gathered_state(self.unwrap(model).state_dict(keep_vars=True), whole, self.is_main)
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
