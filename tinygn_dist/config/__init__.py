@@ -1,0 +1,101 @@
+"""What a run is asked to do: frozen pydantic models, every range checked once, before anything loads.
+
+A recipe (YAML) has the same shape as `Config`; every key can be overridden as `--section.key value` on the command
+line. The docstring under a field is its help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.recover import RecoverConfig
+from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
+from tinygn_dist.config.section import Section, make
+from tinygn_dist.errors import UserError
+
+__all__ = [
+    "NM",
+    "UNIT_CRITERIA",
+    "UNIT_KINDS",
+    "WEIGHT_CRITERIA",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PruneConfig",
+    "RecoverConfig",
+    "Section",
+    "load_config",
+    "make",
+]
+
+
+class Config(Section):
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    prune: PruneConfig = PruneConfig()
+    recover: RecoverConfig = RecoverConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    output: OutputConfig = OutputConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that can change the result (not where it is written or how it is launched)."""
+        asked = self.model_dump(mode="json", exclude={"output", "distributed"})
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Config from a YAML recipe and `{"section.key": value}` overrides (which win).
+
+    Raises UserError for a missing or malformed file, an unknown key (with the nearest known one), or a bad value.
+    """
+    asked = _read_recipe(Path(recipe)) if recipe else {}
+    for dotted, value in (overrides or {}).items():
+        node = asked
+        *path, key = dotted.split(".")
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{part}: got {node!r}, accepted: a mapping, which --{dotted} could then change")
+        node[key] = value
+    _refuse_unknown(asked, Config, "")
+    return make(Config, asked)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        asked = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe {path}: {error.strerror}; shipped recipes lie in configs/recipes") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(asked, dict):
+        raise UserError(
+            f"recipe {path}: got {type(asked).__name__}, accepted: a mapping of sections such as model, prune"
+        )
+    return asked
+
+
+def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) -> None:
+    for key, value in asked.items():
+        if key not in section.model_fields:
+            near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else "accepted: " + ", ".join(section.model_fields)
+            raise UserError(f"unknown key {prefix}{key}; {hint}")
+        inner = section.model_fields[key].annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{prefix}{key}: got {value!r}, accepted: a mapping with " + ", ".join(inner.model_fields)
+                )
+            _refuse_unknown(value, inner, f"{prefix}{key}.")

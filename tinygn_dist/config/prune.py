@@ -1,0 +1,112 @@
+"""What goes: pattern, criterion, budget, and how it is measured."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
+
+from tinygn_dist.config.section import Section
+
+UNIT_KINDS = ("layers", "heads", "channels", "experts")
+WEIGHT_CRITERIA = ("magnitude", "wanda", "taylor", "fisher", "obs", "random")
+UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
+
+
+class NM(NamedTuple):
+    """N:M sparsity: `n` weights kept of every `m` consecutive ones along the input dimension."""
+
+    n: int
+    m: int
+
+
+class PruneConfig(Section):
+    pattern: str = "channels"
+    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | units (removed whole;
+    units searches a mix of all kinds the model has)"""
+    sparsity: float = 0.2
+    """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
+    criterion: Literal[
+        "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
+    ] = "auto"
+    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
+    layer has more than 64 experts)"""
+    scope: Literal["auto", "row", "layer", "global"] = "auto"
+    """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
+    estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
+    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
+    weights (taylor, fisher, and the loss-aware weights of obs)"""
+    allocation: float = Field(0.5, ge=0, le=1)
+    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
+    the saliency in units of loss (1)"""
+    refine: int = Field(8, ge=0)
+    """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
+    probe_samples: int = Field(8, ge=1)
+    """calibration sequences each probe is measured on"""
+    targets: tuple[str, ...] = (".*",)
+    """regular expressions of weight names that may be masked"""
+    ignore: tuple[str, ...] = ()
+    """regular expressions of weight names that stay dense"""
+    protect: tuple[int, ...] = ()
+    """layers whose units are never removed"""
+    compensate: bool = True
+    """re-fit the remaining weights by least squares to the dense activations after units are removed"""
+    multiple_of: int = Field(64, ge=1)
+    """channel counts are kept at a multiple of this"""
+    counts: dict[Literal["layers", "heads", "channels", "experts"], NonNegativeInt] | None = None
+    """remove exactly these many layers, and KV groups, channels and experts of each other layer, instead of meeting
+    sparsity"""
+    probe_channels: int = Field(256, ge=1)
+    """channels per removal probe"""
+    damping: float = Field(0.01, gt=0, lt=1)
+    """added to the Hessian's diagonal, as a fraction of its mean"""
+    seed: int = Field(0, ge=0)
+    """for criterion random"""
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value in ("unstructured", "units", *UNIT_KINDS):
+            return value
+        found = re.fullmatch(r"(\d+):(\d+)", value)
+        if not found:
+            raise ValueError(f"got {value!r}, accepted: unstructured, N:M such as 2:4, units, {', '.join(UNIT_KINDS)}")
+        n, m = map(int, found.groups())
+        if not 0 < n < m:
+            raise ValueError(f"got {value!r}, N:M keeps N of every M weights, so 0 < N < M; try 2:4")
+        return value
+
+    @field_validator("sparsity")
+    @classmethod
+    def _fraction(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
+            raise ValueError(f"got {value:g}, accepted: 0 <= sparsity < 1{hint}")
+        return value
+
+    @model_validator(mode="after")
+    def _criterion_fits(self) -> PruneConfig:
+        allowed = UNIT_CRITERIA if self.unit_kinds else WEIGHT_CRITERIA
+        if self.criterion != "auto" and self.criterion not in allowed:
+            raise ValueError(
+                f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
+                + ", ".join(allowed)
+            )
+        if self.criterion in ("taylor", "fisher") and self.estimator == "finite-difference":
+            raise ValueError(
+                f"criterion {self.criterion!r} ranks single weights, which finite differences cannot resolve (relative "
+                "error about d/K for K probes of d weights); use estimator backprop, or criterion obs"
+            )
+        return self
+
+    @property
+    def nm(self) -> NM | None:
+        """The pattern as N:M, or None."""
+        n, colon, m = self.pattern.partition(":")
+        return NM(int(n), int(m)) if colon else None
+
+    @property
+    def unit_kinds(self) -> tuple[str, ...]:
+        """The kinds of unit that may be removed; empty for weight patterns."""
+        return UNIT_KINDS if self.pattern == "units" else (self.pattern,) if self.pattern in UNIT_KINDS else ()
