@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown argument {rest[0]}; see `tinygn {arguments.verb} --help`")
         from tinygn_dist import inspection  # only these verbs need it
 
-        return inspection.evaluate(arguments) if arguments.verb == "evaluate" else inspection.inspect(arguments)
+        look = inspection.inspect if arguments.verb == "inspect" else inspection.evaluate
+        return (inspection.servable if getattr(arguments, "servable", False) else look)(arguments)
     except UserError as error:
         if arguments.debug:
             raise
@@ -144,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, help="evaluation sequences")
     evaluate.add_argument("--seq-len", type=int, help="tokens per sequence")
     evaluate.add_argument("--dtype", default="auto")
+    evaluate.add_argument(
+        "--servable", action="store_true", help="only say which engines take the checkpoint, and why not"
+    )
     evaluate.add_argument("--no-latency", action="store_true", help="skip the speed measurement")
     for verb in (compress, evaluate, inspect):
         verb.add_argument("--debug", action="store_true", help="show tracebacks")

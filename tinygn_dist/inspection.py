@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,7 @@ from tinygn_dist.families import family_of
 from tinygn_dist.objective import objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.report import REPORT_FILE, Report
+from tinygn_dist.servable import verdicts
 
 
 def inspect(arguments: argparse.Namespace) -> int:
@@ -142,6 +145,27 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if backend.is_main:
         _print_figures(figures, arguments.json)
     backend.close()
+    return 0
+
+
+def servable(arguments: argparse.Namespace) -> int:
+    """Which engines take a checkpoint, and why not."""
+    source = load.find_model(_model(arguments))
+    model, processor = load.load_model(source), load.load_processor(source)
+    if source.task == "image-classification":
+        inputs = processor(images=torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")
+    else:
+        inputs = processor(["Which engines will take this model, and which will not?"], return_tensors="pt")
+    accepted = signature(model.forward).parameters
+    tensors = {name: value for name, value in inputs.items() if name in accepted}
+    found = verdicts(model, source.task, read_anatomy(model, needs_units=False), tensors, source.path)
+    if arguments.json:
+        print(json.dumps([verdict._asdict() for verdict in found], indent=2))
+        return 0
+    table = Table("engine", "takes it", "why")
+    for verdict in found:
+        table.add_row(verdict.engine, {True: "yes", False: "no", None: "not tried"}[verdict.takes], verdict.why)
+    Console().print(table)
     return 0
 
 
