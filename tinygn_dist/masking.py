@@ -6,8 +6,9 @@ model, not buffers: DDP would broadcast buffers and a checkpoint would carry the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy
 import torch
 from torch import nn
 
@@ -50,6 +51,27 @@ class Masks:
         """Number kept per target, over all shards."""
         counts = torch.tensor([int(self.by_name[t.name].sum()) for t in self.targets], dtype=torch.int64)
         return dict(zip((t.name for t in self.targets), backend.sum_over_shards(counts).tolist(), strict=True))
+
+    def packed(self, model: nn.Module, backend: Backend) -> Iterator[tuple[str, torch.Tensor]]:
+        """(target name, its whole mask as stored, eight entries per byte), on the CPU of every rank. Collectives."""
+        for target in self.targets:
+            whole = backend.gather(model, target, self.by_name[target.name])
+            yield target.name, torch.from_numpy(numpy.packbits(whole.reshape(-1).cpu().numpy()))
+
+    def unpack(self, name: str, packed: torch.Tensor, model: nn.Module, backend: Backend) -> None:
+        """Replace one mask by a whole one from `packed`, made at any world size on any backend."""
+        target = next(target for target in self.targets if target.name == name)
+        whole = torch.from_numpy(numpy.unpackbits(packed.numpy(), count=target.numel)).bool()
+        held = self.by_name[name]
+        piece = backend.cut(model, target, whole.view(target.stored_shape).to(held.device))
+        self.by_name[name] = piece.reshape(held.shape)
+
+    def apply_to_copy(self, copy: nn.Module, model: nn.Module, backend: Backend) -> None:
+        """Zero what is not kept in a copy of the whole model (an average of its weights), which training does not reach."""
+        for target in self.targets:
+            keep = backend.gather(model, target, self.by_name[target.name])
+            weight = target.within(backend.unwrap(copy).get_parameter(target.parameter).data)
+            weight.masked_fill_(~keep.to(weight.device), 0)
 
     def fingerprint(self, model: nn.Module, backend: Backend) -> str:
         """16 hex digits, the same for equal masks however they are sharded: a wrapping sum over kept elements of a

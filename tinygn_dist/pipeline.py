@@ -20,16 +20,15 @@ from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
-from tinygn_dist.masking import Masks
+from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
-from tinygn_dist.recover import check_batch, recover
+from tinygn_dist.recover import Course, Recovery, check_batch
 from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import fill_smaller, smaller_config
-from tinygn_dist.units import plan_mixes, remove_units
-from tinygn_dist.weights import sparsify
+from tinygn_dist.units import plan_mixes, plan_next_mixes, remove_units, unit_sizes
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ class _Run:
         self.config, self.backend = config, backend
         self.progress = Progress(shown=backend.is_main)
         self.seconds: dict[str, float] = {}
-        self.masks: Masks | None = None
+        self.masks: GradualMasks | None = None
         self.teacher: nn.Module | None = None
 
     @contextlib.contextmanager
@@ -99,11 +98,13 @@ class _Run:
         self.targets: tuple[Target, ...] = ()
         if config.prune.unit_kinds:
             self.mixes = plan_mixes(self.anatomy, config.prune)
+            self.dense_params, self.protected = unit_sizes(self.anatomy).total_params, config.prune.protect
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
             if config.prune.nm:
                 check_nm(self.targets, config.prune.nm.m)
         check_batch(config.recover, self.backend.num_ranks)
+        self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
         if config.data.name == "self" and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
         self.destination = export.claim(config.output, self.source.path, load.stored_bytes(skeleton, self.source))
@@ -158,12 +159,17 @@ class _Run:
     def evaluate_before(self) -> None:
         self.report.before = self.quality(self.model) | self.size | {"speed": self.speed(self.model)}
 
-    def remove_units(self) -> None:
-        """Choose, re-fit and take out units; the model is a smaller one afterwards."""
-        kept, scores, trials = remove_units(
-            self.setting(self.model, self.splits.calibration), self.mixes, self.config.prune
-        )
+    def remove_units(self, number: int = 0) -> None:
+        """Choose, re-fit and take out the units of one round; the model is a smaller one afterwards."""
+        asked, mixes = self.config.prune.model_copy(update={"protect": self.protected}), self.mixes
+        if self.plan.updates:
+            mixes = plan_next_mixes(self.anatomy, asked, self.plan.levels[number], self.dense_params)
+        if not mixes:
+            return
+        kept, scores, trials = remove_units(self.setting(self.model, self.splits.calibration), mixes, asked)
         self.backend.agree(kept.fingerprint(), "the kept units")
+        if self.report.selection:
+            self.report.earlier_rounds.append(self.report.selection)
         self.report.selection = {
             "fingerprint": kept.fingerprint(),
             "kept": asdict(kept),
@@ -174,19 +180,30 @@ class _Run:
         bare = self.backend.unwrap(self.model)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
         left = sum(p.numel() for p in small.parameters())
-        self.model = self.backend.prepare(fill_smaller(small, self.model, self.anatomy, kept, self.backend))
+        small = fill_smaller(small, self.model, self.anatomy, kept, self.backend)
+        self.anatomy = read_anatomy(small, needs_units=True)
+        self.model = self.backend.prepare(small)
+        self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {
-            "dense": self.anatomy.total_params,
-            "removed": self.anatomy.total_params - left,
+            "dense": self.size["num_params"],
+            "removed": self.size["num_params"] - left,
             "kept": left,
         }
 
     def sparsify(self) -> None:
         """Choose and apply masks; the weights that are kept may have been updated."""
-        self.masks = sparsify(self.setting(self.model, self.splits.calibration), self.targets, self.config.prune)
-        fingerprint = self.masks.fingerprint(self.model, self.backend)
+        setting = self.setting(self.model, self.splits.calibration)
+        self.masks = GradualMasks(setting, self.targets, self.config.prune, self.config.schedule, self.plan)
+        self.tell_masks()
+        self.report.notes.append(
+            "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
+            "storage with compression, research, and kernels made for it"
+        )
+
+    def tell_masks(self) -> None:
+        masks = self.masks.masks
+        fingerprint, kept = masks.fingerprint(self.model, self.backend), masks.kept(self.backend)
         self.backend.agree(fingerprint, "the mask")
-        kept = self.masks.kept(self.backend)
         targeted, in_layers = (sum(t.numel for t in ts) for ts in (self.targets, self.anatomy.targets))
         self.report.selection = {"fingerprint": fingerprint, "kept": kept}
         self.report.parameters = {
@@ -196,23 +213,28 @@ class _Run:
             "kept_by_pattern": in_layers - targeted,
             "kept_not_a_layer_matrix": self.anatomy.total_params - in_layers,
         }
-        self.report.notes.append(
-            "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
-            "storage with compression, research, and kernels made for it"
-        )
 
     def recover(self) -> None:
-        done = recover(
-            self.model,
+        """Train: weights become fewer within the training, units between its rounds."""
+        course = Course()
+        recovery = Recovery(
             self.teacher,
             self.source.task,
             self.splits.training,
-            self.masks,
             self.config.recover,
+            self.plan,
             self.backend,
             self.progress,
         )
-        self.report.recovery = asdict(done)
+        rounds = self.plan.rounds() if self.config.prune.unit_kinds else [range(self.plan.total)]
+        for number, steps in enumerate(rounds):
+            if number:
+                self.remove_units(number)
+            recovery.run(self.model, self.masks, course, steps.stop)
+        self.report.recovery = course.told()
+        if self.masks and self.masks.history:
+            self.tell_masks()
+            self.report.recovery["updates"] = [asdict(update) for update in self.masks.history]
         self.teacher = None
 
     def export(self) -> None:

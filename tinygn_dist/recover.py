@@ -1,10 +1,11 @@
-"""Fine-tuning after compression: AdamW on the task loss and on the dense model's logits, zeros kept at zero."""
+"""Training after (and between) compressions: the task loss and the dense model's logits, zeros kept at zero."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,20 +13,123 @@ from torch import nn
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.masking import Masks
+from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.objective import IGNORED, Batch, Losses, distillation, feature_match, model_inputs, token_losses
 from tinygn_dist.progress import Progress
-from tinygn_dist.schedule import warmup_linear
+from tinygn_dist.schedule import Plan
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Course:
+    """How far a training is. losses: of every step so far, the mean per token over all ranks."""
+
+    step: int = 0
+    tokens: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    def told(self) -> dict[str, float | int]:
+        window = max(1, len(self.losses) // 10)
+        first, last = self.losses[:window], self.losses[-window:]
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "first_loss": sum(first) / window,
+            "last_loss": sum(last) / window,
+        }
+
+
 @dataclass(frozen=True)
-class Recovered:
-    steps: int
-    tokens: int
-    first_loss: float
-    last_loss: float
+class InTraining:
+    """A model and its optimizer as the backend prepared them, for who saves them or goes on with saved ones."""
+
+    model: nn.Module
+    optimizer: Any
+    course: Course
+    stopping: bool = False
+    """some rank was asked to end the run"""
+
+
+def _nothing(_: InTraining) -> None: ...
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a training is made of; `run` trains a model for a stretch of the plan's steps."""
+
+    teacher: nn.Module | None
+    task: str
+    sequences: Sequence[Batch]
+    options: RecoverConfig
+    plan: Plan
+    backend: Backend
+    progress: Progress
+    begin: Callable[[InTraining], None] = _nothing
+    """called before the first step"""
+    stepped: Callable[[InTraining], None] = _nothing
+    """called after every step"""
+    stopping: Callable[[], bool] = lambda: False
+    """whether this rank was asked to end the run"""
+
+    def run(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int | None = None) -> None:
+        """Train a placed model in place up to step `stop` (the end of the plan by default).
+
+        Runs in fp32 and returns the weights to their dtype: a step of lr * g below half a bf16 ulp would vanish.
+        """
+        with self.backend.in_fp32(model):
+            model.train()
+            self._train(model, masks, course, self.plan.total if stop is None else stop)
+            model.eval()
+
+    def _train(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
+        frozen = freeze(model, self.options)
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], self.options)
+        wrapped, prepared = self.backend.prepare(model, optimizer)
+        handles = masks.attach(wrapped, prepared) if masks else []
+        self.begin(InTraining(wrapped, prepared, course))
+        with self.progress.bar("recovering", stop - course.step) as advance:
+            for batch in windows(self.sequences, self.options, course.step, stop):
+                for group in self.backend.inner_optimizer(prepared).param_groups:
+                    group["lr"] = self.options.learning_rate * self.plan.learning_rate(course.step)
+                loss, count, stopping = self._one_step(wrapped, prepared, batch)
+                course.losses.append(loss)
+                course.step, course.tokens = course.step + 1, course.tokens + count
+                self.backend.track({"recover/loss": loss}, course.step)
+                self.stepped(InTraining(wrapped, prepared, course, stopping))
+                advance()
+        for handle in handles:
+            handle.remove()
+        self.backend.release(model, wrapped, prepared)
+        if masks:  # in the masters that the weights were just read from
+            wrong = masks.masks.violations(model, self.backend)
+            assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+    def _one_step(self, wrapped: nn.Module, optimizer: Any, batch: list[Batch]) -> tuple[float, int, bool]:
+        """One optimizer step over `batch`; returns the mean loss per token over all ranks, the tokens, and whether any
+        rank is asked to stop."""
+        backend, count = self.backend, sum(num_counted(sequence) for sequence in batch)
+        mine = [sequence for sequence, _ in backend.share(batch)]
+        told = torch.tensor([0.0, float(self.stopping())], dtype=torch.float64)
+        for index, sequence in enumerate(mine):
+            sequence = {name: value.to(backend.device) for name, value in sequence.items()}
+            with backend.no_sync(wrapped, last=index == len(mine) - 1):
+                total = student_losses(wrapped, self.teacher, self.task, sequence, self.options).total.sum()
+                # gradients are averaged over ranks afterwards; the mean loss per token wants their sum
+                backend.backward(total * (backend.num_ranks / count))
+            told[0] += total.detach().cpu()
+        backend.clip_grad_norm(wrapped.parameters(), self.options.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        backend.sum_over_data([told])
+        loss = float(told[0]) / count
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise UserError(
+                f"the training loss is {loss}; lower recover.learning_rate ({self.options.learning_rate:g})"
+            )
+        return loss, count, bool(told[1])
 
 
 def check_batch(options: RecoverConfig, num_ranks: int) -> None:
@@ -36,89 +140,53 @@ def check_batch(options: RecoverConfig, num_ranks: int) -> None:
         )
 
 
-def recover(
-    model: nn.Module,
-    teacher: nn.Module | None,
-    task: str,
-    sequences: Sequence[Batch],
-    masks: Masks | None,
-    options: RecoverConfig,
-    backend: Backend,
-    progress: Progress,
-) -> Recovered:
-    """Train the model in place for `options.steps` steps. Runs in fp32 and returns the weights to their dtype: a step
-    of lr * g below half a bf16 ulp would vanish."""
-    with backend.in_fp32(model):
-        model.train()
-        losses, tokens = _train(model, teacher, task, sequences, masks, options, backend, progress)
-        model.eval()
-    window = max(1, len(losses) // 10)
-    return Recovered(options.steps, tokens, sum(losses[:window]) / window, sum(losses[-window:]) / window)
+def make_optimizer(parameters: Sequence[nn.Parameter], options: RecoverConfig) -> torch.optim.Optimizer:
+    rate, decay = options.learning_rate, options.weight_decay
+    match options.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+        case "sgd" | "nesterov":
+            nesterov = options.optimizer == "nesterov"
+            return torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=nesterov, weight_decay=decay)
+        case "adamw-8bit":
+            try:
+                from bitsandbytes.optim import AdamW8bit  # an optional dependency
+            except ImportError:
+                raise UserError(
+                    "recover.optimizer adamw-8bit needs the package bitsandbytes; run: pip install bitsandbytes"
+                ) from None
+            return AdamW8bit(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+    raise AssertionError(options.optimizer)
 
 
-def _train(model, teacher, task, sequences, masks, options, backend, progress) -> tuple[list[float], int]:
-    """The loss of each step, and the tokens of them all."""
-    frozen = _freeze_embeddings(model) if not options.train_embeddings else []
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
-    )
-    wrapped, prepared = backend.prepare(model, optimizer)
-    handle = masks.enforce(wrapped, prepared, backend) if masks else None
-    losses, tokens = [], 0
-    with progress.bar("recovering", options.steps) as advance:
-        for step, batch in enumerate(_steps(sequences, options)):
-            for group in backend.inner_optimizer(prepared).param_groups:
-                group["lr"] = options.learning_rate * warmup_linear(step, options.steps)
-            loss, count = _one_step(wrapped, teacher, task, batch, prepared, options, backend)
-            losses.append(loss)
-            tokens += count
-            backend.track({"recover/loss": loss}, step)
-            advance()
-    if handle is not None:
-        handle.remove()
-    backend.release(model, wrapped, prepared)
-    if masks:  # in the masters that the weights were just read from
-        wrong = masks.violations(model, backend)
-        assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return losses, tokens
+def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
+    """Parameters that do not train; their flags are to be set back.
+
+    Token embeddings (with a head tied to them) hold no pruned weight and a large share of a small model.
+    """
+    fixed: dict[int, nn.Parameter] = {}
+    if options.train == "norms-and-biases":
+        fixed = {id(p): p for name, p in model.named_parameters() if p.dim() > 1}
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if isinstance(embeddings, nn.Embedding) and not options.train_embeddings:
+        fixed |= {id(p): p for p in embeddings.parameters()}
+    chosen = [p for p in fixed.values() if p.requires_grad]
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+    return chosen
 
 
-def _steps(sequences: Sequence[Batch], options: RecoverConfig) -> Iterator[list[Batch]]:
-    """options.steps lists of batch_size sequences, each epoch in a new order, the same on every rank."""
+def windows(sequences: Sequence[Batch], options: RecoverConfig, start: int, stop: int) -> Iterator[list[Batch]]:
+    """The lists of batch_size sequences of steps start..stop; each epoch in a new order, the same on every rank and for
+    every start."""
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
-    for _ in range(options.steps):
+    for step in range(stop):
         while len(order) < options.batch_size:
             order += torch.randperm(len(sequences), generator=generator).tolist()
-        yield [sequences[i] for i in order[: options.batch_size]]
+        if step >= start:
+            yield [sequences[i] for i in order[: options.batch_size]]
         del order[: options.batch_size]
-
-
-def _one_step(
-    wrapped, teacher, task: str, batch: list[Batch], optimizer, options, backend: Backend
-) -> tuple[float, int]:
-    """One optimizer step over `batch`; returns the mean loss per token over all ranks, and the tokens."""
-    count = sum(_num_counted(sequence) for sequence in batch)
-    mine = [sequence for sequence, _ in backend.share(batch)]
-    seen = torch.zeros(1, dtype=torch.float64)
-    for index, sequence in enumerate(mine):
-        sequence = {name: value.to(backend.device) for name, value in sequence.items()}
-        with backend.no_sync(wrapped, last=index == len(mine) - 1):
-            total = student_losses(wrapped, teacher, task, sequence, options).total.sum()
-            # gradients are averaged over ranks afterwards; the mean loss per token wants their sum
-            backend.backward(total * (backend.num_ranks / count))
-        seen += total.detach().cpu()
-    backend.clip_grad_norm(wrapped.parameters(), options.clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    backend.sum_over_data([seen])
-    loss = float(seen) / count
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise UserError(f"the training loss is {loss}; lower recover.learning_rate ({options.learning_rate:g})")
-    return loss, count
 
 
 def student_losses(
@@ -144,17 +212,9 @@ def student_losses(
     return Losses((1 - options.distill) * own.total + options.distill * away.total, own.count)
 
 
-def _num_counted(batch: Batch) -> int:
+def num_counted(batch: Batch) -> int:
+    """Tokens (or items) of a sequence that its loss is a mean over."""
     if "reference" in batch:
         return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
     labels = batch["labels"]
     return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
-
-
-def _freeze_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """Token embeddings (with a head tied to them) hold no pruned weight and a large share of a small model."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    frozen = [p for p in embeddings.parameters() if p.requires_grad] if isinstance(embeddings, nn.Embedding) else []
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    return frozen

@@ -32,6 +32,8 @@ class Report:
     sparsity: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     """mask or unit fingerprint, kept counts, scores with standard errors, tried mixes"""
+    earlier_rounds: list[dict[str, Any]] = field(default_factory=list)
+    """the selections before the last one, each by index in the model it was made of"""
     parameters: dict[str, Any] = field(default_factory=dict)
     """all parameters accounted for: pruned, kept and why"""
     recovery: dict[str, Any] = field(default_factory=dict)

@@ -96,6 +96,16 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     return found
 
 
+def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, dense_params: int) -> list[Mix]:
+    """The mixes that bring a model which lost units already to `sparsity` of the `dense_params` its layers began with;
+    none where it is there."""
+    here = unit_sizes(anatomy).total_params
+    left = 1 - (1 - sparsity) * dense_params / here
+    if round(left * here) <= 0:
+        return []
+    return plan_mixes(anatomy, options.model_copy(update={"sparsity": left}))
+
+
 def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
     mix = Mix(**options.counts)
     for kind in UNIT_KINDS:

@@ -18,21 +18,20 @@ import torch
 import transformers as hf
 from torch import nn
 
-from tinygn_dist import recover as training
-from tinygn_dist.anatomy import read_anatomy
+from tests.contract.gradual_checks import gradual, resumed
+from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.config import Config, DistributedConfig, PruneConfig, RecoverConfig
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.masking import Masks
-from tinygn_dist.objective import objective_of
 from tinygn_dist.pipeline import compress
 from tinygn_dist.progress import Progress
+from tinygn_dist.recover import Recovery, freeze, make_optimizer
+from tinygn_dist.schedule import Plan
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
 
-VOCAB = 96
-NO_DOWN = {"ignore": ("down_proj",)}  # its 49 inputs are no multiple of 4
 WEIGHT_CASES = {
     "magnitude": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "wanda": [{"scope": "layer"}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
@@ -60,55 +59,6 @@ UNIT_CASES = [
     {"pattern": "experts", "sparsity": 0.2},
     {"pattern": "experts", "sparsity": 0.2, "criterion": "magnitude"},
 ]
-
-
-def llama(tied: bool = False) -> nn.Module:
-    """49 rows do not divide by 2; a flat half of a (49, 40) or (40, 49) weight cuts a row."""
-    config = hf.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=40, intermediate_size=49, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=10, max_position_embeddings=64, tie_word_embeddings=tied,
-        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return _seeded(config)
-
-
-def gpt2() -> nn.Module:
-    """Conv1D stores (in, out): shards of its rows are shards of inputs."""
-    config = hf.GPT2Config(
-        vocab_size=VOCAB, n_embd=32, n_inner=44, n_layer=2, n_head=4, n_positions=64, attn_implementation="eager",
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return _seeded(config)
-
-
-def mixtral() -> nn.Module:
-    """3 experts in one tensor do not divide by 2: under FSDP2 a rank holds whole experts, under ZeRO-3 a part of one."""
-    config = hf.MixtralConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
-        attn_implementation="eager", bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return _seeded(config)
-
-
-def _seeded(config: hf.PretrainedConfig) -> nn.Module:
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def rows(count: int = 5, length: int = 12) -> list[dict[str, torch.Tensor]]:
-    """An odd number of micro-batches, so that ranks have unequal shares."""
-    ids = torch.randint(3, VOCAB, (count, 1, length), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def setting(backend: Backend, model: nn.Module) -> Setting:
-    anatomy = read_anatomy(model, needs_units=True)
-    return Setting(backend.prepare(model), anatomy, objective_of("causal-lm"), rows(), backend, Progress())
 
 
 def pieces(backend: Backend) -> None:
@@ -194,16 +144,6 @@ def units(backend: Backend) -> dict[str, str]:
     return found
 
 
-def digest(backend: Backend, model: nn.Module) -> str:
-    """Of every bit of the full state, from the main rank."""
-    state, total = backend.full_state(model), hashlib.sha256()
-    for name in sorted(state):
-        assert state[name].numel() > 0, f"{name} is empty"
-        total.update(name.encode() + state[name].contiguous().numpy().tobytes())
-    assert bool(state) or not backend.is_main
-    return backend.everyone(total.hexdigest()[:16])[0]
-
-
 def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> dict[str, float]:
     """5 steps of AdamW with momentum, weight decay, clipping and 2 or 4 micro-batches per step and rank."""
     model = llama(tied).to(dtype)
@@ -223,15 +163,14 @@ def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> di
 
 
 def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: RecoverConfig) -> list[float]:
-    frozen = training._freeze_embeddings(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=asked.learning_rate, weight_decay=asked.weight_decay)
+    frozen = freeze(model, asked)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], asked)
     wrapped, prepared = backend.prepare(model, optimizer)
     chosen.enforce(wrapped, prepared, backend)
-    losses = []
+    losses, recovery = [], Recovery(None, "causal-lm", (), asked, Plan(asked.steps), backend, Progress())
     for step in range(asked.steps):
         batch = [rows(5)[(step + i) % 5] for i in range(asked.batch_size)]
-        losses.append(training._one_step(wrapped, None, "causal-lm", batch, prepared, asked, backend)[0])
+        losses.append(recovery._one_step(wrapped, prepared, batch)[0])
         assert chosen.violations(wrapped, backend) == 0, f"live weights regrew in step {step}"
     backend.release(model, wrapped, prepared)
     for parameter in frozen:
@@ -288,6 +227,9 @@ def main(folder: Path, sharded: int, wanted: list[str]) -> None:
         ("training", lambda: training_keeps_zeros(backend, torch.float32, False)),
         ("training tied", lambda: training_keeps_zeros(backend, torch.float32, True)),
         ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),
+        ("gradual", lambda: gradual(backend, torch.float32)),
+        ("gradual bf16", lambda: gradual(backend, torch.bfloat16)),
+        ("resumed", lambda: resumed(backend)),
         ("runs", lambda: whole_runs(backend, folder)),
     ):
         if wanted and name not in wanted:

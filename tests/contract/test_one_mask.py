@@ -12,10 +12,12 @@ from tests import plain, tiny
 from tests.ranks import Ranks
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig
+from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
+from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.masking import Masks
 from tinygn_dist.progress import Progress
-from tinygn_dist.recover import _one_step, recover
+from tinygn_dist.recover import Course, Recovery
+from tinygn_dist.schedule import Plan
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
 
@@ -201,18 +203,20 @@ def test_without_enforcement_they_would_not(pair: Ranks):
     assert min(pair.call(_without_enforcement)) > 1000
 
 
-def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Any, dict[str, torch.Tensor], int]:
+def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[str, torch.Tensor], int]:
     setting = tiny.setting("llama", backend, count=1)
-    masks = sparsify(setting, setting.anatomy.targets, PruneConfig(pattern="2:4", criterion="magnitude"))
+    asked, plan = PruneConfig(pattern="2:4", criterion="magnitude"), Plan(options.steps, (), (0.5,))
+    masks = GradualMasks(setting, setting.anatomy.targets, asked, ScheduleConfig(), plan)
     teacher = tiny.build("llama")
     rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 12, padded=False)]
     rows = [{k: v[:, : 6 + i % 4] for k, v in row.items()} for i, row in enumerate(rows)]  # of different lengths
-    done = recover(setting.model, teacher, "causal-lm", rows, masks, options, backend, Progress())
-    return done, backend.full_state(setting.model), masks.violations(setting.model, backend)
+    course = Course()
+    Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(setting.model, masks, course)
+    return course, backend.full_state(setting.model), masks.masks.violations(setting.model, backend)
 
 
 @functools.cache
-def recovered_alone(options: RecoverConfig) -> tuple[Any, dict[str, torch.Tensor], int]:
+def recovered_alone(options: RecoverConfig) -> tuple[Course, dict[str, torch.Tensor], int]:
     return _recovered(make_backend(DistributedConfig()), options)
 
 
@@ -223,11 +227,11 @@ def test_recovery_is_the_same_training_at_every_world_size(ranks: Ranks, clip_no
     wanted, state, _ = recovered_alone(options)
     for done, found, violations in ranks.call(_recovered, options):
         assert violations == 0 and done.tokens == wanted.tokens
-        assert done.first_loss == pytest.approx(wanted.first_loss, rel=1e-5)
-        assert done.last_loss == pytest.approx(wanted.last_loss, rel=1e-4)
+        assert done.losses[0] == pytest.approx(wanted.losses[0], rel=1e-5)
+        assert done.losses[-1] == pytest.approx(wanted.losses[-1], rel=1e-4)
         for name, weight in state.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=2e-4)
-    assert wanted.last_loss < wanted.first_loss or clip_norm < 1
+    assert wanted.losses[-1] < wanted.losses[0] or clip_norm < 1
 
 
 def _one_sgd_step(backend: Backend) -> dict[str, torch.Tensor]:
@@ -235,7 +239,8 @@ def _one_sgd_step(backend: Backend) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(setting.bare.parameters(), lr=0.1)
     model, optimizer = backend.prepare(setting.bare, optimizer)
     options = RecoverConfig(steps=1, batch_size=4, distill=0.0, clip_norm=1e9)
-    _one_step(model, None, "causal-lm", _uneven_rows(), optimizer, options, backend)
+    recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
+    recovery._one_step(model, optimizer, _uneven_rows())
     return backend.full_state(model)
 
 

@@ -124,6 +124,23 @@ def test_the_same_training_with_zeros_kept(run: Any, layout: str, kind: str):
 
 
 @layouts
+@pytest.mark.parametrize("kind", ["gradual", "gradual bf16"])
+def test_the_same_growing_sparsity(run: Any, layout: str, kind: str):
+    """Zeros after every step, counts and the optimizer's state after every update are asserted inside the job."""
+    wanted, found = run("alone")[kind], run(layout)[kind]
+    for name, case in wanted.items():
+        assert found[name]["kept"] == case["kept"], name
+        assert found[name]["losses"] == pytest.approx(case["losses"], rel=2e-2 if "bf16" in kind else 1e-3), name
+        assert found[name]["regrown"] == case["regrown"] == (name in ("RigL", "cubic obs")), name
+
+
+@layouts
+def test_training_goes_on_from_what_was_saved(run: Any, layout: str):
+    """Bit by bit, asserted inside the job."""
+    assert run(layout)["resumed"] is None
+
+
+@layouts
 def test_the_same_checkpoint_as_one_process(run: Any, layout: str):
     wanted, found = run("alone")["runs"], run(layout)["runs"]
     assert found["units"] == wanted["units"]  # to the last bit of the file

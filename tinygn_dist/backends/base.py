@@ -25,9 +25,9 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
 | write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
-| no_sync / backward / clip_grad_norm | one optimizer step made of micro-batches                                    |
-| inner_optimizer(optimizer)          | the torch optimizer whose step really moves the weights                     |
 | full_state(model)                   | full weights by name, on the main rank's CPU                                |
+
+What concerns a model in training (steps, the optimizer's state) is in training.py.
 
 The operations of base.py that are not abstract are right where every rank holds every weight whole; backends that
 shard the weights override them.
@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -49,13 +49,14 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Job, Look, Shard, Solve
+from tinygn_dist.backends.training import Training
 from tinygn_dist.errors import UserError
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
-class Backend(ABC):
+class Backend(Training):
     """See the module's table. `accelerator` is private to backends: stages never touch it."""
 
     shards_weights = False
@@ -74,9 +75,6 @@ class Backend(ABC):
 
     @abstractmethod
     def release(self, model: nn.Module, *prepared: Any) -> None: ...
-
-    @abstractmethod
-    def unwrap(self, model: nn.Module) -> nn.Module: ...
 
     @abstractmethod
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]: ...
@@ -224,20 +222,6 @@ class Backend(ABC):
             keep.copy_(target.matrix(result[1]))
         self.write(model, target, self.cut(model, target, collectives.broadcast_(weight, owner)))
         return self.cut(model, target, collectives.broadcast_(keep, owner))
-
-    # -- training ----------------------------------------------------------------------------------------------------
-    @abstractmethod
-    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager: ...
-
-    @abstractmethod
-    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer: ...
-
-    def backward(self, loss: torch.Tensor) -> None:
-        self._accelerator.backward(loss)
-
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        """Scale the gradients of the coming step so that the norm of them all is at most max_norm."""
-        self._accelerator.clip_grad_norm_(parameters, max_norm)
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:

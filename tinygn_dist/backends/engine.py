@@ -7,7 +7,7 @@ driven call by call, so that a training loop is backward, clip, step as everywhe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ class EngineOptimizer:
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.engine = engine
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's, which holds the torch optimizer over the fp32 masters."""
+        return self.engine.optimizer
 
     def step(self) -> None:
         self.engine.step()
@@ -62,7 +67,44 @@ def clip(engine: DeepSpeedEngine, max_norm: float) -> None:
     engine.optimizer.clip_grad = max_norm
 
 
-def innermost(optimizer: EngineOptimizer) -> torch.optim.Optimizer:
-    """The torch optimizer over the fp32 masters; its hooks fire once per parameter group or sub-group, before DeepSpeed
-    copies the masters to the live weights."""
-    return optimizer.engine.optimizer.optimizer
+class Stepped:
+    """Calls `call()` after every step of the engine that was not skipped, until `remove()`.
+
+    Hooks of the torch optimizer fire once per group or sub-group, before the live weights are written, and Accelerate
+    steps inside its `backward`: the engine's own step is the only place where a step is over.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, call: Callable[[], None]) -> None:
+        self._engine, self._step = engine, engine.step
+
+        def step(*arguments: Any, **named: Any) -> None:
+            before = engine.global_steps - engine.skipped_steps
+            self._step(*arguments, **named)
+            if engine.global_steps - engine.skipped_steps > before:
+                call()
+
+        engine.step = step
+
+    def remove(self) -> None:
+        self._engine.step = self._step
+
+
+@contextlib.contextmanager
+def without_gradient_hooks(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside, gradients stay where autograd puts them; the engine would reduce them and take them for its next step.
+    No gradient may be waiting: between two steps."""
+    optimizer = engine.optimizer
+    hooks = optimizer._grad_acc_hooks
+    leaves = getattr(optimizer, "_leaf_module_hooks", [])
+    for hook in [*hooks, *leaves]:
+        hook.remove()
+    had = bool(hooks or leaves)
+    hooks.clear()
+    leaves.clear()
+    try:
+        yield
+    finally:
+        if had and hasattr(optimizer, "create_gradient_handling_hooks"):
+            optimizer.create_gradient_handling_hooks()
+        elif had:
+            optimizer.create_reduce_and_remove_grad_hooks()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Shard
 from tinygn_dist.backends.slices import Slices, gathered_state, share_padded
+from tinygn_dist.backends.training import Held
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 
@@ -138,10 +140,9 @@ class FSDP2(Backend):
 
     def _slices(self, model: nn.Module, target: Target) -> Slices:
         """Leading rows (or experts) are dealt as torch.chunk does."""
-        group, shape = self._shard_group, model.get_parameter(target.parameter).shape
-        num_ranks = dist.get_world_size(group)
-        length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
-        return Slices(target.stored_shape, target.start, length, dist.get_rank(group), num_ranks, group)
+        return replace(
+            self._slices_of(model.get_parameter(target.parameter)), shape=target.stored_shape, start=target.start
+        )
 
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -161,5 +162,32 @@ class FSDP2(Backend):
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
 
-    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
-        return getattr(optimizer, "optimizer", optimizer)
+    def adopt(self, model: nn.Module, optimizer: Any) -> None:
+        """Weights must not stay whole after a forward: see the traps above."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def join_pieces(self, whole: torch.Tensor) -> None:
+        collectives.sum_(whole, group=self._shard_group)
+
+    def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
+        parameter = model.get_parameter(name)
+        slices = self._slices_of(parameter)
+        low, high = slices.bounds()
+        return Held(parameter, 0, low, high - low)
+
+    def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
+        parameter = model.get_parameter(name)
+        parameter.detach().to_local().view(-1).copy_(self._slices_of(parameter).cut(whole))
+
+    def _slices_of(self, parameter: nn.Parameter) -> Slices:
+        """Of a whole parameter."""
+        group, shape = self._shard_group, tuple(parameter.shape)
+        num_ranks = dist.get_world_size(group)
+        length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
+        return Slices(shape, 0, length, dist.get_rank(group), num_ranks, group)

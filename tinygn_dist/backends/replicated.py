@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.training import Held
 
 
 class Replicated(Backend):
@@ -26,6 +27,7 @@ class Replicated(Backend):
         self._accelerator.free_memory(*prepared)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
+        model = getattr(model, "_orig_mod", model)  # torch.compile
         return model.module if isinstance(model, DistributedDataParallel) else model
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -41,5 +43,10 @@ class Replicated(Backend):
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)
 
-    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
-        return getattr(optimizer, "optimizer", optimizer)
+    def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
+        parameter = self.unwrap(model).get_parameter(name)
+        return Held(parameter, 0, 0, parameter.numel())
+
+    def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
+        parameter = self.unwrap(model).get_parameter(name)
+        parameter.data.copy_(whole.view(parameter.shape))

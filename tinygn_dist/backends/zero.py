@@ -26,15 +26,46 @@ from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Shard
 from tinygn_dist.backends.slices import Slices, gathered_state, share_padded
+from tinygn_dist.backends.training import Held
 
 _ESTIMATION = "_estimation_engine"
 """where a model keeps its engine, past nn.Module's registration, so that they go together"""
 
 
-class ZeroOptimizer(Backend):
-    """Stages 1 and 2: every rank holds the whole model, and estimation runs on it bare, as with DDP."""
+class Zero(Backend):
+    """What all stages share: training is an engine's."""
 
     shards_weights = True
+    _training: DeepSpeedEngine | None = None
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return model.module if isinstance(model, DeepSpeedEngine) else model
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        return engine.boundary(model, last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._training.backward(loss)
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        engine.clip(self._training, max_norm)
+
+    def adopt(self, model: nn.Module, optimizer: Any) -> None:
+        self._training = model
+
+    def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
+        return engine.Stepped(self._training, call)
+
+    def pausing(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return engine.without_gradient_hooks(self._training)
+
+    def join_pieces(self, whole: torch.Tensor) -> None:
+        collectives.sum_(whole)
+
+
+class ZeroOptimizer(Zero):
+    """Stages 1 and 2: every rank holds the whole model, and estimation runs on it bare, as with DDP."""
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is None:
@@ -51,9 +82,6 @@ class ZeroOptimizer(Backend):
                 parameter.data = (parameter.data if master is None else master).to(self._dtype, copy=True)
         self._accelerator.free_memory(*prepared)
         self._training = None
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, DeepSpeedEngine) else model
 
     def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
@@ -80,20 +108,25 @@ class ZeroOptimizer(Backend):
         master = mapping.hp_fragment.detach()[low - where.start : high - where.start]
         return [(master, slice(low - target.start, high - target.start))]
 
-    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        return engine.boundary(model, last)
+    def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
+        parameter, zero = self.unwrap(model).get_parameter(name), self._training.optimizer
+        group = next(i for i, ps in enumerate(zero.bit16_groups) if any(p is parameter for p in ps))
+        master, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
+        if mapping is None:
+            return Held(master, 0, 0, 0)
+        where = mapping.lp_fragment_address
+        return Held(master, mapping.get_hp_fragment_address().start, where.start, where.numel)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self._training.backward(loss)
+    def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
+        parameter = self.unwrap(model).get_parameter(name)
+        parameter.data.copy_(whole.view(parameter.shape))
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            where = mapping.lp_fragment_address
+            mapping.hp_fragment.detach().copy_(whole.view(-1)[where.start : where.start + where.numel])
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        engine.clip(self._training, max_norm)
 
-    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
-        return engine.innermost(optimizer)
-
-
-class ZeroParameters(Backend):
+class ZeroParameters(Zero):
     """Stage 3: rank r holds elements [r*n, (r+1)*n) of every flattened weight, which may cut a row; whole weights exist
     while a module runs. Two engines take turns with a model: one without an optimizer for estimation, whose hooks
     gather and drop weights, and the training one.
@@ -101,8 +134,6 @@ class ZeroParameters(Backend):
     Accelerate tells transformers about stage 3, which from then on builds every model in pieces, skeletons and the
     smaller model of a cut too; `unset_hf_deepspeed_config` takes that back: `prepare` is what shards.
     """
-
-    shards_weights = True
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
@@ -147,9 +178,6 @@ class ZeroParameters(Backend):
         self._accelerator.free_memory(*prepared)
         self._training = None
         self.prepare(model)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, DeepSpeedEngine) else model
 
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         model.__dict__.pop(_ESTIMATION).destroy()
@@ -219,23 +247,33 @@ class ZeroParameters(Backend):
 
     def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
         parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)
-        edit(slices.local(_run(parameter)))
-        master = _master_run(model, parameter) if isinstance(model, DeepSpeedEngine) else None
-        if master is not None:
-            edit(slices.local(master))
+        for run in self._runs(parameter):
+            edit(slices.local(run))
+        _drop_whole(parameter)
+
+    def _runs(self, parameter: nn.Parameter) -> list[torch.Tensor]:
+        """The live run of a parameter, and the master behind it when it is in training."""
+        training = self._training
+        known = training is not None and training.optimizer.get_param_id(parameter) in training.optimizer.grad_position
+        return [_run(parameter), *([_master_run(training, parameter)] if known and parameter.requires_grad else [])]
 
     # -- training ----------------------------------------------------------------------------------------------------
-    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        return engine.boundary(model, last)
+    def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
+        parameter, zero = self.unwrap(model).get_parameter(name), self._training.optimizer
+        group, low, _ = zero.grad_position[zero.get_param_id(parameter)]
+        first, last = self._slices_of(parameter, tuple(parameter.ds_shape), 0).bounds()
+        return Held(zero.fp32_partitioned_groups_flat[group], low, first, last - first)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        self._training.backward(loss)
+    def num_elements(self, model: nn.Module, name: str) -> int:
+        return self.unwrap(model).get_parameter(name).ds_numel
 
-    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        engine.clip(self._training, max_norm)
-
-    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
-        return engine.innermost(optimizer)
+    def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
+        parameter = self.unwrap(model).get_parameter(name)
+        slices = self._slices_of(parameter, tuple(parameter.ds_shape), 0)
+        piece = slices.cut(whole)
+        for held in self._runs(parameter):
+            slices.local(held).copy_(piece)
+        _drop_whole(parameter)
 
 
 def _forget_models() -> None:

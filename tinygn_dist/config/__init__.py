@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import model_validator
 
 from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
+from tinygn_dist.config.schedule import ScheduleConfig
 from tinygn_dist.config.section import Section, make
 from tinygn_dist.errors import UserError
 
@@ -33,6 +35,7 @@ __all__ = [
     "OutputConfig",
     "PruneConfig",
     "RecoverConfig",
+    "ScheduleConfig",
     "Section",
     "load_config",
     "make",
@@ -43,10 +46,27 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     prune: PruneConfig = PruneConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     recover: RecoverConfig = RecoverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     output: OutputConfig = OutputConfig()
     distributed: DistributedConfig = DistributedConfig()
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Config:
+        prune, schedule = self.prune, self.schedule
+        if schedule.regrow != "none" and prune.pattern != "unstructured":
+            raise ValueError(
+                f"schedule.regrow {schedule.regrow!r} with pattern {prune.pattern!r}, accepted: pattern unstructured"
+            )
+        if prune.unit_kinds and schedule.criterion != "auto":
+            raise ValueError(
+                f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; use "
+                "prune.criterion"
+            )
+        if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
+            raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
+        return self
 
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change the result (not where it is written or how it is launched)."""

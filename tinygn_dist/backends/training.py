@@ -1,0 +1,159 @@
+"""The part of the contract that concerns a model in training, and what is the same about it on every backend.
+
+| operation                            | meaning                                                                   |
+|--------------------------------------|---------------------------------------------------------------------------|
+| adopt(model, optimizer)              | a model that the caller prepared, with the same Accelerator, for training   |
+| no_sync / backward / clip_grad_norm  | one optimizer step made of micro-batches                                    |
+| inner_optimizer(optimizer)           | the torch optimizer whose step really moves the weights                     |
+| after_step(model, optimizer, call)   | `call()` once after every step that moved the weights, which are in place   |
+| paused(model)                        | context: the bare model, to be estimated and edited between two steps       |
+| held(model, optimizer, name)         | what the torch optimizer holds of a parameter on this rank                  |
+| clear_state(model, optimizer, t, at) | zero the optimizer's state of some weights of a target                      |
+| whole_training / write_training      | everything training knows of a parameter, whole: to save it and to go on     |
+
+The optimizer may hold a parameter itself (one process, DDP), this rank's rows of it (FSDP2), or fp32 masters of many
+parameters in one flat tensor (ZeRO). `held` says where a parameter lies in it; the rest follows from that alone, so a
+checkpoint made of whole tensors fits any backend at any world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist.anatomy import Target
+
+
+@dataclass(frozen=True)
+class Held:
+    """tensor: what the torch optimizer steps, and the key of its state. Elements [low, low + count) of the flattened
+    piece of it on this rank are elements [start, start + count) of the flattened parameter; count may be 0."""
+
+    tensor: torch.Tensor
+    low: int
+    start: int
+    count: int
+
+
+class Training(ABC):
+    # -- what backends say -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def unwrap(self, model: nn.Module) -> nn.Module: ...
+
+    @abstractmethod
+    def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager: ...
+
+    @abstractmethod
+    def held(self, model: nn.Module, optimizer: Any, name: str) -> Held: ...
+
+    @abstractmethod
+    def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
+        """New values of a whole parameter, the same tensor on every rank, in the live weight and any master copy."""
+
+    def adopt(self, model: nn.Module, optimizer: Any) -> None:
+        """Nothing to do where the live weights are what the optimizer steps."""
+        return
+
+    def join_pieces(self, whole: torch.Tensor) -> None:
+        """Sum in place over the ranks whose `held` pieces make up a parameter; nothing where each holds all of it."""
+        return
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of a tensor in the optimizer."""
+        return tensor
+
+    def pausing(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """What `paused` needs beyond eval mode, so that a backward of the bare model does not feed the optimizer."""
+        return contextlib.nullcontext()
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+    def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
+        """Returns a handle with `remove()`. A step that a gradient scaler skips does not count."""
+        return self.inner_optimizer(optimizer).register_step_post_hook(lambda *_: call())
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """Scale the gradients of the coming step so that the norm of them all is at most max_norm."""
+        self._accelerator.clip_grad_norm_(parameters, max_norm)
+
+    @contextlib.contextmanager
+    def paused(self, model: nn.Module) -> Iterator[nn.Module]:
+        """In eval mode inside; afterwards every module's mode is as it was."""
+        bare = self.unwrap(model)
+        modes = [(module, module.training) for module in bare.modules()]
+        bare.eval()
+        try:
+            with self.pausing(model):
+                yield bare
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    # -- the optimizer's state ---------------------------------------------------------------------------------------
+    def clear_state(self, model: nn.Module, optimizer: Any, target: Target, at: torch.Tensor) -> None:
+        """at: bool, shaped like this rank's shard of the target."""
+        held = self.held(model, optimizer, target.parameter)
+        low, high = max(held.start, target.start), min(held.start + held.count, target.start + target.numel)
+        if high <= low:
+            return
+        first = low - target.start - self.shard(model, target).offset
+        at = at.reshape(-1)[first : first + high - low]
+        for state in self._states(optimizer, held).values():
+            self._piece(state, held)[low - held.start : high - held.start].masked_fill_(at, 0)
+
+    def whole_training(self, model: nn.Module, optimizer: Any, name: str) -> dict[str, torch.Tensor]:
+        """`weight` (the fp32 master where there is one) and every state of the optimizer by its name, flat and whole on
+        every rank, on the CPU. A collective. Single numbers, such as Adam's step count, are 0-dim."""
+        held = self.held(model, optimizer, name)
+        size = self.num_elements(model, name)
+        found = {"weight": held.tensor.detach(), **self._states(optimizer, held)}
+        whole = {}
+        for key, tensor in found.items():
+            full = torch.zeros(size, dtype=tensor.dtype, device=tensor.device)
+            full[held.start : held.start + held.count] = self._piece(tensor, held)
+            # as integers: a sum with the zeros of the other ranks would turn -0.0 into 0.0
+            self.join_pieces(full.view(torch.int32) if full.element_size() == 4 else full.view(torch.uint8))
+            whole[key] = full.cpu()
+        return whole | self._numbers(optimizer, held)
+
+    def write_training(self, model: nn.Module, optimizer: Any, name: str, whole: Mapping[str, torch.Tensor]) -> None:
+        """What `whole_training` returned, on any backend and at any world size."""
+        self.write_whole(model, name, whole["weight"])
+        held = self.held(model, optimizer, name)
+        state = self.inner_optimizer(optimizer).state[held.tensor]
+        for key, value in whole.items():
+            if value.dim() == 0:
+                state[key] = value.clone()
+            elif key == "weight":
+                self._piece(held.tensor.detach(), held).copy_(value[held.start : held.start + held.count])
+            else:
+                if key not in state:
+                    state[key] = torch.zeros_like(held.tensor.detach())
+                self._piece(state[key], held).copy_(value[held.start : held.start + held.count])
+
+    def num_elements(self, model: nn.Module, name: str) -> int:
+        return self.unwrap(model).get_parameter(name).numel()
+
+    def _piece(self, tensor: torch.Tensor, held: Held) -> torch.Tensor:
+        return self.local(tensor).view(-1)[held.low : held.low + held.count]
+
+    def _states(self, optimizer: Any, held: Held) -> dict[str, torch.Tensor]:
+        state = self.inner_optimizer(optimizer).state.get(held.tensor, {})
+        return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == held.tensor.shape}
+
+    def _numbers(self, optimizer: Any, held: Held) -> dict[str, torch.Tensor]:
+        state = self.inner_optimizer(optimizer).state.get(held.tensor, {})
+        return {k: v.detach().cpu().clone() for k, v in state.items() if isinstance(v, torch.Tensor) and v.dim() == 0}

@@ -1,0 +1,42 @@
+"""How the sparsity grows while the model trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tinygn_dist.config.section import Section
+
+
+class ScheduleConfig(Section):
+    kind: Literal["one-shot", "linear", "cubic", "iterative"] = "one-shot"
+    """one-shot: everything before training; linear, cubic (most of it early) and iterative (the same share of what is
+    left each time, with a learning rate cycle of its own after each): in several updates during training"""
+    every: int = Field(100, ge=1)
+    """optimizer steps from one update to the next"""
+    first: float | None = Field(None, ge=0, lt=1)
+    """sparsity before the first training step; by default half of prune.sparsity, a large first jump"""
+    freeze: float = Field(0.25, ge=0, lt=1)
+    """last share of the training in which nothing changes any more"""
+    criterion: Literal["auto", "magnitude", "wanda", "taylor", "fisher", "obs", "random"] = "auto"
+    """what scores the weights at an update; auto: as prune.criterion"""
+    regrow: Literal["none", "gradient", "random"] = "none"
+    """let zeroed weights come back at each update in place of the smallest kept ones, where the loss has the largest
+    gradient (RigL) or at random (SET)"""
+    swap: float = Field(0.3, gt=0, lt=1)
+    """share of the kept weights that an update swaps when regrowing; gradient: decays to 0 at the last update"""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleConfig:
+        if self.regrow != "none" and self.criterion not in ("auto", "magnitude"):
+            raise ValueError(
+                f"criterion {self.criterion!r} with regrow {self.regrow!r}: the smallest kept weights make room for the "
+                "regrown ones; leave criterion at auto"
+            )
+        return self
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything happens during training."""
+        return self.kind != "one-shot" or self.regrow != "none"

@@ -1,0 +1,180 @@
+"""Masks that change while the model trains: the sparsity grows by a plan, dead weights may come back.
+
+Everything hangs on the optimizer's own steps, so it is the same in our training loop and in anybody else's, and micro
+batches and skipped steps do not count. At an update the model is scored where it lies, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist import score
+from tinygn_dist.anatomy import Target
+from tinygn_dist.budget import num_kept
+from tinygn_dist.config import NM, PruneConfig, ScheduleConfig
+from tinygn_dist.estimate.backprop import weight_gradients
+from tinygn_dist.estimate.directions import key_of, uniform
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.masking import Masks
+from tinygn_dist.schedule import Plan, make_plan, swapped_share
+from tinygn_dist.selection import choose_masks
+from tinygn_dist.weights import sparsify
+
+log = logging.getLogger(__name__)
+_ABOVE_ALL = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. step: optimizer steps done before it. sparsity: over all targets. by_target: their own.
+    removed, regrown: weights."""
+
+    step: int
+    sparsity: float
+    removed: int
+    regrown: int
+    by_target: dict[str, float]
+
+
+def plan_of(schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bool = False) -> Plan:
+    """The plan of a training of `total` optimizer steps. UserError when no update fits into it."""
+    return make_plan(
+        schedule.kind,
+        total=total,
+        every=schedule.every,
+        first=schedule.first,
+        final=1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity,
+        freeze=schedule.freeze,
+        swaps=schedule.regrow != "none",
+        rounds=rounds,
+    )
+
+
+class GradualMasks:
+    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far."""
+
+    def __init__(
+        self, setting: Setting, targets: Sequence[Target], prune: PruneConfig, schedule: ScheduleConfig, plan: Plan
+    ) -> None:
+        """Chooses the first masks and applies them to the model of `setting`, whose batches score every update."""
+        self.plan, self.history, self.steps = plan, [], 0
+        self._prune, self._schedule, self._setting = prune, schedule, setting
+        self.masks = self._first(targets)
+
+    def _first(self, targets: Sequence[Target]) -> Masks:
+        asked = _at(self._prune, self.plan.levels[0])
+        if asked is not None:
+            return sparsify(self._setting, targets, asked)
+        shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
+        return Masks(targets, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
+
+    def attach(
+        self, model: nn.Module, optimizer: Any, after_update: Callable[[Update], None] | None = None
+    ) -> list[Any]:
+        """Hold the masks after every step of a prepared optimizer, and change them when the plan says so. Returns
+        handles with `remove()`."""
+        backend = self._setting.backend
+
+        def stepped() -> None:
+            self.steps += 1
+            if self.steps in self.plan.updates:
+                update = self._update(model, optimizer)
+                if after_update:
+                    after_update(update)
+
+        return [self.masks.enforce(model, optimizer, backend), backend.after_step(model, optimizer, stepped)]
+
+    def _update(self, model: nn.Module, optimizer: Any) -> Update:
+        backend, targets = self._setting.backend, self.masks.targets
+        with backend.paused(model) as bare:
+            setting = replace(self._setting, model=bare)
+            chosen = self._choose(setting)
+            update = self._count(setting, chosen)
+            with torch.no_grad():
+                for target in targets:
+                    changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
+                    backend.clear_state(bare, optimizer, target, changed)
+            self.masks.by_name.update(chosen.by_name)
+            self.masks.apply_(bare, backend)
+            backend.agree(self.masks.fingerprint(bare, backend), "the mask")
+        self.history.append(update)
+        backend.track(
+            {"mask/sparsity": update.sparsity, "mask/removed": update.removed, "mask/regrown": update.regrown}
+            | {f"sparsity/{name}": value for name, value in update.by_target.items()},
+            self.steps,
+        )
+        log.info(
+            "step %d: sparsity %.4f, %d weights removed, %d regrown",
+            update.step, update.sparsity, update.removed, update.regrown,
+        )  # fmt: skip
+        return update
+
+    def _choose(self, setting: Setting) -> Masks:
+        schedule, targets = self._schedule, self.masks.targets
+        asked = _at(self._prune, self.plan.level_after(self.steps))
+        if asked is None:
+            return self.masks
+        if schedule.criterion != "auto":
+            asked = asked.model_copy(update={"criterion": schedule.criterion})
+        if schedule.regrow == "none":
+            return sparsify(setting, targets, asked)
+        share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
+        return Masks(targets, self._regrown(setting, asked, share))
+
+    def _regrown(self, setting: Setting, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
+        """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
+        the best prospects, dropped ones included, which start from zero unless they were kept all along."""
+        backend, targets = setting.backend, self.masks.targets
+        shards = {t.name: backend.shard(setting.model, t) for t in targets}
+        sizes = {t.name: score.magnitude(shards[t.name].weight) for t in targets}
+        scope = "layer" if asked.scope == "auto" else asked.scope
+
+        def choose(scores: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+            return choose_masks(
+                setting.model, targets, scores, sparsity=sparsity, scope=scope, nm=None, backend=backend
+            )
+
+        stay = choose(sizes, 1 - (1 - asked.sparsity) * (1 - share))
+        if self._schedule.regrow == "random":
+            growth = {
+                name: uniform(
+                    shard.offset, shard.offset + shard.weight.numel(), key_of(asked.seed + self.steps, name)
+                ).view(shard.weight.shape)
+                for name, shard in shards.items()
+            }
+        else:
+            gradients = weight_gradients(setting, targets, squares=False)
+            growth = {t.name: gradients.rounded(t.name).abs() for t in targets}
+        return choose({n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}, asked.sparsity)
+
+    def _count(self, setting: Setting, chosen: Masks) -> Update:
+        removed = regrown = 0
+        for target in chosen.targets:
+            old, new = self.masks.by_name[target.name], chosen.by_name[target.name]
+            removed += int((old & ~new).sum())
+            regrown += int((new & ~old).sum())
+        removed, regrown = setting.backend.sum_over_shards(torch.tensor([removed, regrown])).tolist()
+        kept, sizes = chosen.kept(setting.backend), {t.name: t.numel for t in chosen.targets}
+        by_target = {name: 1 - kept[name] / size for name, size in sizes.items()}
+        return Update(self.steps, 1 - sum(kept.values()) / sum(sizes.values()), removed, regrown, by_target)
+
+    def state(self) -> dict[str, Any]:
+        """What has to be known, beside the masks, to go on. Plain values."""
+        return {"steps": self.steps, "history": [asdict(update) for update in self.history]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.history = state["steps"], [Update(**update) for update in state["history"]]
+
+
+def _at(prune: PruneConfig, sparsity: float) -> PruneConfig | None:
+    """What to ask of the stages at a sparsity on the way, None for nothing. N:M goes down from M:M in whole steps."""
+    if prune.nm is None:
+        return prune.model_copy(update={"sparsity": sparsity}) if sparsity > 0 else None
+    n = max(prune.nm.n, num_kept(prune.nm.m, sparsity))
+    return prune.model_copy(update={"pattern": "{}:{}".format(*NM(n, prune.nm.m))}) if n < prune.nm.m else None
