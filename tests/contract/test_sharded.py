@@ -23,7 +23,7 @@ import transformers as hf
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tests.contract import sharded_job
+from tests.contract import sharded_models
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests/contract/sharded_job.py")
@@ -77,11 +77,11 @@ def write_inputs(folder: Path) -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<unk>", "<s>", "</s>"]
     words.train_from_iterator(
-        texts, trainers.WordLevelTrainer(vocab_size=sharded_job.VOCAB, special_tokens=special, show_progress=False)
+        texts, trainers.WordLevelTrainer(vocab_size=sharded_models.VOCAB, special_tokens=special, show_progress=False)
     )
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     with torch.random.fork_rng():
-        sharded_job.llama().save_pretrained(folder / "model")
+        sharded_models.llama().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "rows.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
 
