@@ -147,10 +147,17 @@ def refuse_nonfinite(model: nn.Module) -> None:
             raise UserError(f"weight {name} holds NaN or inf; the checkpoint is broken, use another one")
 
 
+def dtype_of(source: Source) -> torch.dtype:
+    """The dtype the weights will have, as far as the config tells."""
+    if source.gguf_file and source.options.dtype == "auto":
+        return torch.float32
+    dtype = source.options.dtype if source.options.dtype != "auto" else getattr(source.config, "dtype", None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+
+
 def stored_bytes(skeleton: nn.Module, source: Source) -> int:
     """Bytes the checkpoint will take at most, from its skeleton."""
-    dtype = source.options.dtype if source.options.dtype != "auto" else getattr(source.config, "dtype", None)
-    width = torch.finfo(getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32).bits // 8
+    width = torch.finfo(dtype_of(source)).bits // 8
     return sum(p.numel() for p in skeleton.parameters()) * width
 
 

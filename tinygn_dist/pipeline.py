@@ -18,6 +18,7 @@ from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
@@ -103,6 +104,8 @@ class _Run:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
             if config.prune.nm:
                 check_nm(self.targets, config.prune.nm.m)
+        if config.prune.probe_step is not None:
+            check_step(config.prune.probe_step, load.dtype_of(self.source))
         check_batch(config.recover, self.backend.num_ranks)
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
         if config.data.name == "self" and self.source.task != "causal-lm":
@@ -176,6 +179,8 @@ class _Run:
             "scores": scores.table,
             "tried": [asdict(trial) for trial in trials],
             "probe_forwards": scores.forwards,
+            "probe_steps": scores.steps,
+            "kinked_gates": scores.kinked,
         }
         bare = self.backend.unwrap(self.model)
         small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tinygn_dist.estimate.activations import InputMoments, block_influence
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.experts import output_mass
+from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.probes import Probe
 from tinygn_dist.estimate.setting import Setting
 
@@ -32,12 +33,15 @@ MANY = 64
 @dataclass
 class UnitScores:
     """by_group: (kind, layer) -> (units,) scores; a missing group is chosen by its solver. layer_order: layers, the
-    first to go first. table: what the report shows. forwards: probe passes spent."""
+    first to go first. table: what the report shows. forwards: probe passes spent. steps: of gate derivatives, by kind and
+    layer, with what was measured to choose them. kinked: gates at which the loss has no derivative."""
 
     by_group: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     layer_order: list[int] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     forwards: int = 0
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    kinked: int = 0
 
 
 def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: InputMoments | None) -> UnitScores:
@@ -213,11 +217,13 @@ def _gate_grads(
         layers = [gate.layer for gate in gates if gate.group is None]
         by_group, by_layer, counts = gate_gradients(setting, groups, layers)
         return torch.cat([*by_group, by_layer]), counts
-    step = probes.default_step(next(setting.bare.parameters()).dtype)
-    forwards = 2 * len(gates) * len(setting.batches)
-    scores.forwards += forwards
-    log.info("gate derivatives by central differences, step %.2g, %d partial forwards", step, forwards)
-    return probes.gate_derivatives(setting, gates, step)
+    found = gate_derivatives(setting, gates, scheme=options.probe_difference, step=options.probe_step)
+    scores.forwards += found.forwards
+    scores.kinked += len(found.kinked)
+    for (layer, group), step in found.steps.items():
+        scores.steps.append({"kind": group.kind if group else "layers", "layer": layer, **asdict(step)})
+    log.info("gate derivatives: %d partial forwards, %d gates at a kink", found.forwards, len(found.kinked))
+    return found.slopes, found.counts
 
 
 def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:

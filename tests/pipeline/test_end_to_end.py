@@ -121,6 +121,18 @@ def test_the_reported_perplexity_is_that_of_plain_code(compress, saved_model, tm
         assert figures["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
+def test_gate_derivatives_report_the_steps_they_took(compress, saved_model, tmp_path: Path):
+    out, how = tmp_path / "out", ("--criterion=gate", "--estimator=finite-difference")
+    assert compress(saved_model("llama"), out, *PATTERNS["heads"], *how).code == 0
+    chosen = check(out, "llama", "heads")["selection"]
+    assert [(step["kind"], step["layer"]) for step in chosen["probe_steps"]] == [("heads", layer) for layer in range(3)]
+    for step in chosen["probe_steps"]:
+        assert 2**-23 <= step["value"] <= 0.25 and 0 < step["noise"] < 1e-5 and step["error"] > 0
+    spent = sum(step["evaluations"] for step in chosen["probe_steps"])
+    suspected = chosen["probe_forwards"] - spent - 2 * 6 * 2  # 6 heads, 2 micro-batches; the rest looked for kinks
+    assert suspected in range(0, 2 * 6 * 2, 4) and chosen["kinked_gates"] == 0
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "channels"])
 def test_recovery_with_distillation(compress, saved_model, tmp_path: Path, pattern: str):
     """Zeros stay in the files after momentum and weight decay, the loss on the training text falls, nothing but the

@@ -44,6 +44,11 @@ class PruneConfig(Section):
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
+    probe_step: float | None = Field(None, gt=0, lt=1)
+    """step of a gate derivative (a gate is 1); by default measured for each group of units from the loss's noise and
+    curvature"""
+    probe_difference: Literal["central", "forward"] = "central"
+    """gate derivatives from both sides (more accurate, sees kinks), or from one at half the price"""
     targets: tuple[str, ...] = (".*",)
     """regular expressions of weight names that may be masked"""
     ignore: tuple[str, ...] = ()

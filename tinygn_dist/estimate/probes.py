@@ -1,14 +1,13 @@
 """Finite differences of the loss, with forward passes only.
 
 A removal probe shuts some units and measures f(without) - f(with): the finite difference whose step is the whole
-unit. A gate derivative moves one gate by +-eps. Losses are kept per sequence in fp64 and differenced on the same
+unit. A gate may also be moved a little (gates.py makes derivatives of that). Losses are kept per sequence in fp64 and differenced on the same
 batch; each rank fills in the sequences it saw, so the sum over ranks is exact and independent of their number.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -77,23 +76,6 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
                 advance()
     setting.backend.sum_over_data([differences, base, counts])
     return Measured(differences, counts, base, len(probes) * len(setting.batches))
-
-
-def gate_derivatives(setting: Setting, gates: Sequence[Probe], step: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Central differences (f(1 + step) - f(1 - step)) / 2 step of each gate (the probes' own factors are ignored).
-
-    Returns (gates, sequences) fp64 derivatives of each sequence's summed loss, and (sequences,) token counts.
-    """
-    moved = [Probe(g.layer, g.group, g.units, 1 + sign * step) for g in gates for sign in (1, -1)]
-    seen = measure(setting, moved)
-    return (seen.differences[0::2] - seen.differences[1::2]) / (2 * step), seen.counts
-
-
-def default_step(dtype: torch.dtype) -> float:
-    """Step for a gate near 1 in a central difference, from the dtype's resolution: (3 u)^(1/3) balances rounding
-    noise u against the third derivative when both are of the loss's own size (Berahas et al. 2019). Rounded to a power
-    of two, so that 1 + step and 1 - step are exact in the dtype."""
-    return 2.0 ** round(math.log2(3 * torch.finfo(dtype).eps) / 3)
 
 
 def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:

@@ -1,0 +1,150 @@
+"""Derivatives of the loss by gates, from finite differences with measured steps.
+
+Every group of units has a step of its own, because noise and curvature differ between layers. All groups search at the
+same time: one round of forwards serves the present question of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tinygn_dist.anatomy import UnitGroup
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate import step_size
+from tinygn_dist.estimate.probes import Measured, Probe, measure
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.step_size import Scheme, Step
+
+Place = tuple[int, UnitGroup | None]
+"""a layer and its group of units; None for the gate of the layer itself"""
+_BEYOND_NOISE = 3.0
+"""standard deviations"""
+_NOTABLE = 0.1
+"""a disagreement of the two sides below this share of the derivative does not matter"""
+_KINKED = 0.75
+"""halving the step halves a disagreement that comes from curvature, and leaves one that comes from a kink"""
+
+
+@dataclass(frozen=True)
+class GateDerivatives:
+    """slopes: (gates, sequences) fp64 derivative of each sequence's summed loss. bends: the same of the second
+    derivative, or None (forward differences). counts: (sequences,) tokens. steps: by place. kinked: indices of gates at
+    which the loss has no derivative: forward and backward differences disagree beyond noise and curvature; their slope
+    is the mean of the two. forwards: probe passes over all ranks, the search for steps included."""
+
+    slopes: torch.Tensor
+    bends: torch.Tensor | None
+    counts: torch.Tensor
+    steps: dict[Place, Step]
+    kinked: list[int]
+    forwards: int
+
+
+def gate_derivatives(
+    setting: Setting, gates: Sequence[Probe], *, scheme: Scheme = "central", step: float | None = None
+) -> GateDerivatives:
+    """Difference quotients at all gates 1 (the probes' own factors are ignored).
+
+    scheme: central (two forwards per gate, error in step^2, second derivatives and kinks seen) or forward (one). step:
+    measured for each group of units by default. Raises UserError for a step that the model's dtype cannot see.
+    """
+    places = list(dict.fromkeys((gate.layer, gate.group) for gate in gates))
+    if step is None:
+        steps, forwards = measure_steps(setting, gates, scheme)
+    else:
+        check_step(step, gate_dtype(setting))
+        steps, forwards = {place: step_size.given(step) for place in places}, 0
+    sizes = torch.tensor([steps[gate.layer, gate.group].value for gate in gates], dtype=torch.float64)
+    seen = _moved(setting, gates, sizes, (1, -1) if scheme == "central" else (1,))
+    forwards += seen.forwards
+    h = sizes[:, None]
+    if scheme == "forward":
+        return GateDerivatives(seen.differences / h, None, seen.counts, steps, [], forwards)
+    up, down = seen.differences[0::2], seen.differences[1::2]
+    slopes, bends = (up - down) / (2 * h), (up + down) / h**2
+    kinked, more = _kinks(setting, gates, sizes, slopes, bends, seen.counts, steps)
+    return GateDerivatives(slopes, bends, seen.counts, steps, kinked, forwards + more)
+
+
+def measure_steps(setting: Setting, gates: Sequence[Probe], scheme: Scheme) -> tuple[dict[Place, Step], int]:
+    """The step of each place, measured at its middle unit on the first micro-batch; and the forwards spent.
+
+    One batch has more noise per token than all of them, so the steps are on the large side of what all would ask.
+    """
+    by_place: dict[Place, list[Probe]] = {}
+    for gate in gates:
+        by_place.setdefault((gate.layer, gate.group), []).append(gate)
+    middle = {place: found[len(found) // 2] for place, found in by_place.items()}
+    resolution = torch.finfo(gate_dtype(setting)).eps
+    running = {place: step_size.search(scheme, resolution) for place in middle}
+    wanted = {place: list(next(asking)) for place, asking in running.items()}
+    one, steps, forwards = setting.first(1), {}, 0
+    while wanted:
+        asked = [replace(middle[place], factor=1 + t) for place, ts in wanted.items() for t in ts]
+        seen = measure(one, asked)
+        forwards += seen.forwards
+        losses = iter(((seen.base.sum() + seen.differences.sum(1)) / seen.counts.sum()).tolist())
+        answers = {place: [next(losses) for _ in ts] for place, ts in wanted.items()}
+        wanted = {}
+        for place, values in answers.items():
+            try:
+                wanted[place] = list(running[place].send(values))
+            except StopIteration as done:
+                steps[place] = done.value
+    return steps, forwards
+
+
+def gate_dtype(setting: Setting) -> torch.dtype:
+    """Gates multiply activations, which have the dtype of the weights."""
+    return next(setting.bare.parameters()).dtype
+
+
+def check_step(step: float, dtype: torch.dtype) -> None:
+    """UserError when 1 + step or 1 - step is 1 in `dtype`, or another number than asked by more than a tenth."""
+    up, down = (float(torch.tensor(1 + sign * step, dtype=torch.float64).to(dtype)) for sign in (1, -1))
+    if abs((up - down) / (2 * step) - 1) > 0.1 or up == 1 or down == 1:
+        name, least = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+        better = max(least, step_size.power_of_two(step))
+        raise UserError(
+            f"prune.probe_step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} and exact in "
+            f"{name}, such as {better:g}; or leave it out to have it measured"
+        )
+
+
+def _moved(setting: Setting, gates: Sequence[Probe], sizes: torch.Tensor, signs: tuple[int, ...]) -> Measured:
+    moved = [
+        replace(gate, factor=1 + sign * size)
+        for gate, size in zip(gates, sizes.tolist(), strict=True)
+        for sign in signs
+    ]
+    return measure(setting, moved)
+
+
+def _kinks(
+    setting: Setting,
+    gates: Sequence[Probe],
+    sizes: torch.Tensor,
+    slopes: torch.Tensor,
+    bends: torch.Tensor,
+    counts: torch.Tensor,
+    steps: dict[Place, Step],
+) -> tuple[list[int], int]:
+    """Gates whose two one-sided differences disagree by more than noise and curvature explain, and the forwards it
+    took to know."""
+    total = counts.sum()
+    apart = (bends.sum(1) / total * sizes).abs()  # forward minus backward difference
+    noise = torch.tensor([steps[gate.layer, gate.group].noise for gate in gates], dtype=torch.float64)
+    beyond = _BEYOND_NOISE * math.sqrt(6) * noise / sizes
+    resolution = torch.finfo(gate_dtype(setting)).eps
+    odd = (apart > beyond) & (apart > _NOTABLE * (slopes.sum(1) / total).abs()) & (sizes / 2 >= resolution)
+    suspects = odd.nonzero().squeeze(1).tolist()
+    if not suspects:
+        return [], 0
+    seen = _moved(setting, [gates[i] for i in suspects], sizes[odd] / 2, (1, -1))
+    halved = ((seen.differences[0::2] + seen.differences[1::2]).sum(1) / total / (sizes[odd] / 2)).abs()
+    there = (halved > _KINKED * apart[odd]) & (halved > 2 * beyond[odd])
+    return [i for i, kinked in zip(suspects, there.tolist(), strict=True) if kinked], seen.forwards
