@@ -54,28 +54,39 @@ def refit_masked(
 
 
 def elimination_order(
-    weight: torch.Tensor, gram: torch.Tensor, num_units: int, num_removed: int, *, damping: float, rounds: int = 8
+    weight: torch.Tensor, gram: torch.Tensor, num_units: int, num_removed: int, *, damping: float, rounds: int = 32
 ) -> torch.Tensor:
     """(num_removed,) int64 indices of units in the order they should go: the first n are the choice for any n.
 
     Units are equal blocks of consecutive inputs. The optimal-brain-surgeon saliency of unit Q given the units still
     there is tr(W_Q ([P]_QQ)^-1 W_Q^T) with P = (G[K, K])^-1 and W re-fitted: the output error its removal adds when
-    everything else adapts. After each round the rest is re-fitted and scored again.
+    everything else adapts. After each round the rest is re-fitted and scored again, by removing Q from P and W:
+    W_K - W_Q P_QQ^-1 P_QK and P_KK - P_KQ P_QQ^-1 P_QK (the inverse of a principal submatrix), so that a round costs a
+    product with Q's columns and no factorisation.
     """
     width = weight.shape[1] // num_units
     kept = torch.arange(num_units, device=weight.device)
+    solver, _ = _solver(gram, unit_columns(kept, width), damping)
+    present, inverse = weight.float(), torch.cholesky_inverse(solver)
     gone = [kept[:0]]
     for goes in spread(num_removed, [1] * min(rounds, max(num_removed, 1))):
         if goes == 0:
             continue
-        columns = unit_columns(kept, width)
-        solver, ridge = _solver(gram, columns, damping)
-        wanted = weight.float() @ gram[:, columns] + ridge * weight[:, columns].float()
-        present = torch.cholesky_solve(wanted.t(), solver).t()
-        order = _block_saliency(present, torch.cholesky_inverse(solver), width).argsort(stable=True)
+        order = _block_saliency(present, inverse, width).argsort(stable=True)
         gone.append(kept[order[:goes]])
-        kept = kept[order[goes:].sort().values]
+        out, stay = order[:goes], order[goes:].sort().values
+        present, inverse = _without(present, inverse, unit_columns(out, width), unit_columns(stay, width))
+        kept = kept[stay]
     return torch.cat(gone)
+
+
+def _without(
+    weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re-fitted weight and inverse Gram matrix of the inputs that are kept when the others are removed."""
+    cross = inverse[gone][:, kept]
+    share = torch.linalg.solve(inverse[gone[:, None], gone], cross)
+    return weight[:, kept] - weight[:, gone] @ share, inverse[kept[:, None], kept] - cross.t() @ share
 
 
 def unit_columns(units: torch.Tensor, width: int) -> torch.Tensor:
