@@ -1,7 +1,7 @@
 """Run a suite of compressions through the real command line and print one table from their reports.
 
     python benchmarks/table.py one-shot --data train.txt --evaluation dev.txt
-    python benchmarks/table.py structured --data train.txt --evaluation dev.txt --only removal random
+    python benchmarks/table.py one-shot --data train.txt --evaluation dev.txt --only wanda
 
 Each row is one `tinygn compress` on two processes; figures come from the report that was read back from disk.
 """
@@ -29,13 +29,6 @@ SUITES: dict[str, dict[str, list[str]]] = {
         "obs 70% loss-aware": ["--pattern", "unstructured", "--sparsity", "0.7"],
         "wanda 2:4": ["--pattern", "2:4", "--criterion", "wanda"],
         "obs 2:4": ["--pattern", "2:4"],
-    },
-    "structured": {
-        "units 20% by removal": ["--pattern", "units", "--sparsity", "0.2"],
-        "units 20% by magnitude": ["--pattern", "units", "--sparsity", "0.2", "--criterion", "magnitude"],
-        "units 20% random": ["--pattern", "units", "--sparsity", "0.2", "--criterion", "random"],
-        "channels to 118.5M": ["--pattern", "channels", "--sparsity", "0.15", "--prune.multiple_of", "4"],
-        "layers 20%": ["--pattern", "layers", "--sparsity", "0.2"],
     },
 }  # fmt: skip
 
