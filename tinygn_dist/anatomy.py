@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tinygn_dist.dependencies import spaces
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.families import Family, Part, family_of, fixed_units, supported
 
@@ -87,7 +88,8 @@ class UnitGroup:
     """All units of one kind in one layer.
 
     slices: everything that goes with a unit. output: the module whose input the gates multiply: `output_width`
-    consecutive features per unit (for experts: the experts module, whose routing weights they multiply). router: the
+    consecutive features per unit (for experts: the experts module, whose routing weights they multiply). also_read_by:
+    further modules that read the units, with their features per unit (filters; `layer` then only numbers the groups). router: the
     module that chooses between the units, if any. least: how many have to stay.
     """
 
@@ -100,6 +102,12 @@ class UnitGroup:
     unit_params: int
     router: str | None = None
     least: int = 1
+    also_read_by: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def readers(self) -> tuple[tuple[str, int], ...]:
+        """(module, input features per unit) of every module that reads the units."""
+        return ((self.output, self.output_width), *self.also_read_by)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,8 @@ class Anatomy:
     total_params: int
     fixed: Mapping[str, str] = field(default_factory=dict)
     """unit kinds that cannot be removed, each with the reason"""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """of every parameter of a convolutional net"""
 
     @property
     def num_layers(self) -> int:
@@ -156,11 +166,13 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     family = family_of(model_type)
     if family is None and needs_units:
         raise Refused(f"units of model type {model_type!r} cannot be removed, supported: {supported()}")
-    layers_path = _layers_path(model, family) if family else ""
-    layers = model.get_submodule(layers_path) if family else ()
+    layers_path = _layers_path(model, family) if family and family.layers else ""
+    layers = model.get_submodule(layers_path) if layers_path else ()
     groups = []
     for index in range(len(layers)):
         groups += _unit_groups(model, family, index, f"{layers_path}.{index}.")
+    if family and family.filters:
+        groups += _filter_groups(model, family)
     layer_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
     fixed = fixed_units(family, model.config) if family else {}
     sparse = {group.layer for group in groups if group.kind == "experts"}
@@ -178,6 +190,7 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
         total_params=sum(p.numel() for p in model.parameters()),
         fixed=fixed,
+        shapes={n: tuple(p.shape) for n, p in model.named_parameters()} if family and family.filters else {},
     )
 
 
@@ -209,6 +222,18 @@ def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> I
         num_experts, top_k = getattr(config, experts.count), getattr(config, experts.top_k)
         params = _params_per_unit(model, slices)
         yield UnitGroup("experts", layer, num_experts, tuple(slices), paths[1], 1, params, paths[0], top_k)
+
+
+def _filter_groups(model: nn.Module, family: Family) -> Iterator[UnitGroup]:
+    device, side = next(model.parameters()).device, getattr(model.config, "image_size", 64)
+    image = torch.zeros(2, model.config.num_channels, side, side, device=device)
+    removable = [space for space in spaces(model, {"pixel_values": image}) if space.fixed is None and space.readers]
+    for index, space in enumerate(removable):
+        slices = tuple(Slice(tensor, dim, 0, width) for tensor, dim, width in space.slices)
+        (output, width), *others = space.readers
+        stored = [piece for piece in slices if piece.tensor in dict(model.named_parameters())]
+        params = _params_per_unit(model, stored)
+        yield UnitGroup("filters", index, space.num, slices, output, width, params, also_read_by=tuple(others))
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

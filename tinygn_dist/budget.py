@@ -49,10 +49,17 @@ class Mix:
     heads: int = 0
     channels: int = 0
     experts: int = 0
+    filters: int = 0
+    """of convolutional nets: so many of the equal parts of every group of filters"""
 
     def __str__(self) -> str:
         """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
-        inner = ((self.heads, "KV groups"), (self.channels, "channels"), (self.experts, "experts"))
+        inner = (
+            (self.heads, "KV groups"),
+            (self.channels, "channels"),
+            (self.experts, "experts"),
+            (self.filters, "parts"),
+        )
         told = [f"{self.layers} layers"] if self.layers else []
         return ", ".join(told + [f"{number} {name} of each layer" for number, name in inner if number]) or "nothing"
 

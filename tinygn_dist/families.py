@@ -58,14 +58,25 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Filters:
+    """A convolutional net, whose groups of filters `dependencies` finds. resize(config, width_of) writes new widths into a
+    config, width_of("module.path") being the outputs that a convolution or linear module keeps. uneven: whether layers
+    may keep different shares of their filters."""
+
+    resize: Callable[[Any, Callable[[str], int]], None]
+    uneven: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
-    """attention, feed_forward, experts: None where a family has none to remove; `fixed` then says why, by unit kind."""
+    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit kind."""
 
     model_types: tuple[str, ...]
     layers: str
     attention: Attention | None = None
     feed_forward: FeedForward | None = None
     experts: Experts | None = None
+    filters: Filters | None = None
     depth: str = "num_hidden_layers"
     fixed: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,6 +100,22 @@ def _longrope(config: Any) -> str | None:
     return "its config checks the longrope factors against hidden_size / num_attention_heads"
 
 
+def _resize_vgg(config: Any, width_of: Callable[[str], int]) -> None:
+    numbers = iter(range(len(config.filters)))
+    config.filters = [n and width_of(f"convolutions.{next(numbers)}") for n in config.filters]  # 0 is a pooling
+    config.hidden = [width_of(f"classifier.{i}") for i in range(len(config.hidden))]
+
+
+def _resize_resnet(config: Any, width_of: Callable[[str], int]) -> None:
+    last = {"basic": 1, "bottleneck": 2}[config.layer_type]
+    stages = range(len(config.hidden_sizes))
+    config.hidden_sizes = [
+        width_of(f"resnet.encoder.stages.{stage}.layers.0.layer.{last}.convolution") for stage in stages
+    ]
+    config.embedding_size = width_of("resnet.embedder.embedder.convolution")
+
+
+_ONLY_FILTERS = dict.fromkeys(("layers", "heads", "channels", "experts"), "it is a convolutional net")
 _JOINT_NORMS = {"heads": "its query and key norms run over all heads together, so every head depends on the others"}
 _NO_EXPERTS = "its feed-forward layers are dense"
 _NO_CHANNELS = {"channels": "its feed-forward layers are mixtures of experts; use --pattern experts"}
@@ -180,6 +207,8 @@ FAMILIES = (
         feed_forward=FeedForward(inputs=_separate("mlp.fc1"), output="mlp.fc2"),
         fixed=_derived_head_dim("num_attention_heads"),
     ),
+    Family(model_types=("tinygn_vgg",), layers="", filters=Filters(_resize_vgg, uneven=True), fixed=_ONLY_FILTERS),
+    Family(model_types=("resnet",), layers="", filters=Filters(_resize_resnet), fixed=_ONLY_FILTERS),
     Family(
         model_types=("mixtral",),
         layers="layers",
@@ -219,7 +248,9 @@ def fixed_units(family: Family, config: Any) -> dict[str, str]:
     """Unit kinds that cannot be removed from a model of this config, each with the reason."""
     fixed = dict(family.fixed)
     if family.experts is None:
-        fixed["experts"] = _NO_EXPERTS
+        fixed.setdefault("experts", _NO_EXPERTS)
+    if family.filters is None:
+        fixed["filters"] = "it is no convolutional net"
     if family.attention and (reason := family.attention.fixed_if(config)):
         fixed["heads"] = reason
     return fixed

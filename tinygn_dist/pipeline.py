@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, load
+from tinygn_dist import calibration, export, filters, load, units
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
@@ -29,7 +29,6 @@ from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import fill_smaller, smaller_config
-from tinygn_dist.units import plan_mixes, plan_next_mixes, remove_units, unit_sizes
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +97,9 @@ class _Run:
         self.mixes: list[Mix] = []
         self.targets: tuple[Target, ...] = ()
         if config.prune.unit_kinds:
-            self.mixes = plan_mixes(self.anatomy, config.prune)
-            self.dense_params, self.protected = unit_sizes(self.anatomy).total_params, config.prune.protect
+            self.cut = filters if self.anatomy.of_kind("filters") else units
+            self.mixes = self.cut.plan_mixes(self.anatomy, config.prune)
+            self.dense_params, self.protected = self.cut.dense_params(self.anatomy), config.prune.protect
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
             if config.prune.nm:
@@ -166,10 +166,10 @@ class _Run:
         """Choose, re-fit and take out the units of one round; the model is a smaller one afterwards."""
         asked, mixes = self.config.prune.model_copy(update={"protect": self.protected}), self.mixes
         if self.plan.updates:
-            mixes = plan_next_mixes(self.anatomy, asked, self.plan.levels[number], self.dense_params)
+            mixes = self.cut.plan_next_mixes(self.anatomy, asked, self.plan.levels[number], self.dense_params)
         if not mixes:
             return
-        kept, scores, trials = remove_units(self.setting(self.model, self.splits.calibration), mixes, asked)
+        kept, scores, trials = self.cut.remove_units(self.setting(self.model, self.splits.calibration), mixes, asked)
         self.backend.agree(kept.fingerprint(), "the kept units")
         if self.report.selection:
             self.report.earlier_rounds.append(self.report.selection)
@@ -188,6 +188,8 @@ class _Run:
         small = fill_smaller(small, self.model, self.anatomy, kept, self.backend)
         self.anatomy = read_anatomy(small, needs_units=True)
         self.model = self.backend.prepare(small)
+        if self.cut is filters and self.config.prune.compensate:
+            filters.reestimate_norms(self.setting(self.model, self.splits.calibration))
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {
             "dense": self.size["num_params"],

@@ -112,6 +112,8 @@ class Recovery:
         rank is asked to stop."""
         backend, count = self.backend, sum(num_counted(sequence) for sequence in batch)
         mine = [sequence for sequence, _ in backend.share(batch)]
+        if "pixel_values" in mine[0]:  # of one size, and BatchNorm wants to see many at once
+            mine = [{name: torch.cat([image[name] for image in mine]) for name in mine[0]}]
         told = torch.tensor([0.0, float(self.stopping())], dtype=torch.float64)
         for index, sequence in enumerate(mine):
             sequence = {name: value.to(backend.device) for name, value in sequence.items()}
@@ -167,7 +169,10 @@ def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
     fixed: dict[int, nn.Parameter] = {}
     if options.train == "norms-and-biases":
         fixed = {id(p): p for name, p in model.named_parameters() if p.dim() > 1}
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # of convolutional nets
+        embeddings = None
     if isinstance(embeddings, nn.Embedding) and not options.train_embeddings:
         fixed |= {id(p): p for p in embeddings.parameters()}
     chosen = [p for p in fixed.values() if p.requires_grad]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
     for key, value in config.to_dict().items():
         if isinstance(value, list) and "layer" in key and len(value) == before:
             setattr(small, key, [value[layer] for layer in kept.layers])
+    if family.filters:
+        family.filters.resize(small, _widths(anatomy, kept))
+        return small
     setattr(small, family.depth, len(kept.layers))
     if kept.heads:
         attention = family.attention
@@ -78,6 +81,17 @@ def fill_smaller(small: nn.Module, dense: nn.Module, anatomy: Anatomy, kept: Kep
     small.tie_weights()
     small.generation_config = getattr(backend.unwrap(dense), "generation_config", None)
     return small.eval()
+
+
+def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:
+    """Outputs that a module of a convolutional net keeps, by its path."""
+    left = {
+        piece.tensor: len(kept.filters[group.layer])
+        for group in anatomy.of_kind("filters")
+        for piece in group.slices
+        if piece.dim == 0
+    }
+    return lambda module: left.get(f"{module}.weight", anatomy.shapes[f"{module}.weight"][0])
 
 
 def _entries(piece: Slice, units: Sequence[int]) -> torch.Tensor:

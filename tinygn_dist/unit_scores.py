@@ -57,7 +57,7 @@ def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: Inpu
             _order_by_removal(scores, setting, most.layers, options)
         else:
             _order_by_score(scores, setting, criterion, options)
-    for kind in ("heads", "channels", "experts"):
+    for kind in ("heads", "channels", "experts", "filters"):
         groups = setting.anatomy.of_kind(kind)
         criterion = _criterion(kind, groups, options)
         if getattr(most, kind) and criterion != "obs":
@@ -164,8 +164,13 @@ def _removal(
     options: PruneConfig,
     moments: InputMoments | None,
 ) -> list[torch.Tensor]:
-    """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside."""
-    if groups[0].num_units <= MANY or groups[0].router:
+    """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside; of filters
+    at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
+    of_filters = groups[0].kind == "filters"
+    if of_filters:
+        orders = [_unit_magnitude(setting, group).argsort(stable=True) for group in groups]
+        blocks = [list(order.split(max(1, len(order) // MANY))) for order in orders]
+    elif groups[0].num_units <= MANY or groups[0].router:
         blocks = [list(torch.arange(group.num_units).split(1)) for group in groups]
     else:
         energies = _column_energies(setting, groups, moments)
@@ -183,9 +188,18 @@ def _removal(
         scores.table.append(row | {"unit": probe.units[0], "units": len(probe.units)})
     values, position = [], 0
     for group, parts in zip(groups, blocks, strict=True):
-        values.append(_spread_over_units(mean[position : position + len(parts)], parts, group.num_units))
+        spread = _share_among_units if of_filters else _spread_over_units
+        values.append(spread(mean[position : position + len(parts)], parts, group.num_units))
         position += len(parts)
     return values
+
+
+def _share_among_units(losses: torch.Tensor, blocks: Sequence[torch.Tensor], num_units: int) -> torch.Tensor:
+    """One score per unit, in units of loss: its part of its block's."""
+    value = torch.empty(num_units, dtype=torch.float64)
+    for loss, block in zip(losses.tolist(), blocks, strict=True):
+        value[block] = loss / len(block)
+    return value
 
 
 def _spread_over_units(losses: torch.Tensor, blocks: Sequence[torch.Tensor], num_units: int) -> torch.Tensor:
@@ -243,7 +257,10 @@ def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: Inp
 def _unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:
     """(units,) sums of squares of every parameter that goes with a unit."""
     total = torch.zeros(group.num_units, dtype=torch.float64)
+    parameters = {name for name, _ in setting.bare.named_parameters()}
     for piece in group.slices:
+        if piece.tensor not in parameters:  # a buffer
+            continue
         squares = setting.backend.whole(setting.model, piece.tensor).double().square().movedim(piece.dim, 0)
         own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
         total += score.unit_sums(own, piece.width).cpu()

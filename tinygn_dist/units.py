@@ -31,6 +31,7 @@ from tinygn_dist.unit_scores import UnitScores, score_units
 log = logging.getLogger(__name__)
 _ROUTED = "{} stay, as many as the router chooses for each token"
 INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
+MIXED_KINDS = ("heads", "channels", "experts")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class KeptUnits:
     heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    filters: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """by group of filters, in a convolutional net"""
 
     def of(self, kind: str) -> Mapping[int, tuple[int, ...]]:
         return getattr(self, kind)
@@ -54,14 +57,14 @@ class KeptUnits:
 def unit_sizes(anatomy: Anatomy) -> UnitSizes:
     """Counts and parameters per unit. UserError when layers differ, which no stock config could express afterwards."""
     facts: dict[str, tuple[int, int]] = {}
-    for kind in INNER_KINDS:
+    for kind in MIXED_KINDS:
         seen = {(group.num_units, group.unit_params) for group in anatomy.of_kind(kind)}
         if len(seen) > 1:
             raise UserError(
                 f"layers have different numbers of {kind}, which cannot be cut evenly; use --pattern layers"
             )
         facts[kind] = seen.pop() if seen else (0, 0)
-    inner = [number for kind in INNER_KINDS for number in facts[kind]]
+    inner = [number for kind in MIXED_KINDS for number in facts[kind]]
     experts = anatomy.of_kind("experts")
     if not experts:
         return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *inner)
@@ -96,6 +99,11 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     return found
 
 
+def dense_params(anatomy: Anatomy) -> int:
+    """What a sparsity is a share of: the parameters of the layers."""
+    return unit_sizes(anatomy).total_params
+
+
 def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, dense_params: int) -> list[Mix]:
     """The mixes that bring a model which lost units already to `sparsity` of the `dense_params` its layers began with;
     none where it is there."""
@@ -108,7 +116,7 @@ def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, den
 
 def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
     mix = Mix(**options.counts)
-    for kind in UNIT_KINDS:
+    for kind in ("layers", *MIXED_KINDS):
         there, asked = getattr(sizes, kind), getattr(mix, kind)
         if asked and (kind not in options.unit_kinds or asked > sizes.most(kind)):
             raise UserError(

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from tinygn_dist.config.section import Section
 
-UNIT_KINDS = ("layers", "heads", "channels", "experts")
+UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters")
 WEIGHT_CRITERIA = ("magnitude", "wanda", "taylor", "fisher", "obs", "random")
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
@@ -23,8 +23,8 @@ class NM(NamedTuple):
 
 class PruneConfig(Section):
     pattern: str = "channels"
-    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | units (removed whole;
-    units searches a mix of all kinds the model has)"""
+    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | filters | units (removed
+    whole; units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
     criterion: Literal[
@@ -56,7 +56,8 @@ class PruneConfig(Section):
     protect: tuple[int, ...] = ()
     """layers whose units are never removed"""
     compensate: bool = True
-    """re-fit the remaining weights by least squares to the dense activations after units are removed"""
+    """after units are removed, re-fit the remaining weights by least squares to the dense activations (filters: re-estimate
+    the running statistics of BatchNorm)"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
     counts: dict[Literal["layers", "heads", "channels", "experts"], NonNegativeInt] | None = None
@@ -64,6 +65,8 @@ class PruneConfig(Section):
     sparsity"""
     probe_channels: int = Field(256, ge=1)
     """channels per removal probe"""
+    uneven: bool = False
+    """filters: let layers keep different shares, where the config has a width for each"""
     damping: float = Field(0.01, gt=0, lt=1)
     """added to the Hessian's diagonal, as a fraction of its mean"""
     seed: int = Field(0, ge=0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Target, UnitGroup
-from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gate
+from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.moments import Moments
 
@@ -71,7 +71,11 @@ def gate_gradients(
             size = span.stop - span.start
             gates = [torch.ones(size, g.num_units, device=backend.device, requires_grad=True) for g in groups]
             layer_gates = [torch.ones(size, device=backend.device, requires_grad=True) for _ in layers]
-            hooks = [unit_gate(setting.bare, group, gate) for group, gate in zip(groups, gates, strict=True)]
+            hooks = [
+                hook
+                for group, gate in zip(groups, gates, strict=True)
+                for hook in unit_gates(setting.bare, group, gate)
+            ]
             hooks += [(m, LayerGate(gate)) for m, gate in zip(layer_modules, layer_gates, strict=True)]
             with attached(hooks):
                 losses = setting.objective(setting.model, setting.on_device(batch))

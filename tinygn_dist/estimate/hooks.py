@@ -35,8 +35,8 @@ def attached(hooks: Iterable[tuple[nn.Module, ModelHook]]) -> Iterator[None]:
 class InputGate(ModelHook):
     """Multiplies a module's input by one factor per unit.
 
-    factors: (units,) or (batch, units); each unit is `width` consecutive features. The input may come with its batch
-    and sequence dims flattened into one (OPT).
+    factors: (units,) or (batch, units); each unit is `width` consecutive features: of the last dim, or of dim 1 of an
+    image's feature map. The input may come with its batch and sequence dims flattened into one (OPT).
     """
 
     def __init__(self, factors: torch.Tensor, width: int) -> None:
@@ -45,9 +45,15 @@ class InputGate(ModelHook):
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         hidden = args[0]
         factors = self.factors.to(hidden.dtype).repeat_interleave(self.width, -1)
-        if factors.dim() == 2:
+        if isinstance(module, nn.Conv2d):
+            factors = factors[..., None, None]
+        elif factors.dim() == 2:
             flat = hidden.dim() == 2
-            factors = factors.repeat_interleave(len(hidden) // len(factors), 0) if flat else factors[:, None]
+            factors = (
+                factors.repeat_interleave(len(hidden) // len(factors), 0)
+                if flat
+                else (factors[:, None] if hidden.dim() == 3 else factors)
+            )
         return (hidden * factors, *args[1:]), kwargs
 
 
@@ -140,10 +146,11 @@ class Observer(ModelHook):
         return output
 
 
-def unit_gate(bare: nn.Module, group: UnitGroup, factors: torch.Tensor) -> tuple[nn.Module, ModelHook]:
-    """The hook that multiplies every unit of a group by its factor, and where it goes."""
-    module = bare.get_submodule(group.output)
-    return module, RoutingGate(factors) if group.router else InputGate(factors, group.output_width)
+def unit_gates(bare: nn.Module, group: UnitGroup, factors: torch.Tensor) -> list[tuple[nn.Module, ModelHook]]:
+    """The hooks that multiply every unit of a group by its factor, and where they go: to all that read the units."""
+    if group.router:
+        return [(bare.get_submodule(group.output), RoutingGate(factors))]
+    return [(bare.get_submodule(module), InputGate(factors, width)) for module, width in group.readers]
 
 
 def routed_to(bare: nn.Module, kept: Mapping[UnitGroup, Sequence[int]]) -> contextlib.AbstractContextManager[None]:

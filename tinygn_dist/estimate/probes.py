@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tinygn_dist.anatomy import UnitGroup
-from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gate
+from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gates
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.objective import Batch
@@ -107,4 +107,4 @@ def _gated(setting: Setting, probe: Probe) -> contextlib.AbstractContextManager[
         return routed_to(setting.bare, {probe.group: sorted(set(range(probe.group.num_units)) - set(probe.units))})
     factors = torch.ones(probe.group.num_units, dtype=torch.float64, device=device)
     factors[list(probe.units)] = probe.factor
-    return attached([unit_gate(setting.bare, probe.group, factors)])
+    return attached(unit_gates(setting.bare, probe.group, factors))

@@ -62,6 +62,9 @@ def running_layers(
 ) -> Iterator[None]:
     """Inside the context the model's forward runs only `layers`, in order; with start=(cache, l), from layer l's
     cached input. Everything is put back afterwards."""
+    if not anatomy.layers_path:  # a convolutional net always runs whole
+        yield
+        return
     parent_path, _, name = anatomy.layers_path.rpartition(".")
     parent, config = model.get_submodule(parent_path), model.base_model.config
     everything = getattr(parent, name)
