@@ -17,6 +17,7 @@ from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.dependencies import spaces
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.probes import single_units
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import classification
@@ -183,17 +184,20 @@ def test_removal_scores_are_the_loss_without_the_filter(name: str, backend):
     assert scores.forwards == 2 * len(list(single_units(setting.anatomy.of_kind("filters"))))
 
 
-def test_gate_scores_by_finite_differences_are_those_of_backpropagation(backend):
-    setting = setting_of(build("resnet-basic").double(), backend)
-    for batch in setting.batches:
-        batch["pixel_values"] = batch["pixel_values"].double()
-    mix = filters.plan_mixes(setting.anatomy, PruneConfig(pattern="filters", sparsity=0.3, multiple_of=1))[0]
-    found = [
-        score_units(setting, mix, PruneConfig(pattern="filters", criterion="gate", estimator=how), None)
-        for how in ("finite-difference", "backprop")
+def test_gate_derivatives_reach_every_reader_of_a_filter(backend):
+    """The stem of a residual net is read by four convolutions: one factor multiplies what all of them see."""
+    setting = setting_of(build("resnet-basic"), backend)
+    group = setting.anatomy.of_kind("filters")[0]
+    found, _, _ = gate_gradients(setting, [group], [])
+    factors = torch.ones(group.num_units, requires_grad=True)
+    handles = [
+        setting.model.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * factors[:, None, None],))
+        for path, _ in group.readers
     ]
-    for key, value in found[0].by_group.items():
-        torch.testing.assert_close(value, found[1].by_group[key], rtol=0.05, atol=1e-6)  # ReLU has kinks
+    sum(classification(setting.model, batch).total.sum() for batch in setting.batches).backward()
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(found[0].sum(1), factors.grad.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(backend):
