@@ -232,6 +232,7 @@ class _Run:
             self.plan,
             self.backend,
             self.progress,
+            targets=lambda: self.targets or self.anatomy.targets,
         )
         rounds = self.plan.rounds() if self.config.prune.unit_kinds else [range(self.plan.total)]
         for number, steps in enumerate(rounds):

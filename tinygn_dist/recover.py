@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.errors import UserError
@@ -17,27 +19,31 @@ from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.objective import IGNORED, Batch, Losses, distillation, feature_match, model_inputs, token_losses
 from tinygn_dist.progress import Progress
 from tinygn_dist.schedule import Plan
+from tinygn_dist.zeroth_order import ForwardOnly
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Course:
-    """How far a training is. losses: of every step so far, the mean per token over all ranks."""
+    """How far a training is. losses: of every step so far, the mean per token over all ranks. probed: of a
+    forward-only training, the step of its probes and its learning rate."""
 
     step: int = 0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    probed: dict[str, Any] = field(default_factory=dict)
 
-    def told(self) -> dict[str, float | int]:
+    def told(self) -> dict[str, Any]:
         window = max(1, len(self.losses) // 10)
         first, last = self.losses[:window], self.losses[-window:]
-        return {
+        told = {
             "steps": self.step,
             "tokens": self.tokens,
             "first_loss": sum(first) / window,
             "last_loss": sum(last) / window,
         }
+        return told | ({"probes": self.probed} if self.probed else {})
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Recovery:
     """called before the first step"""
     stepped: Callable[[InTraining], None] = _nothing
     """called after every step"""
+    targets: Callable[[], Sequence[Target]] = tuple
+    """what a forward-only training moves: the weight matrices the model has at that time"""
     stopping: Callable[[], bool] = lambda: False
     """whether this rank was asked to end the run"""
 
@@ -77,6 +85,10 @@ class Recovery:
 
         Runs in fp32 and returns the weights to their dtype: a step of lr * g below half a bf16 ulp would vanish.
         """
+        if self.options.forward_only:
+            with self.backend.in_fp32(model):
+                self._descend(model, masks, course, self.plan.total if stop is None else stop)
+            return
         with self.backend.in_fp32(model):
             model.train()
             self._train(model, masks, course, self.plan.total if stop is None else stop)
@@ -91,7 +103,7 @@ class Recovery:
         with self.progress.bar("recovering", stop - course.step) as advance:
             for batch in windows(self.sequences, self.options, course.step, stop):
                 for group in self.backend.inner_optimizer(prepared).param_groups:
-                    group["lr"] = self.options.learning_rate * self.plan.learning_rate(course.step)
+                    group["lr"] = self.options.rate * self.plan.learning_rate(course.step)
                 loss, count, stopping = self._one_step(wrapped, prepared, batch)
                 course.losses.append(loss)
                 course.step, course.tokens = course.step + 1, course.tokens + count
@@ -106,6 +118,31 @@ class Recovery:
             assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+    def _descend(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
+        """The same by forward passes alone; the model stays in eval mode."""
+
+        def objective(student: nn.Module, batch: Batch) -> Losses:
+            return student_losses(student, self.teacher, self.task, batch, self.options)
+
+        keep = masks.masks.by_name if masks else {}
+        training = ForwardOnly(model, self.targets(), keep, objective, self.options, self.backend)
+        with self.progress.bar("recovering", stop - course.step) as advance:
+            for batch in windows(self.sequences, self.options, course.step, stop):
+                loss, count = training.step(batch, course.step, self.plan.learning_rate(course.step))
+                self._check(loss, training.rate)
+                course.losses.append(loss)
+                course.step, course.tokens = course.step + 1, course.tokens + count
+                self.backend.track({"recover/loss": loss}, course.step)
+                advance()
+        course.probed = {"step": asdict(training.step_taken), "learning_rate": training.rate}
+        if masks:
+            wrong = masks.masks.violations(model, self.backend)
+            assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
+
+    def _check(self, loss: float, rate: float | None = None) -> None:
+        if not math.isfinite(loss):
+            raise UserError(f"the training loss is {loss}; lower recover.learning_rate ({rate or self.options.rate:g})")
 
     def _one_step(self, wrapped: nn.Module, optimizer: Any, batch: list[Batch]) -> tuple[float, int, bool]:
         """One optimizer step over `batch`; returns the mean loss per token over all ranks, the tokens, and whether any
@@ -127,10 +164,7 @@ class Recovery:
         optimizer.zero_grad()
         backend.sum_over_data([told])
         loss = float(told[0]) / count
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise UserError(
-                f"the training loss is {loss}; lower recover.learning_rate ({self.options.learning_rate:g})"
-            )
+        self._check(loss)
         return loss, count, bool(told[1])
 
 
@@ -143,7 +177,7 @@ def check_batch(options: RecoverConfig, num_ranks: int) -> None:
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], options: RecoverConfig) -> torch.optim.Optimizer:
-    rate, decay = options.learning_rate, options.weight_decay
+    rate, decay = options.rate, options.weight_decay
     match options.optimizer:
         case "adamw":
             return torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)

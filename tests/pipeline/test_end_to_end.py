@@ -298,3 +298,32 @@ def test_num_processes_starts_connected_processes(cli: Cli, saved_model, tmp_pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert check(out, "llama-tied", "units")["num_processes"] == 2
+
+
+class _Backward(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["zo-sgd", "zo-nesterov", "zo-adam"])
+@pytest.mark.parametrize("pattern", ["unstructured", "units"])
+def test_forward_only_compression_never_calls_backward(
+    compress, saved_model, tmp_path: Path, monkeypatch, pattern: str, optimizer: str
+):
+    """The quickstart's recipe and a sparse one, with recovery: every way to run autograd raises."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise _Backward("backward was called")
+
+    for owner, name in (
+        (torch.Tensor, "backward"), (torch.autograd, "backward"), (torch.autograd, "grad"),
+        (torch.autograd.graph, "_engine_run_backward"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, refuse)
+    out = tmp_path / "out"
+    recover = f"--recover-steps=15 --recover.optimizer={optimizer} --recover.seq_len=32 --recover.clip_norm=50"
+    words = (*PATTERNS[pattern], "--estimator=finite-difference", "--data.num_samples=16", *recover.split())
+    done = compress(saved_model("llama"), out, *words)
+    assert done.code == 0, done.err
+    report = check(out, "llama", pattern)
+    assert report["after"]["loss"] < report["compressed"]["loss"]
+    assert report["recovery"]["probes"]["learning_rate"] > 0 and report["recovery"]["probes"]["step"]["noise"] > 0

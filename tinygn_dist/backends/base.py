@@ -12,6 +12,7 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | unwrap(model)                       | the model under the wrappers, to read names and attach hooks                |
 | in_fp32(model)                      | context: a placed model's weights and buffers in fp32, for training         |
 | share(items)                        | the items this rank works on; padded where a forward is a collective        |
+| share_over_replicas / ..within..    | the same in two steps: copies of the model, then the ranks that hold one    |
 | on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
 | shard(model, target)                | this rank's piece of a weight and where it starts                           |
 | gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
@@ -98,6 +99,14 @@ class Backend(Training):
     def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
         """(item, whether it counts); an item that does not count is run so that all ranks run equally many."""
         return [(item, True) for item in items[self.rank :: self.num_ranks]]
+
+    def share_over_replicas(self, items: Sequence[Item]) -> list[Item]:
+        """What the model copy that this rank belongs to works on; ranks that share one copy get the same."""
+        return list(items) if self.shards_weights else [item for item, _ in self.share(items)]
+
+    def share_within_replica(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        """What of its copy's work this rank does, as `share` says it."""
+        return self.share(items) if self.shards_weights else [(item, True) for item in items]
 
     def on_main(self, work: Callable[[], Item]) -> Item | None:
         """What `work` returned on the main rank; on the others None or the value of their own run."""

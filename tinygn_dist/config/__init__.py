@@ -66,6 +66,11 @@ class Config(Section):
             )
         if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
+        if self.recover.forward_only and schedule.changes and not prune.unit_kinds:
+            raise ValueError(
+                f"recover.optimizer {self.recover.optimizer} keeps its masks, and schedule.kind {schedule.kind} with regrow "
+                f"{schedule.regrow} changes them; use adamw, sgd or nesterov"
+            )
         return self
 
     def fingerprint(self) -> str:

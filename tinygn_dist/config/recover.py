@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tinygn_dist.config.section import Section
 
@@ -12,10 +12,17 @@ from tinygn_dist.config.section import Section
 class RecoverConfig(Section):
     steps: int = Field(0, ge=0)
     """optimizer steps of fine-tuning after compression; 0 for none"""
-    learning_rate: float = Field(1e-4, gt=0)
-    """peak of a linear warm-up over a tenth of the steps, then linear decay to zero"""
-    optimizer: Literal["adamw", "sgd", "nesterov", "adamw-8bit"] = "adamw"
-    """sgd and nesterov have a momentum of 0.9; adamw-8bit needs the package bitsandbytes"""
+    learning_rate: float | None = Field(None, gt=0)
+    """peak of a linear warm-up over a tenth of the steps, then linear decay to zero; by default 1e-4, and with zo-*
+    measured from the curvature at the first step"""
+    optimizer: Literal["adamw", "sgd", "nesterov", "adamw-8bit", "zo-sgd", "zo-nesterov", "zo-adam"] = "adamw"
+    """sgd and nesterov have a momentum of 0.9; adamw-8bit needs the package bitsandbytes; zo-* never backpropagate: slopes
+    of the loss along random directions, which move the layers' matrices (the kept weights) relative to their rms, and so
+    does the learning rate"""
+    directions: int = Field(4, ge=1)
+    """zo-*: random directions per step, each probed with two forwards on its own share of the batch"""
+    probe_step: float | None = Field(None, ge=1e-6, le=0.25)
+    """zo-*: relative step of a weight probe; by default measured from the loss's noise and curvature"""
     train: Literal["all", "norms-and-biases"] = "all"
     """which parameters learn; norms-and-biases are a ten-thousandth of a language model"""
     batch_size: int = Field(4, ge=1)
@@ -34,3 +41,24 @@ class RecoverConfig(Section):
     """also update token embeddings (and a head tied to them)"""
     seed: int = Field(0, ge=0)
     """order of the training windows"""
+
+    @model_validator(mode="after")
+    def _directions_fit(self) -> RecoverConfig:
+        if self.forward_only and self.directions > self.batch_size:
+            raise ValueError(
+                f"directions {self.directions} of a batch of {self.batch_size}, accepted: at most batch_size, because each is "
+                "probed on sequences of its own"
+            )
+        if self.forward_only and self.train != "all":
+            raise ValueError(f"optimizer {self.optimizer} moves the layers' matrices, accepted: train all")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate where it is not measured."""
+        return 1e-4 if self.learning_rate is None else self.learning_rate
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether training never backpropagates."""
+        return self.optimizer.startswith("zo-")

@@ -5,6 +5,7 @@ Any rank can make any piece of a direction without communication, and every shar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import torch
@@ -30,6 +31,23 @@ def uniform(start: int, stop: int, key: int) -> torch.Tensor:
     """fp32 in [0, 1) for flat elements start..stop of a tensor."""
     bits = hash64(torch.arange(start, stop, dtype=torch.int64), key)
     return ((bits >> 40) & 0xFFFFFF).float() / (1 << 24)
+
+
+def signs(start: int, stop: int, key: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """fp32 +1 or -1 for flat elements start..stop of a tensor (a Rademacher direction): one bit each of hash64 of
+    index // 64, lowest bit first."""
+    words = hash64(torch.arange(start // 64, -(-stop // 64), dtype=torch.int64, device=device), key)
+    table = _byte_signs().to(device)
+    each = table.index_select(0, words.view(torch.uint8).int()).view(
+        -1
+    )  # little-endian, as every machine torch runs on
+    return each[start % 64 : start % 64 + stop - start]
+
+
+@functools.cache
+def _byte_signs() -> torch.Tensor:
+    """(256, 8) fp32: the bits of every byte as signs."""
+    return (torch.arange(256)[:, None] >> torch.arange(8) & 1).float() * 2 - 1
 
 
 def _signed(value: int) -> int:

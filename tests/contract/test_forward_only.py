@@ -1,0 +1,31 @@
+"""Forward-only training on connected ranks: the directions are dealt, and the result is that of one process."""
+
+from __future__ import annotations
+
+import torch
+
+from tests import tiny
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.config import RecoverConfig
+from tinygn_dist.zeroth_order import ForwardOnly
+
+
+def descend(backend: Backend) -> tuple[list[float], float, int]:
+    """Losses of 4 steps, a digest of the weights, and the forwards this rank ran."""
+    setting, forwards = tiny.setting("llama", backend, count=4, size=1), [0]
+    setting.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    options = RecoverConfig(optimizer="zo-adam", directions=4, batch_size=4, probe_step=2**-8, learning_rate=0.01)
+    training = ForwardOnly(setting.model, setting.anatomy.targets, {}, setting.objective, options, backend)
+    losses = [training.step(setting.batches, number, 1.0)[0] for number in range(4)]
+    digest = sum(float(p.detach().double().sin().sum()) for p in setting.model.parameters())
+    return losses, digest, forwards[0]
+
+
+def test_ranks_take_different_directions_and_end_with_the_same_weights(process_groups, backend):
+    losses, digest, forwards = descend(backend)
+    assert forwards == 4 * 4 * 2  # steps, directions, sides
+    for size in (2, 4):
+        for other_losses, other_digest, other_forwards in process_groups(size).call(descend):
+            assert other_losses == losses and other_digest == digest
+            assert other_forwards == forwards // size
+    assert torch.tensor(losses).isfinite().all()
