@@ -24,8 +24,6 @@ def descend(backend: Backend) -> tuple[list[float], float, int]:
 def test_ranks_take_different_directions_and_end_with_the_same_weights(process_groups, backend):
     losses, digest, forwards = descend(backend)
     assert forwards == 4 * 4 * 2  # steps, directions, sides
-    for size in (2, 4):
-        for other_losses, other_digest, other_forwards in process_groups(size).call(descend):
-            assert other_losses == losses and other_digest == digest
-            assert other_forwards == forwards // size
+    for other_losses, other_digest, other_forwards in process_groups(2).call(descend):
+        assert other_losses == losses and other_digest == digest and other_forwards == forwards // 2
     assert torch.tensor(losses).isfinite().all()
