@@ -32,6 +32,7 @@ ALIASES = {
     "data": "data.name",
     "pattern": "prune.pattern",
     "sparsity": "prune.sparsity",
+    "target": "prune.target",
     "criterion": "prune.criterion",
     "estimator": "prune.estimator",
     "output": "output.dir",
@@ -188,7 +189,7 @@ def _overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, 
 
 
 def _value(text: str, key: str) -> Any:
-    if key in ("prune.pattern", "model.name", "data.name", "output.dir"):
+    if key in ("prune.pattern", "prune.target", "model.name", "data.name", "output.dir"):
         return text  # YAML would read 2:4 as base-60 and a folder named 1 as a number
     try:
         return yaml.safe_load(text)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tinygn_dist.backends.base import Backend
@@ -45,7 +46,7 @@ def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
     if task == "causal-lm":
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "feature-extraction":
-        return {"feature_distance": loss}
+        return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(setting)}
     right = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch, real in setting.backend.share(setting.batches):
@@ -55,6 +56,21 @@ def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
                 right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
     setting.backend.sum_over_data([right])
     return {"loss": loss, "accuracy": float(right[0] / right[1])}
+
+
+def _embedding_similarity(setting: Setting) -> float:
+    """Mean cosine between the dense model's and this model's sentence embeddings (means over real tokens)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch, real in setting.backend.share(setting.batches):
+            batch = setting.on_device(batch)
+            features = setting.model(**model_inputs(batch)).last_hidden_state.float()
+            counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
+            own, dense = ((each * counts).sum(1) for each in (features, batch["reference"].float()))
+            if real:
+                total += torch.tensor([float(F.cosine_similarity(own, dense).double().sum()), len(own)])
+    setting.backend.sum_over_data([total])
+    return float(total[0] / total[1])
 
 
 def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, backend: Backend) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import fill_smaller, smaller_config
+from tinygn_dist.target import meet_target
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class _Run:
         self.targets: tuple[Target, ...] = ()
         if config.prune.unit_kinds:
             self.cut = filters if self.anatomy.of_kind("filters") else units
+            asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
+            self.config = config = config.model_copy(update={"prune": asked})
             self.mixes = self.cut.plan_mixes(self.anatomy, config.prune)
             self.dense_params, self.protected = self.cut.dense_params(self.anatomy), config.prune.protect
         else:

@@ -63,6 +63,7 @@ class Report:
             ("perplexity", "perplexity"),
             ("accuracy", "accuracy"),
             ("feature_distance", "feature distance"),
+            ("embedding_similarity", "embedding similarity"),
         ):
             if key in self.after:
                 if self.recovery:

@@ -27,6 +27,9 @@ class PruneConfig(Section):
     whole; units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
+    target: str | None = None
+    """of units, instead of sparsity: params=0.8, bytes=0.8 or flops=0.8, the share of the whole model that stays (flops: per
+    token, without attention scores)"""
     criterion: Literal[
         "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
     ] = "auto"
@@ -93,8 +96,23 @@ class PruneConfig(Section):
             raise ValueError(f"got {value:g}, accepted: 0 <= sparsity < 1{hint}")
         return value
 
+    @field_validator("target")
+    @classmethod
+    def _known_target(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"(params|bytes|flops)=(0?\.\d+|1|1\.0)", value)
+        if not found or float(found[2]) == 0:
+            raise ValueError(f"got {value!r}, accepted: params=, bytes= or flops= and what stays, such as params=0.8")
+        return value
+
     @model_validator(mode="after")
     def _criterion_fits(self) -> PruneConfig:
+        if self.target and (not self.unit_kinds or self.counts is not None):
+            raise ValueError(
+                f"target {self.target} is for units without counts; pattern {self.pattern} "
+                + ("has counts" if self.counts is not None else "stores zeros densely, give sparsity")
+            )
         allowed = UNIT_CRITERIA if self.unit_kinds else WEIGHT_CRITERIA
         if self.criterion != "auto" and self.criterion not in allowed:
             raise ValueError(

@@ -1,0 +1,43 @@
+"""What `--target params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share of
+its removable layers' parameters that has to go."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tinygn_dist.anatomy import Anatomy
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
+
+
+def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> PruneConfig:
+    """The options with the sparsity that brings the whole model to `options.target`; unchanged without one.
+
+    dense_params: what a sparsity is a share of. skeleton: the model on the meta device. Raises UserError, before weights
+    load, when what cannot be cut alone is more than the target.
+    """
+    if options.target is None:
+        return options
+    measure, _, share = options.target.partition("=")
+    cost = {"params": anatomy.total_params, "bytes": anatomy.total_params, "flops": _multiplied(anatomy, skeleton)}[
+        measure
+    ]
+    if measure == "flops" and anatomy.of_kind("experts"):
+        raise UserError(
+            "target flops: tokens visit as many experts as before however many there are; use params or bytes"
+        )
+    if measure == "flops" and anatomy.of_kind("filters"):
+        raise UserError("target flops: a filter costs more the larger its feature map; use params or bytes")
+    sparsity = (1 - float(share)) * cost / dense_params
+    if sparsity >= 1:
+        raise UserError(
+            f"target {options.target}: {1 - dense_params / cost:.0%} of the model's {measure} lie outside its removable "
+            f"layers (embeddings, head); ask for more than {measure}={1 - dense_params / cost:.2f}"
+        )
+    return options.model_copy(update={"sparsity": sparsity})
+
+
+def _multiplied(anatomy: Anatomy, skeleton: nn.Module) -> int:
+    """Weights that one token is multiplied with: those of the layers and of the head (tied or not), not embeddings."""
+    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    return sum(anatomy.layer_params) + (head.weight.numel() if head is not None else 0)
