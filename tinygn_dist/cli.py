@@ -1,7 +1,7 @@
 """The console script `tinygn`, which launch/compress.py enters too: arguments -> Config -> compress -> exit code.
 
-Exit codes: 0 done; 2 bad input; 3 refused (a model, pattern or launch that cannot be handled); 130 interrupted;
-anything else is a bug of ours.
+Exit codes: 0 done; 2 bad input; 3 refused (a model, pattern or launch that cannot be handled); 75 asked to stop (SIGTERM),
+a checkpoint is written and the same command with --resume auto goes on; 130 interrupted; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import argparse
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -25,7 +27,7 @@ from rich.logging import RichHandler
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.launcher import launch
 from tinygn_dist.config import Config, Section, load_config
-from tinygn_dist.errors import Refused, UserError
+from tinygn_dist.errors import Refused, Stopped, UserError
 
 ALIASES = {
     "model": "model.name",
@@ -37,8 +39,10 @@ ALIASES = {
     "estimator": "prune.estimator",
     "output": "output.dir",
     "recover-steps": "recover.steps",
+    "resume": "checkpoint.resume",
     "num-processes": "distributed.num_processes",
 }
+STOPPED = 75
 EXAMPLES = """examples:
   tinygn compress --model smollm2-135m --pattern channels --sparsity 0.2 --data python-docs --output small
   tinygn compress --recipe configs/recipes/llm-unstructured-50.yaml --model ./my-model --output sparse --num-processes 2
@@ -64,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _tell(str(error))
         return 3 if isinstance(error, Refused) else 2
+    except Stopped as stopped:
+        _tell(f"{stopped}; go on with --resume auto")
+        return STOPPED
     except KeyboardInterrupt:
         return 130
 
@@ -78,7 +85,9 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
     _configure_logging(backend.is_main)
     from tinygn_dist.pipeline import compress
 
-    report = compress(config, backend)
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
+    report = compress(config, backend, asked_to_stop.is_set)
     if backend.is_main:
         report.print()
     backend.close()

@@ -60,17 +60,30 @@ class GradualMasks:
     """masks: those that hold now. steps: optimizer steps seen. history: the updates so far."""
 
     def __init__(
-        self, setting: Setting, targets: Sequence[Target], prune: PruneConfig, schedule: ScheduleConfig, plan: Plan
+        self,
+        setting: Setting,
+        targets: Sequence[Target],
+        prune: PruneConfig,
+        schedule: ScheduleConfig,
+        plan: Plan,
+        going_on: dict[str, Any] | None = None,
     ) -> None:
-        """Chooses the first masks and applies them to the model of `setting`, whose batches score every update."""
+        """Chooses the first masks and applies them to the model of `setting`, whose batches score every update.
+
+        going_on: what `state` returned when masks of another run of the program were saved, which are then to be
+        filled in; nothing is chosen.
+        """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._setting = prune, schedule, setting
-        self.masks = self._first(targets)
+        asked = _at(prune, plan.levels[0])
+        if going_on is None and asked is not None:
+            self.masks = sparsify(setting, targets, asked)
+        else:
+            self.masks = self._all(targets)
+        if going_on is not None:
+            self.load_state(going_on)
 
-    def _first(self, targets: Sequence[Target]) -> Masks:
-        asked = _at(self._prune, self.plan.levels[0])
-        if asked is not None:
-            return sparsify(self._setting, targets, asked)
+    def _all(self, targets: Sequence[Target]) -> Masks:
         shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
         return Masks(targets, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
 

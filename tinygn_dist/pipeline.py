@@ -6,7 +6,7 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ from tinygn_dist import calibration, export, filters, load, units
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
+from tinygn_dist.checkpoint import weights_digest
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
@@ -26,6 +27,7 @@ from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, Recovery, check_batch
 from tinygn_dist.report import REPORT_FILE, Report, versions
+from tinygn_dist.resume import Resumable
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import fill_smaller, smaller_config
@@ -34,13 +36,15 @@ from tinygn_dist.target import meet_target
 log = logging.getLogger(__name__)
 
 
-def compress(config: Config, backend: Backend | None = None) -> Report:
+def compress(config: Config, backend: Backend | None = None, stopping: Callable[[], bool] = lambda: False) -> Report:
     """Compress one model as configured; every rank calls this and gets the same report.
 
-    Raises UserError (and Refused) with one line for bad input, before the expensive part wherever it can be known.
+    stopping: whether this rank was asked to stop, looked at after every training step. Raises UserError (and Refused)
+    with one line for bad input, before the expensive part wherever it can be known, and Stopped with a checkpoint
+    written.
     """
     backend = backend or make_backend(config.distributed)
-    run = _Run(config, backend)
+    run = _Run(config, backend, stopping)
     backend.agree(config.fingerprint(), "the config")
     with backend.together("checking the request"):
         run.check()
@@ -49,16 +53,22 @@ def compress(config: Config, backend: Backend | None = None) -> Report:
         run.load()
     with run.stage("data"):
         run.read_data()
-    with run.stage("evaluate before"):
-        run.evaluate_before()
-    with run.stage("compress"):
-        if config.prune.unit_kinds:
-            run.remove_units()
-        else:
-            run.sparsify()
+    if run.find_checkpoint():
+        with run.stage("restore"):
+            run.restore()
+    else:
+        with run.stage("evaluate before"):
+            run.evaluate_before()
+        with run.stage("compress"):
+            if config.prune.unit_kinds:
+                run.remove_units()
+            else:
+                run.sparsify()
+        if config.recover.steps:
+            with run.stage("evaluate compressed"):
+                run.report.compressed = run.quality(run.model)
+            run.save_or_go_on()
     if config.recover.steps:
-        with run.stage("evaluate compressed"):
-            run.report.compressed = run.quality(run.model)
         with run.stage("recover"):
             run.recover()
     with run.stage("export"):
@@ -66,7 +76,7 @@ def compress(config: Config, backend: Backend | None = None) -> Report:
     return run.report
 
 
-class _Run:
+class _Run(Resumable):
     """What one run holds between its stages. Each method is one stage: it calls the method's parts and keeps the
     result."""
 
@@ -75,12 +85,14 @@ class _Run:
     splits: calibration.Splits
     report: Report
 
-    def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self.backend = config, backend
+    def __init__(self, config: Config, backend: Backend, stopping: Callable[[], bool]) -> None:
+        self.config, self.backend, self.stopping = config, backend, stopping
         self.progress = Progress(shown=backend.is_main)
         self.seconds: dict[str, float] = {}
         self.masks: GradualMasks | None = None
         self.teacher: nn.Module | None = None
+        self.course, self.round = Course(), 0
+        self.protected = config.prune.protect
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -102,7 +114,7 @@ class _Run:
             asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
             self.config = config = config.model_copy(update={"prune": asked})
             self.mixes = self.cut.plan_mixes(self.anatomy, config.prune)
-            self.dense_params, self.protected = self.cut.dense_params(self.anatomy), config.prune.protect
+            self.dense_params = self.cut.dense_params(self.anatomy)
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
             if config.prune.nm:
@@ -122,6 +134,7 @@ class _Run:
             model = load.load_model(self.source)
         else:
             model = self.backend.main_first(lambda: load.load_model(self.source))
+        self.digest = weights_digest(model)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         parameters = list(model.parameters())
         self.size = {
@@ -226,7 +239,6 @@ class _Run:
 
     def recover(self) -> None:
         """Train: weights become fewer within the training, units between its rounds."""
-        course = Course()
         recovery = Recovery(
             self.teacher,
             self.source.task,
@@ -236,13 +248,17 @@ class _Run:
             self.backend,
             self.progress,
             targets=lambda: self.targets or self.anatomy.targets,
+            begin=self.begin_training,
+            stepped=self.save_or_go_on,
+            stopping=self.stopping,
         )
         rounds = self.plan.rounds() if self.config.prune.unit_kinds else [range(self.plan.total)]
-        for number, steps in enumerate(rounds):
-            if number:
+        for number, steps in list(enumerate(rounds))[self.round :]:
+            if number > self.round:
                 self.remove_units(number)
-            recovery.run(self.model, self.masks, course, steps.stop)
-        self.report.recovery = course.told()
+                self.round = number
+            recovery.run(self.model, self.masks, self.course, steps.stop)
+        self.report.recovery |= self.course.told()
         if self.masks and self.masks.history:
             self.tell_masks()
             self.report.recovery["updates"] = [asdict(update) for update in self.masks.history]
@@ -274,6 +290,7 @@ class _Run:
             if self.backend.is_main:
                 (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
+        self.checkpoints.remove()
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Sequence
 
 from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -21,6 +23,8 @@ def launch(module: str, arguments: Sequence[str], num_processes: int) -> int:
     asked = ["--standalone", "--nproc_per_node", str(num_processes), "-m", module, *arguments]
     try:
         torchrun.run(torchrun.parse_args(asked))
+    except SignalException as stopped:  # the processes got the signal too, and the time to save
+        return 75 if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode

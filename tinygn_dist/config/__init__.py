@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import model_validator
 
+from tinygn_dist.config.checkpoint import CheckpointConfig
 from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
@@ -27,6 +28,7 @@ __all__ = [
     "UNIT_CRITERIA",
     "UNIT_KINDS",
     "WEIGHT_CRITERIA",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "DistributedConfig",
@@ -49,6 +51,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     recover: RecoverConfig = RecoverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
     distributed: DistributedConfig = DistributedConfig()
 
@@ -74,8 +77,8 @@ class Config(Section):
         return self
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change the result (not where it is written or how it is launched)."""
-        asked = self.model_dump(mode="json", exclude={"output", "distributed"})
+        """16 hex digits over everything that can change the result (not where it is written, how it is launched, or what is kept on the way)."""
+        asked = self.model_dump(mode="json", exclude={"output", "distributed", "checkpoint"})
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,155 @@
+"""A run that dies or is stopped goes on where it was, with the identical result."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CLI_SECONDS, ROOT
+from tests.pipeline.conftest import SMALL, report_of
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.config import load_config
+from tinygn_dist.errors import Stopped
+from tinygn_dist.pipeline import compress
+
+STEPS = 8
+TRAINED = {
+    "recover.seq_len": 16,
+    "recover.batch_size": 2,
+    "recover.steps": STEPS,
+    "schedule.every": 2,
+    "checkpoint.every": 1,
+    "data.seq_len": 32,
+    "data.num_samples": 4,
+    "data.eval_samples": 3,
+    "data.micro_batch": 2,
+    "prune.multiple_of": 8,
+    "evaluate.latency": False,
+}
+CASES = {
+    "gradual": {"prune.pattern": "unstructured", "prune.criterion": "wanda", "schedule.kind": "cubic"},
+    "regrown": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "gradient"},
+    "one-shot, bf16": {"prune.pattern": "2:4", "model.dtype": "bfloat16"},
+    "units": {"prune.pattern": "channels", "prune.sparsity": 0.3, "schedule.kind": "iterative", "schedule.every": 3},
+    "sgd": {"prune.pattern": "2:4", "recover.optimizer": "sgd", "prune.criterion": "magnitude"},
+}
+
+
+def asked(model: Path, data: Path, out: Path, **changes: object):
+    fixed = {"model.name": str(model), "data.name": str(data), "output.dir": str(out), **TRAINED}
+    return load_config(overrides=fixed | changes)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def stopped_after(steps: int):
+    """A `stopping` that is asked before the first step and then in every one, or only the latter when going on."""
+    seen = iter(range(10**6))
+    return lambda: next(seen) >= steps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_runs_end_bit_by_bit_as_one_that_was_not(
+    case: str, backend: Backend, saved_model, text_file: Path, tmp_path: Path
+):
+    model = saved_model("llama")
+    compress(asked(model, text_file, tmp_path / "whole", **CASES[case]), backend)
+    config = asked(model, text_file, tmp_path / "parts", **CASES[case], **{"checkpoint.resume": "auto"})
+    for steps in (0, 3, 2):
+        with pytest.raises(Stopped, match="training steps"):
+            compress(config, backend, stopped_after(steps))
+        assert not (tmp_path / "parts").exists()
+    report = compress(config, backend)
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert report.recovery["resumed_after_steps"] == [0, 4, 7]
+    whole = report_of(tmp_path / "whole")
+    assert report.before == whole["before"] and report.compressed == whole["compressed"]
+    assert {k: report.recovery[k] for k in ("steps", "tokens", "first_loss", "last_loss")} == {
+        k: whole["recovery"][k] for k in ("steps", "tokens", "first_loss", "last_loss")
+    }
+    assert report.recovery.get("updates") == whole["recovery"].get("updates")
+    assert not (tmp_path / "parts.checkpoints").exists(), "checkpoints outlive a finished run"
+
+
+def test_what_differs_is_told(backend: Backend, saved_model, text_file: Path, tmp_path: Path):
+    config = asked(saved_model("llama"), text_file, tmp_path / "out", **CASES["gradual"])
+    with pytest.raises(Stopped):
+        compress(config, backend, stopped_after(2))
+    (tmp_path / "other.txt").write_text(text_file.read_text(encoding="utf-8")[500:], encoding="utf-8")
+    for changes, message in (
+        ({"prune.sparsity": 0.7}, "config.prune.sparsity was 0.2, is 0.7"),
+        ({"data.name": str(tmp_path / "other.txt")}, "config.data.name was"),
+        ({"model.name": str(saved_model("llama-tied"))}, "config.model.name was"),
+    ):
+        again = asked(saved_model("llama"), text_file, tmp_path / "out", **CASES["gradual"], **changes)
+        again = again.model_copy(update={"checkpoint": again.checkpoint.model_copy(update={"resume": "auto"})})
+        with pytest.raises(ValueError, match="is of another run: ") as refused:
+            compress(again, backend)
+        assert message in str(refused.value)
+
+
+def words(model: Path, data: Path, out: Path, *more: object) -> list[str]:
+    flags = [f"--{key}={value}" for key, value in {**TRAINED, **CASES["gradual"]}.items()]
+    start = [sys.executable, "-m", "tinygn_dist.cli", "compress", "--model", model, "--data", data, "--output", out]
+    return [str(word) for word in (*start, *SMALL, *flags, "--resume=auto", *more)]
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + CLI_SECONDS
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_another_world_size_goes_on(saved_model, text_file: Path, tmp_path: Path, backend: Backend):
+    """Two processes are stopped, one finishes: as many zeros, the loss within rounding."""
+    model, many = saved_model("llama"), {"recover.steps": 40, "schedule.every": 10}
+    changes = [f"--{key}={value}" for key, value in many.items()]
+    process = started(words(model, text_file, tmp_path / "out", *changes, "--num-processes=2"))
+    wait_for(tmp_path / "out.checkpoints" / "00000004-000", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = process.communicate(timeout=CLI_SECONDS)[0]
+    assert process.returncode == 75, told
+    assert "go on with --resume auto" in told and not (tmp_path / "out").exists()
+    config = asked(model, text_file, tmp_path / "out", **{**CASES["gradual"], **many, "checkpoint.resume": "auto"})
+    report = compress(config, backend)
+    whole = compress(asked(model, text_file, tmp_path / "whole", **{**CASES["gradual"], **many}), backend)
+    assert report.recovery["resumed_after_steps"][0] >= 4
+    assert report.parameters == whole.parameters
+    assert report.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_points_the_result_is_the_same(saved_model, text_file: Path, tmp_path: Path):
+    model = saved_model("llama")
+    done = started(words(model, text_file, tmp_path / "whole", "--num-processes=2"))
+    log = done.communicate(timeout=CLI_SECONDS)[0]
+    assert done.returncode == 0, log
+    chance, kills = random.Random(0), 0
+    for _ in range(30):
+        process = started(words(model, text_file, tmp_path / "parts", "--num-processes=2"))
+        if kills < 5:
+            wait_for(tmp_path / "parts.checkpoints", process)
+            time.sleep(chance.uniform(0, 0.8))
+            kills += process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=CLI_SECONDS)
+        if process.returncode == 0:
+            break
+    assert kills == 5 and process.returncode == 0
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")

@@ -1,0 +1,21 @@
+"""How a run survives being stopped."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tinygn_dist.config.section import Section
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)
+    """optimizer steps from one checkpoint to the next, the first right after the compression; 0 writes one only when the
+    run is asked to stop (SIGTERM)"""
+    dir: str | None = None
+    """folder, seen by every rank; by default the output folder's name with .checkpoints behind it"""
+    keep: int = Field(2, ge=1)
+    """how many checkpoints stay until the run is done"""
+    resume: Literal["never", "auto"] = "never"
+    """auto goes on from the newest complete checkpoint, where there is one"""
