@@ -1,101 +1,145 @@
-"""Compression inside a user's own Accelerate script."""
+"""Compression inside a user's own training: an Accelerate script, or (trainer.py) a Trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
 from tinygn_dist import calibration, export
-from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import make_backend
+from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config
-from tinygn_dist.errors import Refused, UserError
+from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
-from tinygn_dist.masking import Masks
-from tinygn_dist.objective import add_reference, objective_of
+from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
+from tinygn_dist.resume import read_masks, write_masks
 from tinygn_dist.selection import check_nm
 from tinygn_dist.shrink import fill_smaller, smaller_config
 from tinygn_dist.units import plan_mixes, remove_units
-from tinygn_dist.weights import sparsify
+
+_STATE = "tinygn"
+"""folder of ours inside a checkpoint that somebody else writes"""
 
 
 class Compressor:
-    """Compress a model once, then keep its zeros through the caller's own training loop.
+    """Compress a model, then keep its zeros (and let them grow, by config.schedule) through the caller's own training.
 
         compressor = Compressor(load_config(overrides={...}), accelerator)
-        model = compressor.compress(model, tokenizer)              # before the optimizer is made
+        model = compressor.compress(model, tokenizer)              # units go here, before the optimizer is made
         optimizer = torch.optim.AdamW(model.parameters())
         model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-        compressor.attach(model, optimizer)                        # masks hold after every step from here on
+        compressor.attach(model, optimizer, num_steps=1000)        # masks are chosen here, and hold after every step
         ...                                                        # train as before
         compressor.save_pretrained(model, "out", tokenizer)
 
-    For one process and DDP; under FSDP2 and DeepSpeed use `tinygn compress`, which shards the model itself. Of the config
-    the sections data and prune are read, and output.overwrite.
+    On one process, DDP, FSDP2 and DeepSpeed ZeRO-1/2/3. accelerator.save_state and load_state carry masks and schedule.
+    Make it right after the Accelerator. Of the config the sections data, prune and schedule are read, and
+    output.overwrite.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
-        """Raises Refused when the Accelerator shards its models."""
+        """Raises Refused when the Accelerator spreads models in a way that no backend knows."""
         self.config = config
         self.backend = make_backend(config.distributed, accelerator)
-        if self.backend.shards_weights:
-            raise Refused(
-                f"Compressor got an Accelerator that shards its models ({accelerator.distributed_type.value}), accepted: one "
-                "process or DDP; use `tinygn compress` or launch/compress.py"
-            )
-        self.masks: Masks | None = None
+        self.masks: GradualMasks | None = None
+        self._progress = Progress(shown=self.backend.is_main)
+        self._saved_in: Path | None = None
+        self.backend.on_state(self.save_state, self.load_state)
 
     def compress(self, model: nn.Module, processor: Any) -> nn.Module:
-        """The compressed model: the same one with masked weights, or a smaller one where units were removed.
+        """The model to train: where units are removed a smaller one, else the same one, whose masks `attach` chooses.
 
         model: a whole transformers model, not yet prepared. processor: its tokenizer or image processor. Every rank
         calls this with the same model. Raises UserError as `tinygn compress` does.
         """
-        prune, task = self.config.prune, task_of(self.config.model, model.config)
+        prune = self.config.prune
+        self._task = task_of(self.config.model, model.config)
         self.backend.agree(self.config.fingerprint(), "the config")
-        anatomy = read_anatomy(model, needs_units=bool(prune.unit_kinds))
-        mixes = plan_mixes(anatomy, prune) if prune.unit_kinds else []
-        targets = () if prune.unit_kinds else anatomy.choose_targets(prune.targets, prune.ignore)
+        self._anatomy: Anatomy = read_anatomy(model, needs_units=bool(prune.unit_kinds))
+        if prune.unit_kinds and self.config.schedule.changes:
+            raise UserError(
+                f"schedule.kind {self.config.schedule.kind} with pattern {prune.pattern}: units can only go before your "
+                "optimizer is made; use kind one-shot here, or `tinygn compress`, which trains between the rounds"
+            )
+        mixes = plan_mixes(self._anatomy, prune) if prune.unit_kinds else []
+        self._targets: tuple[Target, ...] = ()
+        if not mixes:
+            self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)
         if prune.nm:
-            check_nm(targets, prune.nm.m)
+            check_nm(self._targets, prune.nm.m)
         if self.config.data.name == "self":
             raise UserError("data self is for `tinygn compress`; name a dataset")
         with self.backend.together("reading the data"):
-            splits = self.backend.main_first(lambda: calibration.load_splits(self.config.data, task, processor, 0))
+            splits = self.backend.main_first(
+                lambda: calibration.load_splits(self.config.data, self._task, processor, 0)
+            )
         self.backend.agree(splits.fingerprint(), "the data")
+        self._batches = splits.calibration
+        if not mixes:
+            return model
         training = model.training
         model = self.backend.prepare(model.eval())
-        batches = add_reference(model, splits.calibration) if task == "feature-extraction" else splits.calibration
-        progress = Progress(shown=self.backend.is_main)
-        setting = Setting(model, anatomy, objective_of(task), batches, self.backend, progress)
-        if mixes:
-            kept, _, _ = remove_units(setting, mixes, prune)
-            self.backend.agree(kept.fingerprint(), "the kept units")
-            small = type(model)._from_config(smaller_config(model.config, anatomy, kept), dtype=model.dtype)
-            model = self.backend.prepare(fill_smaller(small, model, anatomy, kept, self.backend))
-        else:
-            self.masks = sparsify(setting, targets, prune)
-            self.backend.agree(self.masks.fingerprint(model, self.backend), "the mask")
-        return model.train(training)
+        setting = self._setting(model, self._batches)
+        kept, _, _ = remove_units(setting, mixes, prune)
+        self.backend.agree(kept.fingerprint(), "the kept units")
+        small = type(model)._from_config(smaller_config(model.config, self._anatomy, kept), dtype=model.dtype)
+        return fill_smaller(small, model, self._anatomy, kept, self.backend).train(training)
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Enforce the masks after every step of a prepared optimizer. Nothing to do where units were removed."""
+    def attach(
+        self,
+        model: nn.Module,
+        *optimizers: Any,
+        num_steps: int | None = None,
+        after_update: Callable[[Update], None] | None = None,
+    ) -> None:
+        """Choose the masks of a prepared model and hold them after every step of its prepared optimizers.
+
+        num_steps: optimizer steps of the whole training, which a schedule divides; only steps of the first optimizer
+        that really move weights count. after_update: called when masks changed. Nothing to do where units were removed.
+        """
+        if not self._targets:
+            return
+        schedule = self.config.schedule
+        if schedule.changes and not num_steps:
+            raise UserError(
+                f"schedule.kind {schedule.kind} needs attach(..., num_steps=optimizer steps of the training)"
+            )
+        plan = plan_of(schedule, self.config.prune, num_steps or 0)
+        self._model = model
+        self.backend.adopt(model, optimizers[0])
+        saved = self._saved(self._saved_in) if self._saved_in else None
+        with self.backend.paused(model) as bare:
+            setting = self._setting(bare, self._batches)
+            going_on = saved.facts if saved else None
+            self.masks = GradualMasks(setting, self._targets, self.config.prune, schedule, plan, going_on)
+            if saved:
+                read_masks(saved, self.masks.masks, bare, self.backend)
+            self.backend.agree(self.masks.masks.fingerprint(bare, self.backend), "the mask")
+        self.masks.attach(model, *optimizers, after_update=after_update)
+
+    def mask_copy(self, copy: nn.Module) -> None:
+        """Zero in a whole copy of the model, such as an average of its weights, what is zero in the model: an average
+        also remembers what weights were before they went. Every rank calls this."""
         if self.masks is not None:
-            self.masks.enforce(model, optimizer, self.backend)
+            self.masks.masks.apply_to_copy(copy, self._model, self.backend)
 
     def save_pretrained(self, model: nn.Module, folder: str | Path, processor: Any) -> None:
         """Write the checkpoint whole or not at all; every rank calls this.
 
         Raises UserError when the folder is not empty (without output.overwrite) or the masks no longer hold.
         """
-        if self.masks is not None and (wrong := self.masks.violations(model, self.backend)):
-            raise UserError(f"{wrong} masked weights are not zero; call attach() after prepare() and before training")
+        if self._targets and self.masks is None:
+            raise UserError("no masks were chosen; call attach() after prepare() and before training")
+        if self.masks is not None and (wrong := self.masks.masks.violations(model, self.backend)):
+            raise UserError(f"{wrong} masked weights are not zero; train with the optimizer that attach() was given")
         state, output = self.backend.full_state(model), self.config.output.model_copy(update={"dir": str(folder)})
         with self.backend.together("checking the output folder"):
             size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -104,3 +148,36 @@ class Compressor:
             if self.backend.is_main:
                 bare = self.backend.unwrap(model)
                 export.write_checkpoint(draft, bare, state, processor, output.max_shard_gib)
+
+    # -- checkpoints that somebody else writes -------------------------------------------------------------------------
+    def save_state(self, folder: Path) -> None:
+        """Masks and schedule, into a checkpoint folder; accelerator.save_state calls this on every rank."""
+        if self.masks is not None:
+            with self._store(folder).writing("masks") as writer:
+                write_masks(writer, self.masks.masks, self._model, self.backend)
+                writer.facts |= self.masks.state()
+
+    def load_state(self, folder: Path) -> None:
+        """What `save_state` wrote, before or after `attach`; accelerator.load_state calls this on every rank."""
+        self._saved_in = folder
+        if self.masks is not None:
+            saved = self._saved(folder)
+            self.masks.load_state(saved.facts)
+            read_masks(saved, self.masks.masks, self._model, self.backend)
+
+    def _saved(self, folder: Path) -> Any:
+        saved = self._store(folder).newest()
+        if saved is None:
+            raise UserError(
+                f"checkpoint {folder} holds no masks of ours; it was not written while a Compressor was attached"
+            )
+        return saved
+
+    def _store(self, folder: Path) -> Checkpoints:
+        identity = self.config.model_dump(mode="json", include={"prune", "schedule"})
+        return Checkpoints(folder / _STATE, identity, self.backend, keep=1)
+
+    def _setting(self, model: nn.Module, batches: list[Batch]) -> Setting:
+        if self._task == "feature-extraction":
+            batches = add_reference(model, batches)
+        return Setting(model, self._anatomy, objective_of(self._task), batches, self.backend, self._progress)

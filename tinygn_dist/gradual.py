@@ -88,22 +88,23 @@ class GradualMasks:
         return Masks(targets, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
 
     def attach(
-        self, model: nn.Module, optimizer: Any, after_update: Callable[[Update], None] | None = None
+        self, model: nn.Module, *optimizers: Any, after_update: Callable[[Update], None] | None = None
     ) -> list[Any]:
-        """Hold the masks after every step of a prepared optimizer, and change them when the plan says so. Returns
-        handles with `remove()`."""
+        """Hold the masks after every step of the prepared optimizers, and change them when the plan says so, by the
+        steps of the first one. Returns handles with `remove()`."""
         backend = self._setting.backend
 
         def stepped() -> None:
             self.steps += 1
             if self.steps in self.plan.updates:
-                update = self._update(model, optimizer)
+                update = self._update(model, optimizers)
                 if after_update:
                     after_update(update)
 
-        return [self.masks.enforce(model, optimizer, backend), backend.after_step(model, optimizer, stepped)]
+        held = [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
+        return [*held, backend.after_step(model, optimizers[0], stepped)]
 
-    def _update(self, model: nn.Module, optimizer: Any) -> Update:
+    def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
         backend, targets = self._setting.backend, self.masks.targets
         with backend.paused(model) as bare:
             setting = replace(self._setting, model=bare)
@@ -112,7 +113,8 @@ class GradualMasks:
             with torch.no_grad():
                 for target in targets:
                     changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
-                    backend.clear_state(bare, optimizer, target, changed)
+                    for optimizer in optimizers:
+                        backend.clear_state(bare, optimizer, target, changed)
             self.masks.by_name.update(chosen.by_name)
             self.masks.apply_(bare, backend)
             backend.agree(self.masks.fingerprint(bare, backend), "the mask")

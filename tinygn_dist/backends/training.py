@@ -3,6 +3,8 @@
 | operation                            | meaning                                                                   |
 |--------------------------------------|---------------------------------------------------------------------------|
 | adopt(model, optimizer)              | a model that the caller prepared, with the same Accelerator, for training   |
+| wrapped(model)                       | what the Accelerator made of a bare model                                   |
+| on_state(save, load)                 | take part in the caller's save_state and load_state                         |
 | no_sync / backward / clip_grad_norm  | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)           | the torch optimizer whose step really moves the weights                     |
 | after_step(model, optimizer, call)   | `call()` once after every step that moved the weights, which are in place   |
@@ -22,6 +24,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +74,15 @@ class Training(ABC):
     def pausing(self, model: nn.Module) -> contextlib.AbstractContextManager:
         """What `paused` needs beyond eval mode, so that a backward of the bare model does not feed the optimizer."""
         return contextlib.nullcontext()
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """What the Accelerator made of a model, for who knows the bare one only."""
+        return model
+
+    def on_state(self, save: Callable[[Path], None], load: Callable[[Path], None]) -> None:
+        """Called with the folder, on every rank, whenever the caller's Accelerator saves or loads its state."""
+        self._accelerator.register_save_state_pre_hook(lambda models, weights, folder: save(Path(folder)))
+        self._accelerator.register_load_state_pre_hook(lambda models, folder: load(Path(folder)))
 
     # -- steps -------------------------------------------------------------------------------------------------------
     def inner_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:

@@ -51,6 +51,9 @@ class Zero(Backend):
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         engine.clip(self._training, max_norm)
 
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.deepspeed_engine_wrapped.engine
+
     def adopt(self, model: nn.Module, optimizer: Any) -> None:
         self._training = model
 
