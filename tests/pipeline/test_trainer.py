@@ -1,0 +1,85 @@
+"""The callback in transformers.Trainer: masks and schedule through its checkpoints, resume, best model and limit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import ROOT
+
+HISTORY = "[(2, 0.3), (4, 0.4), (6, 0.5)]"
+SCRIPT = str(ROOT / "tests/pipeline/trainer_script.py")
+
+
+def run(layout: str | None, *words: object) -> str:
+    """What the script printed, on one process or under a launch file."""
+    launch = []
+    if layout:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"configs/accelerate/{layout}.yaml")]
+    env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (
+        {"ACCELERATE_USE_CPU": "true"} if layout == "cpu" else {}
+    )
+    command = [sys.executable, *launch, SCRIPT, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def assert_half(state: dict[str, torch.Tensor]) -> None:
+    for name, weight in state.items():
+        if "_proj.weight" in name:
+            assert int((weight == 0).sum()) == weight.numel() // 2, name
+
+
+@pytest.mark.parametrize(
+    "layout", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "fsdp2", "zero2", "zero3"))]
+)
+def test_training_that_goes_on_from_a_checkpoint_ends_the_same(layout, saved_model, text_file: Path, tmp_path: Path):
+    words = (saved_model("llama"), text_file, tmp_path / "out")
+    told = run(layout, *words)
+    assert f"ranks {2 if layout else 1} history {HISTORY}" in told, told
+    whole = weights(tmp_path / "out/final")
+    assert_half(whole)
+    kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert kept == ["checkpoint-6", "checkpoint-8"], "save_total_limit"
+    shutil.rmtree(tmp_path / "out/checkpoint-8")
+    shutil.rmtree(tmp_path / "out/final")
+    assert HISTORY in run(layout, *words, "resume")
+    again = weights(tmp_path / "out/final")
+    for name, weight in whole.items():
+        assert torch.equal(weight == 0, again[name] == 0), name
+        torch.testing.assert_close(weight, again[name], rtol=0, atol=0 if layout in (None, "cpu") else 1e-5)
+
+
+def test_the_best_model_is_one_of_the_final_sparsity(saved_model, text_file: Path, tmp_path: Path):
+    """An earlier one, with fewer zeros, has the lower loss here: training at this rate makes it worse."""
+    told = run(None, saved_model("llama"), text_file, tmp_path / "out", "best")
+    best = Path(told.split("best ")[1].split()[0])
+    assert best.name in ("checkpoint-6", "checkpoint-8")
+    assert_half(weights(tmp_path / "out/final"))
+    assert_half(weights(best))
+
+
+def test_units_are_refused(tmp_path: Path, saved_model):
+    from transformers import Trainer, TrainingArguments
+
+    from tinygn_dist import load_config
+    from tinygn_dist.errors import UserError
+    from tinygn_dist.trainer import TinyGNCallback
+
+    model = AutoModelForCausalLM.from_pretrained(saved_model("llama"))
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))
+    with pytest.raises(UserError, match="before the Trainer makes its optimizer"):
+        TinyGNCallback(load_config(overrides={"model.name": "m", "prune.pattern": "channels"}), trainer)
