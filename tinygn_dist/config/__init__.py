@@ -69,6 +69,11 @@ class Config(Section):
             )
         if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
+        if self.recover.forward_only and self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} with recover.optimizer {self.recover.optimizer}, whose training is "
+                "not saved on the way; use adamw, sgd or nesterov, or leave it at 0"
+            )
         if self.recover.forward_only and schedule.changes and not prune.unit_kinds:
             raise ValueError(
                 f"recover.optimizer {self.recover.optimizer} keeps its masks, and schedule.kind {schedule.kind} with regrow "
