@@ -19,6 +19,23 @@ def wanda(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
     return weight.float().abs() * input_sq_sum.clamp(min=0).sqrt()
 
 
+def ria(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
+    """(|w| / sum of its row's |w| + |w| / sum of its column's |w|) * ||x||_2^(1/2) (relative importance and activations,
+    Zhang et al. 2024). weight: the whole (out, in) matrix; input_sq_sum: (in,)."""
+    size = weight.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    relative = size / size.sum(1, keepdim=True).clamp(min=tiny) + size / size.sum(0).clamp(min=tiny)
+    return relative * input_sq_sum.clamp(min=0).pow(0.25)
+
+
+def gblm(
+    weight: torch.Tensor, input_sq_sum: torch.Tensor, grad_sq_sum: torch.Tensor, alpha: float = 100
+) -> torch.Tensor:
+    """|w| * (||x||_2 + alpha * ||g||_2): Wanda with the norm of the weight's gradients over the samples (GBLM-Pruner, Das et
+    al. 2023). input_sq_sum broadcasts against the weight; the gradients' scale is that of each sample's mean loss."""
+    return weight.float().abs() * (input_sq_sum.clamp(min=0).sqrt() + alpha * grad_sq_sum.sqrt())
+
+
 def taylor(weight: torch.Tensor, grad_sum: torch.Tensor) -> torch.Tensor:
     """|w * g|: first-order change of the loss when the weight goes (Molchanov et al. 2019)."""
     return (weight.float() * grad_sum).abs()

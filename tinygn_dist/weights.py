@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -15,15 +15,16 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
-from tinygn_dist.estimate.energy import LossMoments, loss_moments
+from tinygn_dist.estimate.energy import loss_moments
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
+from tinygn_dist.moments import Moments
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import least_squares, obs
 from tinygn_dist.threshold import kth_largest
 
 log = logging.getLogger(__name__)
-DEFAULT_SCOPE = {"wanda": "row"}  # as published; elsewhere a weight matrix is the group
+DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
 WITHOUT_DATA = ("magnitude", "random")
 
 
@@ -74,19 +75,35 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
             return {name: score.magnitude(shard.weight) for name, shard in shards.items()}
         case "random":
             return {name: _random(shard, key_of(seed, name)) for name, shard in shards.items()}
-        case "wanda":
-            found = input_moments(setting, targets, full=False)
-            setting.backend.sum_over_data(found.moments.tensors())
-            scores = {}
-            for target in targets:
-                weight, energy = shards[target.name].weight, found.moments.rounded(found.of(target))
-                scores[target.name] = score.wanda(weight, target.per_input(energy, weight, shards[target.name].offset))
-            return scores
+        case "wanda" | "gblm":
+            energy = _input_energy(setting, targets)
+            pieces = {t.name: t.per_input(energy(t), shards[t.name].weight, shards[t.name].offset) for t in targets}
+            if criterion == "wanda":
+                return {name: score.wanda(shard.weight, pieces[name]) for name, shard in shards.items()}
+            grads = weight_gradients(setting, targets, squares=True)
+            return {n: score.gblm(shard.weight, pieces[n], grads.rounded(n)) for n, shard in shards.items()}
+        case "ria":
+            energy = _input_energy(setting, targets)
+            return {t.name: _ria(setting, t, shards[t.name], energy(t)) for t in targets}
         case "taylor" | "fisher":
             grads = weight_gradients(setting, targets, squares=criterion == "fisher")
             rule = score.fisher if criterion == "fisher" else score.taylor
             return {name: rule(shard.weight, grads.rounded(name)) for name, shard in shards.items()}
     raise AssertionError(criterion)
+
+
+def _input_energy(setting: Setting, targets: Sequence[Target]) -> Callable[[Target], torch.Tensor]:
+    """(in,) fp32 sums of squares of what a target reads, over the data of all ranks."""
+    found = input_moments(setting, targets, full=False)
+    setting.backend.sum_over_data(found.moments.tensors())
+    return lambda target: found.moments.rounded(found.of(target))
+
+
+def _ria(setting: Setting, target: Target, shard: Shard, energy: torch.Tensor) -> torch.Tensor:
+    """Sums of rows and of columns need the whole matrix: one at a time."""
+    whole = target.matrix(setting.backend.gather(setting.model, target, shard.weight))
+    scores = target.matrix(score.ria(whole, energy)).contiguous()
+    return setting.backend.cut(setting.model, target, scores)
 
 
 def _unreached(setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor]) -> list[Target]:
@@ -109,15 +126,15 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver; whole rows of each target are solved by one rank."""
     backend, aware = setting.backend, loss_aware(options)
-    jobs = (
-        loss_jobs(targets, loss_moments(setting, targets))
-        if aware
-        else input_jobs(targets, input_moments(setting, targets, full=True))
-    )
+    if aware:
+        found = loss_moments(setting, targets, options.energy_samples)
+        jobs = layer_jobs(targets, found.inputs, found.rows)
+    else:
+        jobs = layer_jobs(targets, input_moments(setting, targets, full=True))
     backend.sum_for_jobs(jobs)
     pruned = {target.name: _num_pruned(target, options) for target in targets}
     share = {"auto": options.allocation, "global": 1.0}.get(options.scope, 0.0)
-    if aware and share > 0:
+    if aware and share > 0 and options.nm is None:
         pruned |= _allocate(setting, targets, jobs, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -126,14 +143,14 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
         if unreached:  # with the identity the solver keeps the largest
             hessian = torch.eye(len(hessian), device=hessian.device)
             _warn_unreached(job.targets)
-        for target, weight in zip(job.targets, weights, strict=True):
+        for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
             solved = obs.prune(
                 weight,
                 hessian,
                 pruned[target.name],
                 nm=options.nm,
                 per_row=options.scope == "row",
-                row_energy=_row_factor(job) if aware and not unreached else None,
+                row_energy=_loss_per_error(job, index),
                 damping=options.damping,
             )
             if solved.damping > options.damping:
@@ -148,23 +165,23 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
 
 
 def loss_aware(options: PruneConfig) -> bool:
-    """Whether the solver weighs tokens and rows by gradient energy. Not for N:M: rows do not compete there, and token
-    weights made 2:4 worse on SmolLM2-135M."""
-    return options.estimator != "finite-difference" and options.nm is None
+    """Whether the solver weighs tokens and rows by gradient energy."""
+    return options.estimator != "finite-difference"
 
 
 def _allocate(
     setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
 ) -> dict[str, int]:
     """How many entries of each target go: `share` of the way from the same share everywhere to one global cut of
-    the saliency in units of loss. Experts that no token reached have no saliency and are not in it."""
+    the saliency in units of loss. Experts whose tokens had no gradient have no saliency and are not in it."""
     backend, held = setting.backend, {}
 
     def look(job: Job, weights: list[torch.Tensor]) -> None:
-        for target, weight in zip(job.targets, weights, strict=True) if not _is_unreached(job) else ():
-            held[target.name] = (
-                obs.saliency(weight, job.moments[0].float(), options.damping) * _row_factor(job)[:, None]
-            )
+        for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
+            loss_per_error = _loss_per_error(job, index)
+            if loss_per_error is not None:
+                saliency = obs.saliency(weight, job.moments[0].float(), options.damping)
+                held[target.name] = saliency.mul_(loss_per_error[:, None])
 
     def over_owners(tensor: torch.Tensor) -> torch.Tensor:
         backend.sum_over_data([tensor])  # each rank holds the saliencies of the targets it owns
@@ -187,10 +204,12 @@ def _is_unreached(job: Job) -> bool:
     return job.targets[0].index is not None and not job.moments[0].any()
 
 
-def _row_factor(job: Job) -> torch.Tensor:
-    """(out,) energy of each output row relative to the mean; the Hessian's token weights carry the scale."""
-    rows = job.moments[1].float()
-    return rows / rows.mean().clamp(min=torch.finfo(torch.float32).tiny)
+def _loss_per_error(job: Job, index: int) -> torch.Tensor | None:
+    """(out,) what a unit of squared error at each output row of a target costs in loss, up to one factor for the whole
+    model: the row's gradient energy over the trace of the Hessian that the error is measured with. None where no
+    gradient was measured."""
+    rows = job.moments[1 + index].float() if len(job.moments) > 1 else torch.zeros(())
+    return rows / job.moments[0].diagonal().float().sum() if rows.any() else None
 
 
 def _num_pruned(target: Target, options: PruneConfig) -> int:
@@ -198,17 +217,20 @@ def _num_pruned(target: Target, options: PruneConfig) -> int:
     return rows * (size - num_kept(size, options.sparsity))
 
 
-def input_jobs(targets: Sequence[Target], found: InputMoments) -> list[Job]:
-    """Targets grouped by the input they share, with its Gram matrix and the cost of factorising and sweeping it."""
+def layer_jobs(targets: Sequence[Target], inputs: InputMoments, rows: Moments | None = None) -> list[Job]:
+    """Targets grouped by the input they share, with its Gram matrix, the energy of each one's rows where it is known,
+    and the cost of factorising and sweeping it."""
     by_source: dict[str, list[Target]] = {}
     for target in targets:
-        by_source.setdefault(found.of(target), []).append(target)
-    return [Job(tuple(group), [found.moments.pop(source)], _solve_cost(group)) for source, group in by_source.items()]
-
-
-def loss_jobs(targets: Sequence[Target], found: LossMoments) -> list[Job]:
-    """One job per target: its token-weighted Hessian and the energy of its rows."""
-    return [Job((t,), [found.gram.pop(t.name), found.rows.pop(t.name)], _solve_cost([t])) for t in targets]
+        by_source.setdefault(inputs.of(target), []).append(target)
+    return [
+        Job(
+            tuple(group),
+            [inputs.moments.pop(source), *([] if rows is None else [rows.pop(t.name) for t in group])],
+            _solve_cost(group),
+        )
+        for source, group in by_source.items()
+    ]
 
 
 def _solve_cost(targets: Sequence[Target]) -> float:

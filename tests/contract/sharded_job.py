@@ -38,6 +38,8 @@ WEIGHT_CASES = {
     "taylor": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "fisher": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "obs": [{}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "ria": [{}, {"scope": "layer"}],
+    "gblm": [{}],
     "random": [{}],
 }
 CONV1D_CASES = [
@@ -46,7 +48,13 @@ CONV1D_CASES = [
     ("obs", {}),
     ("wanda", {"scope": "global"}),
 ]
-EXPERT_CASES = [("wanda", {}), ("taylor", {"scope": "global"}), ("fisher", {"pattern": "2:4"}), ("obs", {})]
+EXPERT_CASES = [
+    ("ria", {}),
+    ("wanda", {}),
+    ("taylor", {"scope": "global"}),
+    ("fisher", {"pattern": "2:4"}),
+    ("obs", {}),
+]
 UNIT_CASES = [
     {"pattern": "layers", "sparsity": 0.3},
     {"pattern": "layers", "sparsity": 0.3, "criterion": "magnitude"},

@@ -23,7 +23,7 @@ from tinygn_dist.weights import sparsify
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}
 PATTERNS = {**SCOPES, "2:4": ("2:4", "auto")}
-CASES = [(c, p) for c in ("magnitude", "wanda", "taylor", "fisher", "obs", "random") for p in PATTERNS]
+CASES = [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs", "random") for p in PATTERNS]
 
 
 def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[str, Any]:

@@ -2,47 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests import tiny
 from tinygn_dist.budget import blend
 from tinygn_dist.config import PruneConfig
+from tinygn_dist.estimate.activations import input_moments
 from tinygn_dist.estimate.energy import loss_moments
 from tinygn_dist.weights import sparsify
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classifier"])
 def test_loss_moments_equal_plain_autograd(family: str) -> None:
-    """sum_t s_t x x^T and sum_t dy^2 |x|^2 over real tokens, from gradients that torch keeps for us."""
+    """sum_t (1 + s_t / mean s) x x^T of every input, s_t over all that read it, and sum_t dy^2 |x|^2, over real tokens, from
+    gradients that torch keeps for us."""
     setting = tiny.setting(family)
-    name, module = setting.anatomy.targets[1].name, setting.anatomy.targets[1].module
-    found = loss_moments(setting, setting.anatomy.targets)
-    gram, rows = 0.0, 0.0
+    everything = sum(len(batch["input_ids"]) for batch in setting.batches)
+    found = loss_moments(setting, setting.anatomy.targets, everything)
+    gram, rows = {}, {}
     for batch in setting.batches:
-        kept = {}
+        for source, names, x, grads in _seen(setting, batch):
+            energy = sum(dy.square().mean(1) for dy in grads)
+            weighted = x * (1 + energy / energy.mean())[:, None]
+            gram[source] = gram.get(source, 0) + weighted.t() @ x
+            for name, dy in zip(names, grads, strict=True):
+                assert found.inputs.source_of[name] == source
+                rows[name] = rows.get(name, 0) + dy.square().t() @ x.square().sum(1)
+    assert len(rows) == len(setting.anatomy.targets)
+    for source, expected in gram.items():
+        close = dict(rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+        torch.testing.assert_close(found.inputs.moments.sum(source), expected, **close)
+    for name, expected in rows.items():
+        torch.testing.assert_close(found.rows.sum(name), expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
 
-        def keep(module, inputs, output, kept=kept) -> None:
+
+def _seen(setting, batch):
+    """For each input of the batch: its first reader's name, all readers' names, the fp64 real rows and gradients."""
+    by_input: dict[int, list] = {}
+
+    def keep(name):
+        def hook(module, inputs, output) -> None:
             output.retain_grad()
-            kept["x"], kept["y"] = inputs[0], output
+            by_input.setdefault(id(inputs[0]), []).append((name, inputs[0], output))
 
-        handle = setting.bare.get_submodule(module).register_forward_hook(keep)
-        setting.objective(setting.model, batch).total.sum().backward()
+        return hook
+
+    handles = [
+        setting.bare.get_submodule(target.module).register_forward_hook(keep(target.name))
+        for target in setting.anatomy.targets
+    ]
+    setting.objective(setting.model, batch).total.sum().backward()
+    for handle in handles:
         handle.remove()
-        real = batch["attention_mask"].bool()
-        x, dy = kept["x"].detach()[real].double(), kept["y"].grad[real].double()
-        gram = gram + (x * dy.square().mean(1, keepdim=True)).t() @ x
-        rows = rows + dy.square().t() @ x.square().sum(1)
     setting.bare.zero_grad()
-    torch.testing.assert_close(found.gram.sum(name), gram, rtol=1e-4, atol=1e-6 * float(gram.abs().max()))
-    torch.testing.assert_close(found.rows.sum(name), rows, rtol=1e-4, atol=1e-6 * float(rows.max()))
+    real = batch["attention_mask"].bool()
+    for readers in by_input.values():
+        names = [name for name, _, _ in readers]
+        grads = [output.grad[real].double() for _, _, output in readers]
+        yield names[0], names, readers[0][1].detach()[real].double(), grads
+
+
+def test_sequences_without_backward_weigh_their_tokens_alike() -> None:
+    """Gradient energy of the first micro-batch only: the sums are its own plus the plain ones of the others."""
+    setting = tiny.setting("llama")
+    targets = setting.anatomy.targets
+    found = loss_moments(setting, targets, 1)
+    alone = loss_moments(replace(setting, batches=setting.batches[:1]), targets, 1)
+    plain = input_moments(replace(setting, batches=setting.batches[1:]), targets, full=True)
+    for name in found.inputs.moments.names():
+        expected = alone.inputs.moments.sum(name) + plain.moments.sum(name)
+        torch.testing.assert_close(found.inputs.moments.sum(name), expected)
+    for target in targets:
+        assert torch.equal(found.rows.sum(target.name), alone.rows.sum(target.name))
 
 
 def test_loss_moments_leave_no_trace() -> None:
     setting = tiny.setting("llama")
     before = tiny.state_bytes(setting.bare)
     flags = [p.requires_grad for p in setting.bare.parameters()]
-    loss_moments(setting, setting.anatomy.targets)
+    loss_moments(setting, setting.anatomy.targets, 2)
     assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
     assert flags == [p.requires_grad for p in setting.bare.parameters()]
     assert all(p.grad is None for p in setting.bare.parameters())

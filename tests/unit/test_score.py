@@ -21,6 +21,18 @@ def test_magnitude_and_wanda(weight: torch.Tensor):
     torch.testing.assert_close(score.wanda(weight, inputs.square().sum(0)), torch.tensor(wanted))
 
 
+def test_ria_and_gblm(weight: torch.Tensor):
+    generator = torch.Generator().manual_seed(1)
+    inputs, grads = torch.randn(7, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
+    w, x, g = np.abs(weight.double().numpy()), inputs.double().numpy(), grads.double().numpy()
+    norms = np.sqrt((x**2).sum(0))
+    relative = np.array([[w[i, j] / w[i].sum() + w[i, j] / w[:, j].sum() for j in range(5)] for i in range(3)])
+    energy = inputs.square().sum(0)
+    np.testing.assert_allclose(score.ria(weight, energy).numpy(), relative * np.sqrt(norms), rtol=1e-5)
+    wanted = w * (norms + 100 * np.sqrt((g**2).sum(0)))
+    np.testing.assert_allclose(score.gblm(weight, energy, grads.square().sum(0)).numpy(), wanted, rtol=1e-5)
+
+
 def test_taylor_and_fisher(weight: torch.Tensor):
     grads = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
     w, g = weight.double().numpy(), grads.double().numpy()

@@ -212,7 +212,7 @@ def test_masks_without_gradients_need_no_backward(backend, no_backward, criterio
         assert int(keep.sum()) == target.numel // 2 and not torch.signbit(weight[~keep]).any()
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "taylor", "fisher", "obs"])
+@pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs"])
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
 def test_exact_counts_per_group(backend, criterion: str, scope: str, sparsity: float):

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, field_validator, model_validator
 from tinygn_dist.config.section import Section
 
 UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters")
-WEIGHT_CRITERIA = ("magnitude", "wanda", "taylor", "fisher", "obs", "random")
+WEIGHT_CRITERIA = ("magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs", "random")
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
 
@@ -31,7 +31,18 @@ class PruneConfig(Section):
     """of units, instead of sparsity: params=0.8, bytes=0.8 or flops=0.8, the share of the whole model that stays (flops: per
     token, without attention scores)"""
     criterion: Literal[
-        "auto", "magnitude", "wanda", "taylor", "fisher", "obs", "removal", "gate", "activation", "random"
+        "auto",
+        "magnitude",
+        "wanda",
+        "ria",
+        "gblm",
+        "taylor",
+        "fisher",
+        "obs",
+        "removal",
+        "gate",
+        "activation",
+        "random",
     ] = "auto"
     """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
     layer has more than 64 experts)"""
@@ -40,9 +51,11 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: float = Field(0.5, ge=0, le=1)
+    allocation: float = Field(0.75, ge=0, le=1)
     """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
     the saliency in units of loss (1)"""
+    energy_samples: int = Field(64, ge=1)
+    """criterion obs with backprop: calibration sequences that gradient energy is measured on, the first ones"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
@@ -119,7 +132,7 @@ class PruneConfig(Section):
                 f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
                 + ", ".join(allowed)
             )
-        if self.criterion in ("taylor", "fisher") and self.estimator == "finite-difference":
+        if self.criterion in ("taylor", "fisher", "gblm") and self.estimator == "finite-difference":
             raise ValueError(
                 f"criterion {self.criterion!r} ranks single weights, which finite differences cannot resolve (relative "
                 "error about d/K for K probes of d weights); use estimator backprop, or criterion obs"

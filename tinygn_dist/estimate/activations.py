@@ -40,6 +40,11 @@ class InputMoments:
     def of(self, target: Target) -> str:
         return self.source_of[target.name]
 
+    def merge(self, other: InputMoments) -> None:
+        """Add the sums of other batches."""
+        self.moments.merge(other.moments)
+        self.source_of |= other.source_of
+
 
 def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) -> InputMoments:
     """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
@@ -56,12 +61,16 @@ def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) ->
             if real:
                 _add(found, inputs, real_tokens(batch), full)
             advance()
-    # a rank without batches still takes part in the sums: names and shapes from a rank that had some
-    names = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
-    for name, shape in names[0]:
-        found.moments.reserve(name, shape, setting.backend.device)
-    found.source_of = names[1]
+    complete(found, setting)
     return found
+
+
+def complete(found: InputMoments, setting: Setting) -> None:
+    """A rank without batches still takes part in the sums: names and shapes come from a rank that had some."""
+    sums, source_of = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
+    for name, shape in sums:
+        found.moments.reserve(name, shape, setting.backend.device)
+    found.source_of = source_of
 
 
 def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
