@@ -195,6 +195,8 @@ class _Run(Resumable):
             "scores": scores.table,
             "tried": [asdict(trial) for trial in trials],
             "probe_forwards": scores.forwards,
+            "probe_forwards_exhaustive": scores.exhaustive,
+            "open_contests": scores.open,
             "probe_steps": scores.steps,
             "kinked_gates": scores.kinked,
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +19,7 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate import probes
 from tinygn_dist.estimate.activations import InputMoments, block_influence
+from tinygn_dist.estimate.adaptive import Contest, Limit, race
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.experts import output_mass
@@ -33,13 +37,17 @@ MANY = 64
 @dataclass
 class UnitScores:
     """by_group: (kind, layer) -> (units,) scores; a missing group is chosen by its solver. layer_order: layers, the
-    first to go first. table: what the report shows. forwards: probe passes spent. steps: of gate derivatives, by kind and
+    first to go first. table: what the report shows. forwards: probe passes spent; exhaustive: what removal
+    probes would have taken on every sequence; open: groups whose choice noise or the budget left open. steps: of gate derivatives, by kind and
     layer, with what was measured to choose them. kinked: gates at which the loss has no derivative."""
 
     by_group: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     layer_order: list[int] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
     forwards: int = 0
+    exhaustive: int = 0
+    open: int = 0
+    started: float = field(default_factory=time.monotonic)
     steps: list[dict[str, Any]] = field(default_factory=list)
     kinked: int = 0
 
@@ -61,7 +69,7 @@ def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: Inpu
         groups = setting.anatomy.of_kind(kind)
         criterion = _criterion(kind, groups, options)
         if getattr(most, kind) and criterion != "obs":
-            values = _group_scores(scores, setting, groups, criterion, options, moments)
+            values = _group_scores(scores, setting, groups, criterion, options, moments, getattr(most, kind))
             scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
     return scores
 
@@ -84,9 +92,9 @@ def _order_by_removal(scores: UnitScores, setting: Setting, num_removed: int, op
         return sorted(layers, key=lambda layer: (known[layer], layer))
 
     while len(gone) < num_removed:
-        seen = probes.measure(setting, [Probe(layer) for layer in ask], without=gone)
-        mean, error = score.ratio_mean(seen.differences, seen.counts)
-        scores.forwards += seen.forwards
+        wanted = min(1 + REPROBED if not known else 1, len(ask))  # the first look also says which to probe again
+        contest = Contest(tuple(range(len(ask))), wanted)
+        mean, error = _raced(scores, setting, [Probe(layer) for layer in ask], [contest], options, gone)
         for layer, value, deviation in zip(ask, mean.tolist(), error.tolist(), strict=True):
             known[layer] = value
             scores.table.append(_row("layers", layer, "removal", value, deviation) | {"without": list(gone)})
@@ -129,10 +137,11 @@ def _group_scores(
     criterion: str,
     options: PruneConfig,
     moments: InputMoments | None,
+    removed: int,
 ) -> list[torch.Tensor]:
     match criterion:
         case "removal":
-            return _removal(scores, setting, groups, options, moments)
+            return _removal(scores, setting, groups, options, moments, removed)
         case "gate":
             values = _gates(scores, setting, groups, options)
         case "activation" if groups[0].router:
@@ -163,6 +172,7 @@ def _removal(
     groups: Sequence[UnitGroup],
     options: PruneConfig,
     moments: InputMoments | None,
+    removed: int,
 ) -> list[torch.Tensor]:
     """One probe per head or expert; channels in blocks of similar activation energy, which orders them inside; of filters
     at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
@@ -180,9 +190,12 @@ def _removal(
         for group, parts in zip(groups, blocks, strict=True)
         for block in parts
     ]
-    seen = probes.measure(setting, asked)
-    scores.forwards += seen.forwards
-    mean, error = score.ratio_mean(seen.differences, seen.counts)
+    starts = itertools.accumulate((len(parts) for parts in blocks), initial=0)
+    contests = [
+        Contest(tuple(range(start, start + len(parts))), math.ceil(removed / len(parts[0])))
+        for start, parts in zip(starts, blocks, strict=False)
+    ]
+    mean, error = _raced(scores, setting, asked, [] if of_filters else contests, options)
     for probe, value, deviation in zip(asked, mean.tolist(), error.tolist(), strict=True):
         row = _row(probe.group.kind, probe.layer, "removal", value, deviation)
         scores.table.append(row | {"unit": probe.units[0], "units": len(probe.units)})
@@ -192,6 +205,26 @@ def _removal(
         values.append(spread(mean[position : position + len(parts)], parts, group.num_units))
         position += len(parts)
     return values
+
+
+def _raced(
+    scores: UnitScores,
+    setting: Setting,
+    asked: Sequence[Probe],
+    contests: Sequence[Contest],
+    options: PruneConfig,
+    without: Sequence[int] = (),
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss change of each probe and its standard error, as far as the contests need them known."""
+    limit = Limit(
+        float("inf") if options.probe_forwards is None else options.probe_forwards - scores.forwards,
+        float("inf") if options.probe_minutes is None else scores.started + 60 * options.probe_minutes,
+    )
+    found = race(setting, asked, contests if options.probe_adaptive else [], without=without, limit=limit)
+    scores.forwards += found.forwards
+    scores.exhaustive += found.exhaustive
+    scores.open += found.open
+    return found.mean, found.error
 
 
 def _share_among_units(losses: torch.Tensor, blocks: Sequence[torch.Tensor], num_units: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Forward-only training on connected ranks: the directions are dealt, and the result is that of one process."""
+"""Probes and forward-only training on connected ranks: the work is dealt, and the result is that of one process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
+from tinygn_dist.estimate.adaptive import Contest, race
+from tinygn_dist.estimate.probes import Probe, single_units
 from tinygn_dist.zeroth_order import ForwardOnly
 
 
@@ -27,3 +29,20 @@ def test_ranks_take_different_directions_and_end_with_the_same_weights(process_g
     for other_losses, other_digest, other_forwards in process_groups(2).call(descend):
         assert other_losses == losses and other_digest == digest and other_forwards == forwards // 2
     assert torch.tensor(losses).isfinite().all()
+
+
+def probe(backend: Backend) -> tuple[list[float], list[int], int]:
+    """Means and sequences of a race over 3 layers and 6 heads on three micro-batches; the layers this rank ran."""
+    setting, layers = tiny.setting("llama", backend, count=3, size=1), [0]
+    for layer in setting.model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))
+    asked = [*map(Probe, range(3)), *single_units(setting.anatomy.of_kind("heads"))]
+    found = race(setting, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    return found.mean.tolist(), found.sequences.tolist(), layers[0]
+
+
+def test_probes_are_dealt_where_batches_do_not_go_round(process_groups, backend):
+    mean, sequences, layers = probe(backend)
+    (one, other) = process_groups(2).call(probe)
+    assert one[:2] == other[:2] == (mean, sequences)
+    assert abs(one[2] - other[2]) <= 4 and one[2] + other[2] <= layers + 3, "a rank waited, or too much was done twice"

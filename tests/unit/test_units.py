@@ -39,7 +39,7 @@ def mean_loss(model: torch.nn.Module, batches: list, family: str) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_head_scores_are_losses_per_token_without_the_group(backend, family: str):
     setting = tiny.setting(family, backend)
-    scores = score_units(setting, Mix(heads=1), PruneConfig(pattern="heads"), None)
+    scores = score_units(setting, Mix(heads=1), PruneConfig(pattern="heads", probe_adaptive=False), None)
     base = mean_loss(setting.model, setting.batches, family)
     for layer, unit in itertools.product(range(3), range(2)):
         changed = plain.without_units(setting.model, family, "heads", {layer: [unit]})
@@ -54,7 +54,7 @@ def test_head_scores_are_losses_per_token_without_the_group(backend, family: str
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
     setting = tiny.setting(family, backend, model=tiny.build(family, num_hidden_layers=3))
-    order = score_units(setting, Mix(layers=2), PruneConfig(pattern="layers"), None).layer_order
+    order = score_units(setting, Mix(layers=2), PruneConfig(pattern="layers", probe_adaptive=False), None).layer_order
     gone: list[int] = []
     for _ in range(2):
         left = [layer for layer in range(3) if layer not in gone]

@@ -60,6 +60,12 @@ class PruneConfig(Section):
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
+    probe_adaptive: bool = False
+    """measure removal probes on more sequences only where it is still open what goes"""
+    probe_forwards: int | None = Field(None, ge=1)
+    """stop probing after about this many forwards (of one micro-batch each, over all ranks) and choose by what is known"""
+    probe_minutes: float | None = Field(None, gt=0)
+    """the same after so many minutes; the result then depends on the speed of the machines"""
     probe_step: float | None = Field(None, gt=0, lt=1)
     """step of a gate derivative (a gate is 1); by default measured for each group of units from the loss's noise and
     curvature"""

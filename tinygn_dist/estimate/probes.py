@@ -8,6 +8,7 @@ batch; each rank fills in the sequences it saw, so the sum over ranks is exact a
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,15 +51,17 @@ class Measured:
 def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int] = ()) -> Measured:
     """Loss change of every probe on every sequence. `without`: layers that are already gone.
 
-    Batches are shared over the ranks; each probe restarts from the cached input of its layer.
+    Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its layer.
     """
     sizes = [batch_size(batch) for batch in setting.batches]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
     base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
     layers = [layer for layer in range(setting.anatomy.num_layers) if layer not in without]
-    mine = setting.backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
-    with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(probes)) as advance:
-        for (batch, start), real in mine:
+    parts = _num_parts(setting, len(probes))
+    work = [(batch, sum(sizes[:i]), part) for i, batch in enumerate(setting.batches) for part in range(parts)]
+    mine = setting.backend.share(work)
+    with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(probes) // parts) as advance:
+        for (batch, start, part), real in mine:
             batch = setting.on_device(batch)
             cache = PrefixCache()
             with (
@@ -67,15 +70,23 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
             ):
                 plain = setting.objective(setting.model, batch)
             span = slice(start, start + len(plain.total))
-            if real:
+            if real and part == 0:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
-            for index, probe in enumerate(probes):
-                total = _probed(setting, batch, layers, cache, probe)
+            for index in range(part, len(probes), parts):
+                total = _probed(setting, batch, layers, cache, probes[index])
                 if real:
                     differences[index, span] = (total - plain.total).cpu()
                 advance()
     setting.backend.sum_over_data([differences, base, counts])
     return Measured(differences, counts, base, len(probes) * len(setting.batches))
+
+
+def _num_parts(setting: Setting, num_probes: int) -> int:
+    """Into how many parts the probes of a micro-batch are cut so that no rank waits for another: every part costs a plain
+    forward of its own. One where ranks share a copy of the model, because they take part in the same forwards."""
+    ranks = setting.backend.num_ranks
+    parts = ranks // math.gcd(ranks, max(1, len(setting.batches)))
+    return parts if not setting.backend.shards_weights and num_probes >= 2 * parts else 1
 
 
 def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
