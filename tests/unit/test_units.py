@@ -51,6 +51,13 @@ def test_head_scores_are_losses_per_token_without_the_group(backend, family: str
     assert (first < second) == (rows[0] < rows[1])
 
 
+def test_adaptive_probing_spends_less_within_its_budget(backend):
+    setting = tiny.setting("llama", backend, count=6)
+    asked = PruneConfig(pattern="layers", probe_adaptive=True, probe_forwards=3)
+    scores = score_units(setting, Mix(layers=1), asked, None)
+    assert scores.forwards == 3 * 1 and scores.exhaustive == 3 * 6 and len(scores.layer_order) == 1
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
     setting = tiny.setting(family, backend, model=tiny.build(family, num_hidden_layers=3))
