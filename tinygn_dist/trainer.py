@@ -1,4 +1,4 @@
-"""Compression inside transformers.Trainer and what derives from it (TRL's SFTTrainer)."""
+"""Compression inside transformers.Trainer and what derives from it (such as TRL's SFTTrainer)."""
 
 from __future__ import annotations
 
