@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -63,7 +65,9 @@ class Compressor:
         prune = self.config.prune
         self._task = task_of(self.config.model, model.config)
         self.backend.agree(self.config.fingerprint(), "the config")
-        self._anatomy: Anatomy = read_anatomy(model, needs_units=bool(prune.unit_kinds))
+        with torch.device("meta"):  # the model itself may be in pieces already (Trainer under ZeRO-3)
+            skeleton = type(model)._from_config(copy.deepcopy(model.config))
+        self._anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(prune.unit_kinds))
         if prune.unit_kinds and self.config.schedule.changes:
             raise UserError(
                 f"schedule.kind {self.config.schedule.kind} with pattern {prune.pattern}: units can only go before your "

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.conftest import ROOT
 from tinygn_dist.cli import main
 
 SMALL = [
@@ -58,3 +60,16 @@ def compress(tinygn: Callable[..., Done]) -> Callable[..., Done]:
 
 def report_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "tinygn_report.json").read_text(encoding="utf-8"))
+
+
+def launch_file(layout: str, folder: Path) -> Path:
+    """The launch file people copy, with what the caller's script decides (accumulation, batch size) left to it."""
+    asked = yaml.safe_load((ROOT / f"configs/accelerate/{layout}.yaml").read_text(encoding="utf-8"))
+    if layout.startswith("zero"):
+        engine = json.loads((ROOT / f"configs/deepspeed/{layout}.json").read_text(encoding="utf-8"))
+        engine |= {"gradient_accumulation_steps": "auto", "train_micro_batch_size_per_gpu": "auto"}
+        engine |= {"gradient_clipping": 1.0}
+        (folder / "engine.json").write_text(json.dumps(engine), encoding="utf-8")
+        asked["deepspeed_config"]["deepspeed_config_file"] = str(folder / "engine.json")
+    (folder / "launch.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
+    return folder / "launch.yaml"

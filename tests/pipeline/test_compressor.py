@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT
+from tests.pipeline.conftest import launch_file
 from tinygn_dist import Compressor, load_config
 from tinygn_dist.errors import UserError
 
@@ -24,14 +23,13 @@ GRADUAL = ("prune.pattern=unstructured", "prune.sparsity=0.5", "prune.criterion=
 
 def run(layout: str, folder: Path, data: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess:
     """Under the launch file people copy, with gradient accumulation left to the script."""
-    asked = yaml.safe_load((ROOT / f"configs/accelerate/{layout}.yaml").read_text(encoding="utf-8"))
-    if layout.startswith("zero"):
-        engine = json.loads((ROOT / f"configs/deepspeed/{layout}.json").read_text(encoding="utf-8"))
-        engine |= {"gradient_accumulation_steps": "auto", "gradient_clipping": 1.0}
-        (out.parent / "engine.json").write_text(json.dumps(engine), encoding="utf-8")
-        asked["deepspeed_config"]["deepspeed_config_file"] = str(out.parent / "engine.json")
-    (out.parent / "launch.yaml").write_text(yaml.safe_dump(asked), encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(out.parent / "launch.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(launch_file(layout, out.parent)),
+    ]
     command += [str(ROOT / "tests/pipeline/user_script.py"), str(folder), str(data), str(out), *overrides]
     env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT
+from tests.pipeline.conftest import launch_file
 
 HISTORY = "[(2, 0.3), (4, 0.4), (6, 0.5)]"
 SCRIPT = str(ROOT / "tests/pipeline/trainer_script.py")
@@ -22,7 +23,7 @@ def run(layout: str | None, *words: object) -> str:
     """What the script printed, on one process or under a launch file."""
     launch = []
     if layout:
-        launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / f"configs/accelerate/{layout}.yaml")]
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(launch_file(layout, Path(words[2]).parent))]
     env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (
         {"ACCELERATE_USE_CPU": "true"} if layout == "cpu" else {}
