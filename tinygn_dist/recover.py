@@ -92,6 +92,7 @@ class Recovery:
         with self.backend.in_fp32(model):
             model.train()
             self._train(model, masks, course, self.plan.total if stop is None else stop)
+            self.backend.spread_buffers(model)
             model.eval()
 
     def _train(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:

@@ -84,6 +84,11 @@ class Backend(Training):
         for tensor in [*model.parameters(), *model.buffers()]:
             collectives.broadcast_(tensor.data, 0)
 
+    def spread_buffers(self, model: nn.Module) -> None:
+        """The main rank's buffers everywhere: running statistics of norms differ, because each rank saw its own data."""
+        for buffer in self.unwrap(model).buffers():
+            collectives.broadcast_(buffer.data, 0)
+
     @contextlib.contextmanager
     def in_fp32(self, model: nn.Module) -> Iterator[None]:
         """Afterwards every tensor has its own dtype again: buffers are often fp32 in a bf16 model, and must stay so."""
