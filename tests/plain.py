@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
+from tinygn_dist.backends.base import Backend
 from tinygn_dist.objective import Batch, Losses
 
 LAYERS = {  # where each family keeps its layers, and what its config calls their number
@@ -112,3 +113,8 @@ def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
         output = forward(model, batch)
     values = output.logits if "logits" in output else output.last_hidden_state
     return values[batch["attention_mask"].bool()] if values.dim() == 3 and "attention_mask" in batch else values
+
+
+def full_state(backend: Backend, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all whole tensors on every rank; tied ones under one name. A collective."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in backend.full_tensors(model)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pydoc_data.topics
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,15 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
-from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.anatomy import Anatomy, read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import IGNORED, Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
+from tinygn_dist.shrink import Cut
+from tinygn_dist.units import KeptUnits
 
 VOCAB = 128
 _IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)
@@ -173,3 +176,17 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 def positions(blocks: Sequence[int], width: int) -> list[int]:
     """Features of units that are blocks of `width`."""
     return [unit * width + i for unit in blocks for i in range(width)]
+
+
+def smaller_state(state: dict[str, torch.Tensor], anatomy: Anatomy, kept: KeptUnits) -> dict[str, torch.Tensor]:
+    """The state dict of the smaller model."""
+    cut = Cut(anatomy, kept, {name: tensor.shape for name, tensor in state.items()})
+    small = {}
+    for name, tensor in state.items():
+        layer = re.match(rf"{re.escape(anatomy.layers_path)}\.(\d+)\.", name)
+        if layer and int(layer[1]) not in kept.layers:
+            continue
+        new = f"{anatomy.layers_path}.{kept.layers.index(int(layer[1]))}.{name[layer.end() :]}" if layer else name
+        assert cut.source(new) == name
+        small[new] = cut.of(name, tensor)
+    return small

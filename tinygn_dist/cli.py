@@ -1,7 +1,8 @@
 """The console script `tinygn`, which launch/compress.py enters too: arguments -> Config -> compress -> exit code.
 
 Exit codes: 0 done; 2 bad input; 3 refused (a model, pattern or launch that cannot be handled); 75 asked to stop (SIGTERM),
-a checkpoint is written and the same command with --resume auto goes on; 130 interrupted; anything else is a bug of ours.
+a checkpoint is written and the same command with --resume auto goes on; 130 interrupted; 128 + N a rank was killed by
+signal N; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
     config = load_config(arguments.recipe, overrides)
     asked = config.distributed.num_processes or _asked_of_launcher()
     if asked and asked > 1 and "WORLD_SIZE" not in os.environ and not _under_launcher():
-        return launch("tinygn_dist.cli", argv, asked)
+        code, untold = launch("tinygn_dist.cli", argv, asked)
+        if untold:
+            _tell(untold)
+        return code
     distributed = config.distributed.model_copy(update={"num_processes": asked})
     backend = make_backend(distributed)
     _configure_logging(backend.is_main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.resume import read_masks, write_masks
 from tinygn_dist.selection import check_nm
-from tinygn_dist.shrink import fill_smaller, smaller_config
+from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.units import plan_mixes, remove_units
 
 _STATE = "tinygn"
@@ -94,8 +95,9 @@ class Compressor:
         setting = self._setting(model, self._batches)
         kept, _, _ = remove_units(setting, mixes, prune)
         self.backend.agree(kept.fingerprint(), "the kept units")
-        small = type(model)._from_config(smaller_config(model.config, self._anatomy, kept), dtype=model.dtype)
-        return fill_smaller(small, model, self._anatomy, kept, self.backend).train(training)
+        config = smaller_config(model.config, self._anatomy, kept)
+        build = functools.partial(type(model)._from_config, config, dtype=model.dtype)
+        return smaller_origin(build, model, self._anatomy, kept, self.backend).take_whole().train(training)
 
     def attach(
         self,
@@ -144,14 +146,17 @@ class Compressor:
             raise UserError("no masks were chosen; call attach() after prepare() and before training")
         if self.masks is not None and (wrong := self.masks.masks.violations(model, self.backend)):
             raise UserError(f"{wrong} masked weights are not zero; train with the optimizer that attach() was given")
-        state, output = self.backend.full_state(model), self.config.output.model_copy(update={"dir": str(folder)})
+        output = self.config.output.model_copy(update={"dir": str(folder)})
+        held = sum(piece.numel() * piece.element_size() for piece in self.backend.pieces(model).values())
+        size = int(self.backend.sum_over_shards(torch.tensor([held])))
         with self.backend.together("checking the output folder"):
-            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
             destination = export.claim(output, self.config.model.name, size)
-        with export.draft(destination, self.backend) as draft, self.backend.together("writing the checkpoint"):
-            if self.backend.is_main:
-                bare = self.backend.unwrap(model)
-                export.write_checkpoint(draft, bare, state, processor, output.max_shard_gib)
+        with (
+            export.only_writer(destination, self.backend),
+            export.draft(destination, self.backend) as draft,
+            self.backend.together("writing the checkpoint"),
+        ):
+            export.write_checkpoint(draft, model, {}, processor, output.max_shard_gib, self.backend)
 
     # -- checkpoints that somebody else writes -------------------------------------------------------------------------
     def save_state(self, folder: Path) -> None:

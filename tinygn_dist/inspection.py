@@ -21,6 +21,7 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.families import family_of
 from tinygn_dist.objective import objective_of
+from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.progress import Progress
 from tinygn_dist.report import REPORT_FILE, Report
 from tinygn_dist.servable import verdicts
@@ -124,18 +125,19 @@ def evaluate(arguments: argparse.Namespace) -> int:
             f"{arguments.model} has no head whose quality could be measured alone; its report has the distance "
             "to the dense model's features"
         )
-    model, processor = load.load_model(source), load.load_processor(source)
-    model = backend.prepare(model)
+    processor = load.load_processor(source)
+    anatomy = read_anatomy(load.skeleton(source), needs_units=False)
+    model = backend.place(from_checkpoint(source, backend))
+    load.refuse_nonfinite(backend.pieces(model))
     train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
     splits = calibration.load_splits(data, source.task, processor, train_len)
     figures: dict[str, Any] = {
-        "num_params": sum(p.numel() for p in model.parameters()),
+        "num_params": anatomy.total_params,
         "bytes": sum(file.stat().st_size for file in Path(source.path).glob(source.gguf_file or "*.safetensors"))
         if Path(source.path).is_dir()
         else None,
     }
     progress = Progress(shown=backend.is_main)
-    anatomy = read_anatomy(model, needs_units=False)
     setting = Setting(model, anatomy, objective_of(source.task), splits.evaluation, backend, progress)
     figures |= quality(setting, source.task, "evaluating")
     if not arguments.no_latency:

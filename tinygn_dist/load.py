@@ -5,8 +5,10 @@ Weights come from safetensors or a `weights_only` load; a pickle out of somebody
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from tinygn_dist.config import ModelConfig
 from tinygn_dist.errors import Refused, UserError
@@ -102,10 +107,10 @@ def find_model(options: ModelConfig) -> Source:
     return Source(path, gguf_file, config, task_of(options, config), options)
 
 
-def skeleton(source: Source) -> nn.Module:
-    """The model on the meta device: structure and shapes without weights."""
+def skeleton(source: Source, config: PretrainedConfig | None = None) -> nn.Module:
+    """The model (or one of the same class with other sizes) on the meta device: structure and shapes without weights."""
     with torch.device("meta"):
-        return _build(source)
+        return _build(source, config)
 
 
 def load_model(source: Source) -> nn.Module:
@@ -132,8 +137,32 @@ def load_model(source: Source) -> nn.Module:
         model = _without_gguf_mark(model, source)
     if getattr(model, "generation_config", None) is not None:
         _mend_generation_config(model)
-    refuse_nonfinite(model)
+    refuse_nonfinite(dict(model.named_parameters()))
     return model.eval()
+
+
+def safetensors_files(source: Source) -> list[Path]:
+    """The checkpoint's safetensors files, downloaded where needed; none where it is stored otherwise."""
+    revision = {"revision": source.options.revision} if source.options.revision else {}
+    missing_is_fine = {"_raise_exceptions_for_missing_entries": False, **revision}
+    try:
+        index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **missing_is_fine)
+        if index:
+            return [Path(file) for file in get_checkpoint_shard_files(source.path, index, **revision)[0]]
+        single = cached_file(source.path, SAFE_WEIGHTS_NAME, **missing_is_fine)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(_explain(source.options.name, error)) from None
+    return [Path(single)] if single else []
+
+
+def read_generation_config(model: nn.Module, source: Source) -> None:
+    """As `from_pretrained` does: the checkpoint's own where it has one."""
+    if getattr(model, "generation_config", None) is None:
+        return
+    with contextlib.suppress(OSError):
+        options = {"revision": source.options.revision} if source.options.revision else {}
+        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
+    _mend_generation_config(model)
 
 
 def load_processor(source: Source) -> Any:
@@ -145,19 +174,24 @@ def load_processor(source: Source) -> Any:
         raise UserError(f"{source.options.name} has no readable tokenizer or processor: {_first_line(error)}") from None
 
 
-def refuse_nonfinite(model: nn.Module) -> None:
-    """UserError naming the first parameter that holds NaN or inf."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+def refuse_nonfinite(tensors: Mapping[str, torch.Tensor]) -> None:
+    """UserError naming the first weight that holds NaN or inf."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
             raise UserError(f"weight {name} holds NaN or inf; the checkpoint is broken, use another one")
+
+
+def asked_dtype(source: Source) -> torch.dtype | None:
+    """The dtype the options or the checkpoint's config name; None when neither does."""
+    if source.options.dtype != "auto":
+        return getattr(torch, source.options.dtype)
+    named = torch.float32 if source.gguf_file else getattr(source.config, "dtype", None)
+    return getattr(torch, named) if isinstance(named, str) else named
 
 
 def dtype_of(source: Source) -> torch.dtype:
     """The dtype the weights will have, as far as the config tells."""
-    if source.gguf_file and source.options.dtype == "auto":
-        return torch.float32
-    dtype = source.options.dtype if source.options.dtype != "auto" else getattr(source.config, "dtype", None)
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    return asked_dtype(source) or torch.float32
 
 
 def stored_bytes(skeleton: nn.Module, source: Source) -> int:

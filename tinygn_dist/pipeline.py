@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
 from tinygn_dist import calibration, export, filters, load, units
@@ -24,13 +25,14 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
+from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, Recovery, check_batch
 from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.resume import Resumable
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
-from tinygn_dist.shrink import fill_smaller, smaller_config
+from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.target import meet_target
 
 log = logging.getLogger(__name__)
@@ -49,30 +51,8 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     with backend.together("checking the request"):
         run.check()
 
-    with run.stage("load"), backend.together("loading the model"):
-        run.load()
-    with run.stage("data"):
-        run.read_data()
-    if run.find_checkpoint():
-        with run.stage("restore"):
-            run.restore()
-    else:
-        with run.stage("evaluate before"):
-            run.evaluate_before()
-        with run.stage("compress"):
-            if config.prune.unit_kinds:
-                run.remove_units()
-            else:
-                run.sparsify()
-        if config.recover.steps:
-            with run.stage("evaluate compressed"):
-                run.report.compressed = run.quality(run.model)
-            run.save_or_go_on()
-    if config.recover.steps:
-        with run.stage("recover"):
-            run.recover()
-    with run.stage("export"):
-        run.export()
+    with export.only_writer(run.destination, backend):
+        run.every_stage()
     return run.report
 
 
@@ -101,11 +81,41 @@ class _Run(Resumable):
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
 
+    def every_stage(self) -> None:
+        """The order of the method."""
+        with self.stage("load"):
+            self.load()
+        with self.stage("data"):
+            self.read_data()
+        if self.find_checkpoint():
+            with self.stage("restore"):
+                self.restore()
+        else:
+            self.compress()
+        if self.config.recover.steps:
+            with self.stage("recover"):
+                self.recover()
+        with self.stage("export"):
+            self.export()
+
+    def compress(self) -> None:
+        with self.stage("evaluate before"):
+            self.evaluate_before()
+        with self.stage("compress"):
+            if self.config.prune.unit_kinds:
+                self.remove_units()
+            else:
+                self.sparsify()
+        if self.config.recover.steps:
+            with self.stage("evaluate compressed"):
+                self.report.compressed = self.quality(self.model)
+            self.save_or_go_on()
+
     def check(self) -> None:
         """Everything that can be refused without reading a weight."""
         config = self.config
         self.source = load.find_model(config.model)
-        skeleton = load.skeleton(self.source)
+        skeleton = self.skeleton = load.skeleton(self.source)
         self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
         self.mixes: list[Mix] = []
         self.targets: tuple[Target, ...] = ()
@@ -130,21 +140,17 @@ class _Run(Resumable):
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
 
     def load(self) -> None:
-        if self.source.is_local:
-            model = load.load_model(self.source)
-        else:
-            model = self.backend.main_first(lambda: load.load_model(self.source))
-        self.digest = weights_digest(model)
-        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-        parameters = list(model.parameters())
+        self.model, self.dtypes = self.placed(self.source)
+        self.digest = weights_digest(self.backend.full_tensors(self.model))
+        sizes = {name: p.numel() for name, p in self.skeleton.named_parameters()}
         self.size = {
-            "num_params": sum(p.numel() for p in parameters),
-            "bytes": sum(p.numel() * p.element_size() for p in parameters),
+            "num_params": sum(sizes.values()),
+            "bytes": sum(size * self.dtypes[name].itemsize for name, size in sizes.items()),
         }
-        self.model = self.backend.prepare(model)
-        self.processor = load.load_processor(self.source)
+        with self.backend.together("loading the tokenizer or processor"):
+            self.processor = load.load_processor(self.source)
         if self.config.recover.steps and self.config.recover.distill:
-            self.teacher = self.backend.prepare(load.load_model(self.source))
+            self.teacher, _ = self.placed(self.source)
 
     def read_data(self) -> None:
         config, rows = self.config, None
@@ -201,11 +207,13 @@ class _Run(Resumable):
             "kinked_gates": scores.kinked,
         }
         bare = self.backend.unwrap(self.model)
-        small = load.rebuild(self.source, smaller_config(bare.config, self.anatomy, kept), bare.dtype)
-        left = sum(p.numel() for p in small.parameters())
-        small = fill_smaller(small, self.model, self.anatomy, kept, self.backend)
-        self.anatomy = read_anatomy(small, needs_units=True)
-        self.model = self.backend.prepare(small)
+        config, dtype = smaller_config(bare.config, self.anatomy, kept), next(iter(self.dtypes.values()))
+        smaller = smaller_origin(
+            lambda: load.rebuild(self.source, config, dtype), self.model, self.anatomy, kept, self.backend
+        )
+        self.model, self.dtypes = self.backend.place(smaller), smaller.dtypes
+        self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
+        left = self.anatomy.total_params
         if self.cut is filters and self.config.prune.compensate:
             filters.reestimate_norms(self.setting(self.model, self.splits.calibration))
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
@@ -268,23 +276,22 @@ class _Run(Resumable):
 
     def export(self) -> None:
         """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
-        state = self.backend.full_state(self.model)  # in the checkpoint's dtypes, whatever the model ran in
-        state = {name: tensor.to(self.dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
-        with export.draft(self.destination, self.backend) as draft:
-            with self.backend.together("writing the checkpoint"):
-                if self.backend.is_main:
-                    bare = self.backend.unwrap(self.model)
-                    export.write_checkpoint(draft, bare, state, self.processor, self.config.output.max_shard_gib)
-            self.backend.barrier()
-            with self.backend.together("reading the checkpoint back (every rank must see the output folder)"):
-                disk = export.read_back(draft, state)
-                written = self.config.model.model_copy(
-                    update={"name": str(draft), "task": self.source.task, "revision": None}
+        backend, output = self.backend, self.config.output
+        with export.draft(self.destination, backend) as draft:
+            with backend.together("writing the checkpoint"):
+                written = export.write_checkpoint(
+                    draft, self.model, self.dtypes, self.processor, output.max_shard_gib, backend
                 )
-                reloaded = load.load_model(load.find_model(written))
-                export.check_renamed(reloaded, disk, state)
-                self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded)
-            reloaded = self.backend.prepare(reloaded)
+            backend.barrier()
+            with backend.together("reading the checkpoint back (every rank must see the output folder)"):
+                disk = export.read_back(draft, written)
+                asked = {"name": str(draft), "task": self.source.task, "revision": None}
+                source = load.find_model(self.config.model.model_copy(update=asked))
+            disk = backend.everyone(disk)[0]  # of the rank that wrote it
+            reloaded, _ = self.placed(source)
+            with backend.together("comparing what was reloaded"):
+                export.check_reloaded(reloaded, self.model, self.dtypes, backend)
+            self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -294,6 +301,14 @@ class _Run(Resumable):
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
         self.checkpoints.remove()
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
+
+    def placed(self, source: load.Source) -> tuple[nn.Module, dict[str, torch.dtype]]:
+        """The model of a checkpoint as the backend spreads it, and the dtypes it has on disk."""
+        origin = from_checkpoint(source, self.backend)
+        model = self.backend.place(origin)
+        with self.backend.together("checking the weights"):
+            load.refuse_nonfinite(self.backend.pieces(model))
+        return model, origin.dtypes
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
         return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from tinygn_dist.anatomy import Anatomy, Slice
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
 from tinygn_dist.units import KeptUnits
 
 
@@ -43,44 +44,55 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
     return small
 
 
-def smaller_state(state: Mapping[str, torch.Tensor], anatomy: Anatomy, kept: KeptUnits) -> dict[str, torch.Tensor]:
-    """The state dict of the smaller model. state: full tensors by name."""
-    keep: dict[tuple[str, int], torch.Tensor] = {}
-    for group in anatomy.groups:
-        units = kept.of(group.kind).get(group.layer)
-        if units is not None:
-            gone = sorted(set(range(group.num_units)) - set(units))
-            for piece in group.slices:
-                size = state[piece.tensor].shape[piece.dim]
-                mask = keep.setdefault((piece.tensor, piece.dim), torch.ones(size, dtype=torch.bool))
-                mask[_entries(piece, gone)] = False
-    position = {layer: index for index, layer in enumerate(kept.layers)}
-    pattern = re.compile(rf"^{re.escape(anatomy.layers_path)}\.(\d+)\.")
-    small = {}
-    for name, tensor in state.items():
-        for dim in range(tensor.dim()):
-            if (name, dim) in keep:
-                tensor = tensor.index_select(dim, keep[name, dim].nonzero().squeeze(1).to(tensor.device))
-        found = pattern.match(name)
-        if found:
-            if int(found.group(1)) not in position:
-                continue
-            name = f"{anatomy.layers_path}.{position[int(found.group(1))]}.{name[found.end() :]}"
-        small[name] = tensor.contiguous()
-    return small
+class Cut:
+    """Which entries of a dense model's tensors a smaller model keeps, and under which names."""
+
+    def __init__(self, anatomy: Anatomy, kept: KeptUnits, shapes: Mapping[str, Sequence[int]]) -> None:
+        """shapes: of the dense model's tensors, by name."""
+        self._keep: dict[tuple[str, int], torch.Tensor] = {}
+        for group in anatomy.groups:
+            units = kept.of(group.kind).get(group.layer)
+            if units is not None:
+                gone = sorted(set(range(group.num_units)) - set(units))
+                for piece in group.slices:
+                    mask = torch.ones(shapes[piece.tensor][piece.dim], dtype=torch.bool)
+                    self._keep.setdefault((piece.tensor, piece.dim), mask)[_entries(piece, gone)] = False
+        self._layers, self._path = kept.layers, anatomy.layers_path
+        self._pattern = re.compile(rf"^{re.escape(anatomy.layers_path)}\.(\d+)\.")
+
+    def source(self, name: str) -> str:
+        """The name in the dense model of a tensor of the smaller one."""
+        found = self._pattern.match(name)
+        return f"{self._path}.{self._layers[int(found.group(1))]}.{name[found.end() :]}" if found else name
+
+    def of(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What is left of a dense tensor, named as in the dense model."""
+        for dim in range(whole.dim()):
+            if (name, dim) in self._keep:
+                whole = whole.index_select(dim, self._keep[name, dim].nonzero().squeeze(1).to(whole.device))
+        return whole
 
 
-def fill_smaller(small: nn.Module, dense: nn.Module, anatomy: Anatomy, kept: KeptUnits, backend: Backend) -> nn.Module:
-    """`small`, built from `smaller_config`, with the kept weights of the prepared `dense` model; in eval mode, not yet
-    prepared. A collective: the main rank fills, the others take its weights."""
-    state = backend.full_state(dense)
-    with backend.together("filling the smaller model"):
-        if backend.is_main:
-            small.load_state_dict(smaller_state(state, anatomy, kept), strict=True)
-    backend.spread(small)
-    small.tie_weights()
-    small.generation_config = getattr(backend.unwrap(dense), "generation_config", None)
-    return small.eval()
+def smaller_origin(
+    build: Callable[[], nn.Module], dense: nn.Module, anatomy: Anatomy, kept: KeptUnits, backend: Backend
+) -> Origin:
+    """The smaller model, to be placed by the backend, with the kept weights of the prepared `dense` one. build: makes it
+    from `smaller_config`. Placing it is a collective: one dense tensor at a time is whole on a rank."""
+    bare = backend.unwrap(dense)
+    # ZeRO-3 says the shape of a weight that is not there in its own way
+    shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in bare.state_dict(keep_vars=True).items()}
+    cut = Cut(anatomy, kept, shapes)
+
+    def run(name: str, low: int, high: int) -> torch.Tensor:
+        source = cut.source(name)
+        return cut.of(source, backend.whole(dense, source)).reshape(-1)[low:high]
+
+    def empty() -> tuple[nn.Module, Run]:
+        small = hollow(build)
+        small.generation_config = getattr(bare, "generation_config", None)
+        return small, run
+
+    return Origin(lambda: filled(*empty()), empty)
 
 
 def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:

@@ -6,29 +6,37 @@ writes what must be the same on every backend (fingerprints, digests, losses) to
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers as hf
 from torch import nn
 
+from tests import plain
 from tests.contract.gradual_checks import gradual, resumed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
+from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
-from tinygn_dist.config import Config, DistributedConfig, PruneConfig, RecoverConfig
+from tinygn_dist.backends.pieces import tensors_of
+from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.masking import Masks
+from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.pipeline import compress
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Recovery, freeze, make_optimizer
 from tinygn_dist.schedule import Plan
+from tinygn_dist.stored import StoredTensors
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
 
@@ -98,6 +106,51 @@ def nothing_stays(backend: Backend) -> None:
     assert model() is None
 
 
+def loading(backend: Backend, sharded: int, folder: Path) -> None:
+    """From a checkpoint, the same model; where `sharded` ranks hold it, each reads and keeps its share and nothing else."""
+    for name, build in (("tied", lambda: llama(True)), ("experts", mixtral)):
+        reference = build()
+        wanted, expected = tensors_of(reference), {n: t.dtype for n, t in reference.state_dict().items()}
+        origin = from_checkpoint(load.find_model(ModelConfig(name=str(folder / name))), backend)
+        if sharded > 1:
+            with mock.patch.object(load, "load_model", None), counted_reads() as read:
+                model = backend.place(origin)
+            # rows and experts are dealt whole, and fused experts are read part by part before they are cut
+            share = sum(-(-len(t) // sharded) * t[0].numel() for t in wanted.values())
+            joined = sum(t.numel() for n, t in wanted.items() if "experts" in n)
+            assert sum(p.numel() for p in backend.pieces(model).values()) <= share
+            assert sum(read) <= share and sum(read) <= share - joined // sharded + len(wanted), name
+            held = held_storage() - 4 * sum(t.numel() for t in wanted.values())
+            assert held < 4 * share * 1.2, f"{held} bytes are alive for {share} weights"
+        else:
+            model = backend.place(origin)
+        found = dict(backend.full_tensors(model))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+        assert origin.dtypes == expected
+        del found, model, origin
+        gc.collect()
+
+
+@contextlib.contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """How many elements each read of a run took."""
+    sizes, real = [], StoredTensors.run
+
+    def run(self: StoredTensors, name: str, low: int, high: int) -> torch.Tensor:
+        sizes.append(high - low)
+        return real(self, name, low, high)
+
+    with mock.patch.object(StoredTensors, "run", run):
+        yield sizes
+
+
+def held_storage() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.device.type == "cpu"]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def sums(backend: Backend, sharded: int) -> None:
     """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the weights."""
     setting(backend, llama())
@@ -130,7 +183,7 @@ def masks(backend: Backend) -> dict[str, dict[str, object]]:
         assert chosen.violations(here.model, backend) == 0
         kept = sum(chosen.kept(backend).values())
         name = f"{family} {criterion} {case.get('pattern', case.get('scope', 'layer'))}"
-        norm = sum(float(t.double().square().sum()) for t in backend.full_state(here.model).values()) ** 0.5
+        norm = sum(float(t.double().square().sum()) for t in plain.full_state(backend, here.model).values()) ** 0.5
         found[name] = {
             "mask": fingerprint,
             "kept": kept,
@@ -190,7 +243,7 @@ def _told(backend: Backend, here: Setting, losses: list[float], chosen: Masks) -
     """Losses, and sums over the trained weights as they would be exported."""
     facts = {f"loss {step}": loss for step, loss in enumerate(losses)}
     facts["loss after"] = mean_loss(here, "evaluating")
-    state = backend.full_state(here.model)
+    state = plain.full_state(backend, here.model)
     if backend.is_main:
         for target in here.anatomy.targets:
             assert int((state[target.name] == 0).sum()) >= target.numel // 2
@@ -228,6 +281,7 @@ def main(folder: Path, sharded: int, wanted: list[str]) -> None:
     facts: dict[str, object] = {"backend": type(backend).__name__, "ranks": backend.num_ranks, "seconds": {}}
     for name, check in (
         ("pieces", lambda: pieces(backend)),
+        ("loading", lambda: loading(backend, sharded, folder)),
         ("nothing stays", lambda: nothing_stays(backend)),
         ("sums", lambda: sums(backend, sharded)),
         ("masks", lambda: masks(backend)),

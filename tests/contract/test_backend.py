@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import plain, tiny
 from tests.ranks import RankFailed, Ranks
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import Job
@@ -143,11 +143,11 @@ def test_map_targets_gives_every_rank_the_solution_of_one(ranks: Ranks, family: 
 
 
 def _full_state(backend: Backend) -> dict[str, torch.Tensor]:
-    return backend.full_state(tiny.setting("llama-tied", backend).model)
+    return plain.full_state(backend, tiny.setting("llama-tied", backend).model)
 
 
-def test_full_state_is_the_whole_model_on_the_main_rank(ranks: Ranks):
-    wanted, found = tiny.build("llama-tied").state_dict(), ranks.call(_full_state)[0]
+def test_full_tensors_are_the_whole_model_with_tied_weights_once(ranks: Ranks):
+    wanted, found = dict(tiny.build("llama-tied").named_parameters()), ranks.call(_full_state)[0]
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
@@ -158,7 +158,7 @@ def _masked(backend: Backend, family: str) -> tuple[dict[str, torch.Tensor], int
     shard.weight.fill_(-1.0)
     indices = torch.arange(shard.weight.numel()).view(shard.weight.shape) + shard.offset
     backend.write_mask(setting.model, target, indices % 3 == 0)
-    return backend.full_state(setting.model)[target.name]
+    return plain.full_state(backend, setting.model)[target.name]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -31,7 +31,7 @@ def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[s
     name, scope = PATTERNS[pattern]
     options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4)
     masks = sparsify(setting, setting.anatomy.targets, options)
-    state = backend.full_state(setting.model)
+    state = plain.full_state(backend, setting.model)
     return {
         "fingerprint": masks.fingerprint(setting.model, backend),
         "kept": masks.kept(backend),
@@ -79,7 +79,7 @@ def _units(backend: Backend, family: str, pattern: str, criterion: str, estimato
         "kept": kept,
         "table": scores.table,
         "trials": [(trial.mix, trial.loss) for trial in trials],
-        "state": backend.full_state(setting.model),
+        "state": plain.full_state(backend, setting.model),
     }
 
 
@@ -157,7 +157,7 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
         optimizer.zero_grad()
         if masks is not None:
             counts.append(masks.violations(model, backend))
-    state = backend.full_state(model)
+    state = plain.full_state(backend, model)
     handle.remove()
     return {
         "violations": counts,
@@ -212,7 +212,7 @@ def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[s
     rows = [{k: v[:, : 6 + i % 4] for k, v in row.items()} for i, row in enumerate(rows)]  # of different lengths
     course = Course()
     Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(setting.model, masks, course)
-    return course, backend.full_state(setting.model), masks.masks.violations(setting.model, backend)
+    return course, plain.full_state(backend, setting.model), masks.masks.violations(setting.model, backend)
 
 
 @functools.cache
@@ -241,7 +241,7 @@ def _one_sgd_step(backend: Backend) -> dict[str, torch.Tensor]:
     options = RecoverConfig(steps=1, batch_size=4, distill=0.0, clip_norm=1e9)
     recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
     recovery._one_step(model, optimizer, _uneven_rows())
-    return backend.full_state(model)
+    return plain.full_state(backend, model)
 
 
 def _uneven_rows() -> list[dict[str, torch.Tensor]]:

@@ -82,6 +82,8 @@ def write_inputs(folder: Path) -> None:
     tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     with torch.random.fork_rng():
         sharded_models.llama().save_pretrained(folder / "model")
+        sharded_models.llama(tied=True).save_pretrained(folder / "tied")
+        sharded_models.mixtral().save_pretrained(folder / "experts")
     tokenizer.save_pretrained(folder / "model")
     (folder / "rows.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
 

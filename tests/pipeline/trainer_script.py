@@ -50,7 +50,8 @@ trainer.train(resume_from_checkpoint="resume" in words)
 masks = callback.compressor.masks
 print("ranks", arguments.world_size, "history", [(update.step, round(update.sparsity, 2)) for update in masks.history])
 print("best", trainer.state.best_model_checkpoint)
-state = callback.compressor.backend.full_state(callback.compressor._model)
+whole = callback.compressor.backend.full_tensors(callback.compressor._model)
+state = {name: tensor.detach().cpu().clone() for name, tensor in whole}
 if trainer.is_world_process_zero():
     AutoModelForCausalLM.from_config(model.config).save_pretrained(f"{out}/final", state_dict=state)
 trainer.accelerator.wait_for_everyone()

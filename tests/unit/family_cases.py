@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from tests import tiny
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.budget import Mix
@@ -23,7 +24,7 @@ from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import causal_lm, classification
 from tinygn_dist.progress import Progress
-from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.shrink import smaller_config
 from tinygn_dist.units import KeptUnits
 
 LAYERS, HEADS, KV_HEADS, HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB = 4, 4, 2, 32, 48, 5, 2, 96
@@ -215,7 +216,7 @@ def shrunk(setting: Setting, kept: KeptUnits) -> nn.Module:
     model, anatomy = setting.model, setting.anatomy
     config = smaller_config(model.config, anatomy, kept)
     small = auto_class(config).from_config(config)
-    small.load_state_dict(smaller_state(model.state_dict(), anatomy, kept), strict=True)
+    small.load_state_dict(tiny.smaller_state(model.state_dict(), anatomy, kept), strict=True)
     small.tie_weights()
     return small.eval()
 

@@ -11,6 +11,7 @@ import transformers as hf
 from accelerate import Accelerator
 from torch import nn
 
+from tests import tiny
 from tinygn_dist import filters
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends.replicated import Replicated
@@ -22,7 +23,7 @@ from tinygn_dist.estimate.probes import single_units
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import classification
 from tinygn_dist.progress import Progress
-from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.shrink import smaller_config
 from tinygn_dist.unit_scores import score_units
 from tinygn_dist.units import KeptUnits
 from tinygn_dist.vgg import VggConfig, VggForImageClassification
@@ -76,7 +77,7 @@ def logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 def shrunk(model: nn.Module, kept: KeptUnits) -> nn.Module:
     anatomy = read_anatomy(model, needs_units=True)
     small = type(model)(smaller_config(model.config, anatomy, kept))
-    small.load_state_dict(smaller_state(model.state_dict(), anatomy, kept), strict=True)
+    small.load_state_dict(tiny.smaller_state(model.state_dict(), anatomy, kept), strict=True)
     return small.eval()
 
 

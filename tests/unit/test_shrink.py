@@ -14,7 +14,7 @@ from tinygn_dist.anatomy import Anatomy, read_anatomy
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.shrink import smaller_config
 from tinygn_dist.units import KeptUnits, plan_mixes, unit_sizes
 
 CHANNELS = {0: list(range(0, 16)), 1: list(range(20, 36)), 2: [0, *range(30, 45)]}  # what goes; layers differ
@@ -41,7 +41,7 @@ def kept_without(anatomy: Anatomy, gone_layers: list[int], heads: dict, channels
 
 def shrink(model: nn.Module, anatomy: Anatomy, kept: KeptUnits) -> nn.Module:
     small = type(model)(smaller_config(model.config, anatomy, kept)).eval()
-    small.load_state_dict(smaller_state(model.state_dict(), anatomy, kept), strict=True)
+    small.load_state_dict(tiny.smaller_state(model.state_dict(), anatomy, kept), strict=True)
     small.tie_weights()
     return small
 

@@ -13,7 +13,7 @@ from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.selection import check_nm, choose_masks
-from tinygn_dist.shrink import smaller_config, smaller_state
+from tinygn_dist.shrink import smaller_config
 from tinygn_dist.unit_scores import score_units
 from tinygn_dist.units import plan_mixes, remove_units
 from tinygn_dist.weights import sparsify
@@ -110,7 +110,7 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     candidates = plan_mixes(setting.anatomy, options)
     kept, _, trials = remove_units(setting, candidates, options)
     small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
-    small.load_state_dict(smaller_state(setting.model.state_dict(), setting.anatomy, kept))
+    small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
     small.tie_weights()
     gone = [layer for layer in range(3) if layer not in kept.layers]
     shorter = plain.without_layers(setting.model, family, gone)

@@ -12,6 +12,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu
+from tinygn_dist.backends.extension_builds import clear_stale_builds
+from tinygn_dist.backends.launcher import end_with_launcher
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import Refused
@@ -31,6 +33,9 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
     """
     if accelerator is None:
         _refuse_launch()
+        end_with_launcher()
+        if sharding_asked() == "DEEPSPEED":
+            clear_stale_builds()
         with sharding_on_cpu():
             accelerator = Accelerator(
                 cpu=not torch.cuda.is_available() and sharding_asked() is None,

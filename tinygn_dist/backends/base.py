@@ -6,7 +6,7 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 
 | operation                           | meaning                                                                   |
 |-------------------------------------|---------------------------------------------------------------------------|
-| spread(model)                       | every rank's whole, not yet placed model takes the main rank's weights      |
+| place(origin)                       | a placed model; where weights are sharded no rank ever holds it whole       |
 | prepare(model, optimizer)           | place a model once; with an optimizer, wrap the placed model for training   |
 | release(model, *prepared)           | end training: the model is placed as before, with the trained weights       |
 | unwrap(model)                       | the model under the wrappers, to read names and attach hooks                |
@@ -16,7 +16,10 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
 | shard(model, target)                | this rank's piece of a weight and where it starts                           |
 | gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
-| whole(model, name)                  | the whole parameter on every rank, to read, one at a time                   |
+| whole(model, name)                  | a whole parameter or buffer on every rank, to read, one at a time           |
+| full_tensors(model)                 | all of them by name, tied ones once, one after the other (collectives)      |
+| pieces(model)                       | the same as what this rank holds of each, flat                              |
+| from_main(tensor, shape, dtype)     | the main rank's tensor on every rank                                        |
 | by_rows(model, target, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
 | gradient_sums(model, targets, f)    | sums over micro-batches of f(gradient), as pieces                           |
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
@@ -26,7 +29,6 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
 | write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
-| full_state(model)                   | full weights by name, on the main rank's CPU                                |
 
 What concerns a model in training (steps, the optimizer's state) is in training.py.
 
@@ -49,7 +51,7 @@ from torch import nn
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.pieces import Job, Look, Shard, Solve
+from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of
 from tinygn_dist.backends.training import Training
 from tinygn_dist.errors import UserError
 
@@ -78,11 +80,10 @@ class Backend(Training):
     def release(self, model: nn.Module, *prepared: Any) -> None: ...
 
     @abstractmethod
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]: ...
-
-    def spread(self, model: nn.Module) -> None:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            collectives.broadcast_(tensor.data, 0)
+    def place(self, origin: Origin) -> nn.Module:
+        with self.together("loading the model"):
+            model = origin.take_whole()
+        return self.prepare(model)
 
     def spread_buffers(self, model: nn.Module) -> None:
         """The main rank's buffers everywhere: running statistics of norms differ, because each rank saw its own data."""
@@ -132,7 +133,14 @@ class Backend(Training):
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         """To be read only, and dropped before the next: it may be a copy."""
-        return self.unwrap(model).get_parameter(name).data
+        return tensor_named(self.unwrap(model), name).data
+
+    def full_tensors(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in tensors_of(self.unwrap(model)):
+            yield name, self.whole(model, name)
+
+    def pieces(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().reshape(-1) for name, tensor in tensors_of(self.unwrap(model)).items()}
 
     def by_rows(
         self, model: nn.Module, target: Target, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
@@ -170,6 +178,10 @@ class Backend(Training):
     def sum_over_data(self, tensors: Iterable[torch.Tensor]) -> None:
         for tensor in tensors:
             collectives.sum_(tensor)
+
+    def from_main(self, tensor: torch.Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        held = tensor.to(self.device) if self.is_main else torch.empty(shape, dtype=dtype, device=self.device)
+        return collectives.broadcast_(held.contiguous(), 0)
 
     def sum_for_jobs(self, jobs: Sequence[Job]) -> None:
         for job, owner in zip(jobs, self.deal([job.cost for job in jobs]), strict=True):
@@ -257,7 +269,8 @@ class Backend(Training):
 
     @contextlib.contextmanager
     def together(self, doing: str) -> Iterator[None]:
-        """A stretch without collectives in which any rank may fail: all ranks then raise the same one-line error."""
+        """A stretch without collectives in which any rank may fail: all ranks then raise the same one-line error. Never
+        around another one: a rank that fails before the inner one would be answered by it."""
         failure: BaseException | None = None
         try:
             yield

@@ -26,8 +26,8 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.pieces import Shard
-from tinygn_dist.backends.slices import Slices, gathered_state, share_padded
+from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
+from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
@@ -65,6 +65,22 @@ class FSDP2(Backend):
         assert not whole, f"{whole[0]} is not sharded"
         return model
 
+    def place(self, origin: Origin) -> nn.Module:
+        model, run = origin.take_empty()
+        if self._accelerator.mixed_precision != "no":  # Accelerate would copy them to fp32, which are masters then
+            model._apply(lambda tensor: tensor.float() if tensor.is_meta else tensor)
+        self.prepare(model)
+        model._apply(lambda tensor: torch.empty_like(tensor, device=self.device) if tensor.is_meta else tensor)
+        model.tie_weights()
+        with self.together("reading the weights"), torch.no_grad():
+            for name, tensor in tensors_of(model).items():
+                piece, (low, high) = self.local(tensor.detach()), self._bounds(tensor)
+                piece.copy_(run(name, low, high).view(piece.shape))
+        return model
+
+    def _bounds(self, tensor: torch.Tensor) -> tuple[int, int]:
+        return self._slices_of(tensor).bounds() if isinstance(tensor, DTensor) else (0, tensor.numel())
+
     def release(self, model: nn.Module, *prepared: Any) -> None:
         self._accelerator.free_memory(*prepared)
 
@@ -88,11 +104,8 @@ class FSDP2(Backend):
     def on_main(self, work: Callable[[], Item]) -> Item | None:
         return work()  # its forwards need every rank
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        def whole(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-        return gathered_state(model.state_dict(keep_vars=True), whole, self.is_main)
+    def pieces(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: self.local(tensor.detach()).reshape(-1) for name, tensor in tensors_of(model).items()}
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
@@ -107,7 +120,8 @@ class FSDP2(Backend):
         return self._slices(model, target).cut(whole).view(-1, target.stored_shape[1])
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
-        return model.get_parameter(name).detach().full_tensor()
+        tensor = tensor_named(model, name).detach()
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @contextlib.contextmanager
     def gradient_sums(
@@ -139,7 +153,6 @@ class FSDP2(Backend):
             module.reshard()
 
     def _slices(self, model: nn.Module, target: Target) -> Slices:
-        """Leading rows (or experts) are dealt as torch.chunk does."""
         return replace(
             self._slices_of(model.get_parameter(target.parameter)), shape=target.stored_shape, start=target.start
         )

@@ -1,4 +1,4 @@
-"""What backends hand to stages: a rank's piece of a weight, and work on whole rows."""
+"""What backends and stages hand to each other: models that are still to be placed, pieces of weights, row work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from torch import nn
 
 from tinygn_dist.anatomy import Target
 
@@ -22,6 +24,75 @@ class Shard:
 
     weight: torch.Tensor
     offset: int
+
+
+# run(name, low, high): flat elements of a parameter or persistent buffer
+Run = Callable[[str, int, int], torch.Tensor]
+
+
+@dataclass
+class Origin:
+    """A model that is still to be placed.
+
+    whole(): the model, on the CPU, weights and all. empty(): the same with parameters on the meta device and real
+    buffers, and where its values come from. Every rank asks `run` for every tensor of `tensors_of` in turn, for no
+    elements where it holds none: it may be a collective. dtypes: of every tensor, known once one of the two was called.
+    """
+
+    whole: Callable[[], nn.Module]
+    empty: Callable[[], tuple[nn.Module, Run]]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def take_whole(self) -> nn.Module:
+        return self._noted(self.whole())
+
+    def take_empty(self) -> tuple[nn.Module, Run]:
+        model, run = self.empty()
+        return self._noted(model), run
+
+    def _noted(self, model: nn.Module) -> nn.Module:
+        self.dtypes |= {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        return model
+
+
+def tensors_of(bare: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by the first of their names, in the order of the state dict: what a checkpoint
+    holds. Tied weights come once."""
+    unique: dict[int, str] = {}
+    state = bare.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        unique.setdefault(id(tensor), name)
+    return {name: state[name] for name in unique.values()}
+
+
+def tensor_named(bare: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer itself."""
+    module, _, leaf = name.rpartition(".")
+    return getattr(bare.get_submodule(module), leaf)
+
+
+def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` makes with parameters on the meta device and real buffers, in eval mode."""
+    with init_empty_weights(include_buffers=False):
+        model = build()
+    model.tie_weights()
+    return model.eval()
+
+
+def filled(model: nn.Module, run: Run) -> nn.Module:
+    """An empty model with all its values, on the CPU."""
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors_of(model).items():
+        values = run(name, 0, tensor.numel()).to("cpu", tensor.dtype).reshape(tensor.shape)
+        if isinstance(tensor, nn.Parameter):
+            made[id(tensor)] = nn.Parameter(values.clone(), requires_grad=tensor.requires_grad)
+        else:
+            tensor.copy_(values)
+    for module in model.modules():  # tied ones stay tied
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[leaf] = made[id(parameter)]
+    return model
 
 
 @dataclass

@@ -30,9 +30,6 @@ class Replicated(Backend):
         model = getattr(model, "_orig_mod", model)  # torch.compile
         return model.module if isinstance(model, DistributedDataParallel) else model
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
-
     def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
         self.shard(model, target).weight.copy_(piece)
 

@@ -7,7 +7,7 @@ over its owners is the same code for both; and so is dealing work to ranks that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -88,18 +88,3 @@ def share_padded(items: Sequence[Item], rank: int, num_ranks: int) -> list[tuple
     rounds = -(-len(items) // num_ranks)
     places = [turn * num_ranks + rank for turn in range(rounds)]
     return [(items[min(place, len(items) - 1)], place < len(items)) for place in places]
-
-
-def gathered_state(
-    named: Mapping[str, torch.Tensor], whole: Callable[[torch.Tensor], torch.Tensor], is_main: bool
-) -> dict[str, torch.Tensor]:
-    """Whole tensors on the main rank's CPU, one collective `whole(tensor)` after the other, tied ones once; {} on the
-    other ranks, which keep nothing of what they helped to gather."""
-    state: dict[str, torch.Tensor] = {}
-    done: dict[int, torch.Tensor] = {}
-    for name, tensor in named.items():
-        if id(tensor) not in done:
-            full = whole(tensor)
-            done[id(tensor)] = full.cpu() if is_main else full.new_empty(0)
-        state[name] = done[id(tensor)]
-    return state if is_main else {}

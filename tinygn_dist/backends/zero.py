@@ -13,9 +13,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -24,8 +21,9 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives, engine
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.pieces import Shard
-from tinygn_dist.backends.slices import Slices, gathered_state, share_padded
+from tinygn_dist.backends.partitions import drop_whole, forget_models, live_run, master_run, without_storage
+from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
+from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
 
 _ESTIMATION = "_estimation_engine"
@@ -85,9 +83,6 @@ class ZeroOptimizer(Zero):
                 parameter.data = (parameter.data if master is None else master).to(self._dtype, copy=True)
         self._accelerator.free_memory(*prepared)
         self._training = None
-
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.unwrap(model).state_dict().items()}
 
     def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
         self.shard(model, target).weight.copy_(piece)
@@ -150,13 +145,28 @@ class ZeroParameters(Zero):
             self._training, started = engine.start(self._accelerator, model, optimizer)
             unset_hf_deepspeed_config()
             return self._training, started
-        _forget_models()
+        forget_models()
         config = self._estimation_config(model.dtype)
         with engine.keeping_buffers(model):
             model.__dict__[_ESTIMATION], *_ = deepspeed.initialize(model=model, config=config)
         whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
         assert not whole, f"{whole[0]} is not sharded"
         return model
+
+    def place(self, origin: Origin) -> nn.Module:
+        model, run = origin.take_empty()
+        config = self._estimation_config(model.dtype)
+        converter = deepspeed.zero.Init(config_dict_or_path=config, dtype=model.dtype)
+        for parameter in without_storage(model, self.device):
+            converter._convert_to_deepspeed_param(parameter)  # its own way in would broadcast every whole weight
+            parameter.partition()
+        with self.together("reading the weights"), torch.no_grad():
+            for name, tensor in tensors_of(model).items():
+                held, low, high = self._held(tensor), 0, tensor.numel()
+                if hasattr(tensor, "ds_tensor"):
+                    low, high = self._slices_of(tensor, tuple(tensor.ds_shape), 0).bounds()
+                held.copy_(run(name, low, high).reshape(-1))
+        return self.prepare(model)
 
     def _estimation_config(self, dtype: torch.dtype) -> dict[str, Any]:
         """The job's stage 3 settings without what concerns an optimizer. Nothing is fetched ahead: probes leave layers
@@ -173,8 +183,8 @@ class ZeroParameters(Zero):
     def release(self, model: nn.Module, *prepared: Any) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
-                master = _master_run(self._training, parameter)
-                _drop_whole(parameter)
+                master = master_run(self._training, parameter)
+                drop_whole(parameter)
                 held = parameter.ds_tensor if master is None else master
                 parameter.ds_tensor.data = held.detach().to(self._dtype, copy=True).view(-1)
                 parameter.data = parameter.data.to(self._dtype)
@@ -195,16 +205,19 @@ class ZeroParameters(Zero):
     def on_main(self, work: Callable[[], Item]) -> Item | None:
         return work()  # its forwards need every rank
 
-    def full_state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        def whole(tensor: torch.Tensor) -> torch.Tensor:
-            return self._gathered(tensor) if hasattr(tensor, "ds_tensor") else tensor.detach()
+    def pieces(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: self._held(tensor) for name, tensor in tensors_of(self.unwrap(model)).items()}
 
-        return gathered_state(self.unwrap(model).state_dict(keep_vars=True), whole, self.is_main)
+    def _held(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Flat view of what this rank holds, without the padding."""
+        if not hasattr(tensor, "ds_tensor"):
+            return tensor.detach().reshape(-1)
+        return self._slices_of(tensor, tuple(tensor.ds_shape), 0).local(live_run(tensor))
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
         slices = self._slices(model, target)
-        return Shard(slices.local(_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
+        return Shard(slices.local(live_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
         return self._slices(model, target).gather(piece)
@@ -213,11 +226,10 @@ class ZeroParameters(Zero):
         return self._slices(model, target).cut(whole)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
-        return self._gathered(self.unwrap(model).get_parameter(name))
-
-    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
-        slices = self._slices_of(parameter, tuple(parameter.ds_shape), 0)
-        return slices.gather(slices.local(_run(parameter)))
+        tensor = tensor_named(self.unwrap(model), name)
+        if not hasattr(tensor, "ds_tensor"):
+            return tensor.detach()
+        return self._slices_of(tensor, tuple(tensor.ds_shape), 0).gather(self._held(tensor))
 
     @contextlib.contextmanager
     def gradient_sums(
@@ -252,13 +264,13 @@ class ZeroParameters(Zero):
         parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)
         for run in self._runs(parameter):
             edit(slices.local(run))
-        _drop_whole(parameter)
+        drop_whole(parameter)
 
     def _runs(self, parameter: nn.Parameter) -> list[torch.Tensor]:
         """The live run of a parameter, and the master behind it when it is in training."""
         training = self._training
         known = training is not None and training.optimizer.get_param_id(parameter) in training.optimizer.grad_position
-        return [_run(parameter), *([_master_run(training, parameter)] if known and parameter.requires_grad else [])]
+        return [live_run(parameter), *([master_run(training, parameter)] if known and parameter.requires_grad else [])]
 
     # -- training ----------------------------------------------------------------------------------------------------
     def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
@@ -276,33 +288,4 @@ class ZeroParameters(Zero):
         piece = slices.cut(whole)
         for held in self._runs(parameter):
             slices.local(held).copy_(piece)
-        _drop_whole(parameter)
-
-
-def _forget_models() -> None:
-    """Stage 3: engines leave their models in a global stack of running modules and in caches of a class, and with them
-    every model that was ever placed. Between forwards none of it is needed."""
-    FWD_MODULE_STACK.clear()
-    for method in vars(PartitionedParameterCoordinator).values():
-        for cell in getattr(method, "__closure__", None) or ():
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
-
-
-def _run(parameter: nn.Parameter) -> torch.Tensor:
-    """Stage 3: this rank's run of a weight, with the padding behind it, which holds anything."""
-    return parameter.ds_tensor.detach().view(-1)
-
-
-def _master_run(trained: DeepSpeedEngine, parameter: nn.Parameter) -> torch.Tensor | None:
-    """Stage 3: the fp32 master of this rank's run, a view; None for a frozen parameter."""
-    if not parameter.requires_grad:
-        return None
-    return trained.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)[0].detach().view(-1)
-
-
-def _drop_whole(parameter: nn.Parameter) -> None:
-    """Stage 3: small weights stay whole in training (persistence threshold), which would hide an edit of the shard."""
-    if parameter.ds_status == ZeroParamStatus.AVAILABLE:
-        parameter.ds_active_sub_modules.clear()  # the last backward leaves its marks on them
-        parameter.partition()
+        drop_whole(parameter)
