@@ -1,7 +1,7 @@
 """The exact k largest of scores that lie in disjoint pieces on many ranks, without gathering them.
 
-Radix select over the 32 bits of an fp32 score (its bit pattern, made monotone): one histogram of the high 16 bits and
-one of the low 16 bits inside the chosen bin, each summed over the shards (512 KiB of int64). Ties at the k-th value go
+Radix select over the 32 bits of an fp32 score: one histogram of the high 16 bits and one of the low 16 bits inside the
+chosen bin, each summed over the shards (512 KiB of int64); bins are put in the order of the numbers afterwards. Ties at the k-th value go
 to the smallest global index, found by the same radix select over indices. The result is the same for any sharding.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 _BINS = 1 << 16
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,39 +43,58 @@ def keep_largest(
 
 
 def kth_largest(pieces: Sequence[torch.Tensor], k: int, sum_over_shards: Reduce) -> tuple[float | None, int]:
-    """The k-th largest score over all ranks and how many are strictly larger; (None, 0) when k is 0 or everything."""
-    total = torch.tensor([sum(p.numel() for p in pieces), sum(int(p.isnan().sum()) for p in pieces)])
-    size, num_nan = sum_over_shards(total).tolist()
+    """The k-th largest score over all ranks and how many are strictly larger; (None, 0) when k is 0 or everything.
+
+    Sends 1 MiB and a few numbers, and takes a few MiB of memory beside the scores, whatever their number.
+    """
+    halves = sum_over_shards(_histogram(pieces, _high))
+    num_nan = _num_nan(halves, pieces, sum_over_shards)
+    size = int(halves.sum())
     if num_nan:
         raise ValueError(f"{num_nan} of {size} scores are NaN")
     if not 0 <= k <= size:
         raise ValueError(f"asked to keep {k} of {size} scores")
     if k in (0, size):
         return None, 0
-    high = sum_over_shards(_histogram(pieces, lambda keys: keys >> 16))
-    top, above = _bin_from_the_top(high, k)
-    low = sum_over_shards(_histogram(pieces, lambda keys: keys[(keys >> 16) == top] & 0xFFFF))
-    bottom, above_low = _bin_from_the_top(low, k - above)
-    return _score_of(top << 16 | bottom), above + above_low
+    high, above = _bin_from_the_top(halves[_ASCENDING], k)
+    high = int(_ASCENDING[high])
+    inside = sum_over_shards(_histogram(pieces, lambda bits: bits[_high(bits) == high].bitwise_and_(_BINS - 1)))
+    low, above_low = _bin_from_the_top(inside.flip(0) if high >= _BINS // 2 else inside, k - above)
+    low = _BINS - 1 - low if high >= _BINS // 2 else low  # of two negative scores the smaller bits are the larger
+    bits = high << 16 | low
+    score = torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int32).view(torch.float32).item()
+    return score, above + above_low
 
 
-def _keys(scores: torch.Tensor) -> torch.Tensor:
-    """int64 in [0, 2^32), ordered like the fp32 scores; -0 equals +0."""
-    bits = (scores.flatten().float() + 0.0).view(torch.int32)
-    return torch.where(bits < 0, ~bits, bits ^ -(1 << 31)).to(torch.int64) & 0xFFFFFFFF
+_HALF = torch.arange(_BINS)
+_ASCENDING = torch.cat([_HALF[_BINS // 2 :].flip(0), _HALF[: _BINS // 2]])
+"""the high 16 bits of fp32 numbers, from the smallest number to the largest"""
+_INFINITE = (0x7F80, 0xFF80)
+"""the high bits of infinities, and of some NaN"""
 
 
-def _score_of(key: int) -> float:
-    bits = key - (1 << 31) if key >> 31 else ~key
-    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+def _high(bits: torch.Tensor) -> torch.Tensor:
+    return (bits >> 16).bitwise_and_(_BINS - 1)
 
 
 def _histogram(pieces: Sequence[torch.Tensor], bin_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """(_BINS,) int64 counts on the CPU. bin_of: from int32 bit patterns, in which -0 is +0."""
     counts = torch.zeros(_BINS, dtype=torch.int64)
     for piece in pieces:
         for chunk in piece.flatten().split(_CHUNK):  # bounded temporaries, whatever the size of a weight
-            counts += torch.bincount(bin_of(_keys(chunk)), minlength=_BINS).cpu()
+            bits = (chunk.float() + 0.0).view(torch.int32)
+            counts += torch.bincount(bin_of(bits), minlength=_BINS).cpu()
     return counts
+
+
+def _num_nan(halves: torch.Tensor, pieces: Sequence[torch.Tensor], sum_over_shards: Reduce) -> int:
+    """From the summed histogram of high bits. The scores themselves are looked at only where some are infinite."""
+    surely = sum(int(halves[start + 1 : start + 0x80].sum()) for start in _INFINITE)
+    if not any(int(halves[start]) for start in _INFINITE):
+        return surely
+    infinite = sum(int(chunk.isinf().sum()) for piece in pieces for chunk in piece.flatten().split(_CHUNK))
+    infinite = int(sum_over_shards(torch.tensor([infinite])))
+    return surely + sum(int(halves[start]) for start in _INFINITE) - infinite
 
 
 def _bin_from_the_top(counts: torch.Tensor, k: int) -> tuple[int, int]:

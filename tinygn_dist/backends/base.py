@@ -79,7 +79,6 @@ class Backend(Training):
     @abstractmethod
     def release(self, model: nn.Module, *prepared: Any) -> None: ...
 
-    @abstractmethod
     def place(self, origin: Origin) -> nn.Module:
         with self.together("loading the model"):
             model = origin.take_whole()
