@@ -56,19 +56,17 @@ def kth_largest(pieces: Sequence[torch.Tensor], k: int, sum_over_shards: Reduce)
         raise ValueError(f"asked to keep {k} of {size} scores")
     if k in (0, size):
         return None, 0
-    high, above = _bin_from_the_top(halves[_ASCENDING], k)
-    high = int(_ASCENDING[high])
+    half = _BINS // 2  # high bits from there on are those of negative scores, the larger the smaller
+    high, above = _bin_from_the_top(torch.cat([halves[half:].flip(0), halves[:half]]), k)
+    high = high - half if high >= half else _BINS - 1 - high
     inside = sum_over_shards(_histogram(pieces, lambda bits: bits[_high(bits) == high].bitwise_and_(_BINS - 1)))
-    low, above_low = _bin_from_the_top(inside.flip(0) if high >= _BINS // 2 else inside, k - above)
-    low = _BINS - 1 - low if high >= _BINS // 2 else low  # of two negative scores the smaller bits are the larger
+    low, above_low = _bin_from_the_top(inside.flip(0) if high >= half else inside, k - above)
+    low = _BINS - 1 - low if high >= half else low  # of two negative scores the smaller bits are the larger
     bits = high << 16 | low
     score = torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int32).view(torch.float32).item()
     return score, above + above_low
 
 
-_HALF = torch.arange(_BINS)
-_ASCENDING = torch.cat([_HALF[_BINS // 2 :].flip(0), _HALF[: _BINS // 2]])
-"""the high 16 bits of fp32 numbers, from the smallest number to the largest"""
 _INFINITE = (0x7F80, 0xFF80)
 """the high bits of infinities, and of some NaN"""
 
