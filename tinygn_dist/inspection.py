@@ -21,7 +21,7 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.families import family_of
 from tinygn_dist.objective import objective_of
-from tinygn_dist.origin import from_checkpoint
+from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.report import REPORT_FILE, Report
 from tinygn_dist.servable import verdicts
@@ -127,8 +127,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     processor = load.load_processor(source)
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
-    model = backend.place(from_checkpoint(source, backend))
-    load.refuse_nonfinite(backend.pieces(model))
+    model, _ = placed(source, backend)
     train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
     splits = calibration.load_splits(data, source.task, processor, train_len)
     figures: dict[str, Any] = {

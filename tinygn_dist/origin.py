@@ -22,6 +22,16 @@ from tinygn_dist.backends.pieces import Origin, hollow, tensors_of
 from tinygn_dist.stored import Kind, StoredTensors
 
 
+def placed(source: load.Source, backend: Backend) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """The model of a checkpoint as the backend spreads it, and the dtypes its tensors have on disk. A collective; raises
+    UserError on every rank when a weight is missing, unreadable, or holds NaN or inf."""
+    origin = from_checkpoint(source, backend)
+    model = backend.place(origin)
+    with backend.together("checking the weights"):
+        load.refuse_nonfinite(backend.pieces(model))
+    return model, origin.dtypes
+
+
 def from_checkpoint(source: load.Source, backend: Backend) -> Origin:
     """The model of a checkpoint. Every rank calls this; what it raises is for `backend.together` to tell."""
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import nn
 
 from tinygn_dist import calibration, export, filters, load, units
@@ -25,7 +24,7 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
-from tinygn_dist.origin import from_checkpoint
+from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, Recovery, check_batch
 from tinygn_dist.report import REPORT_FILE, Report, versions
@@ -140,7 +139,7 @@ class _Run(Resumable):
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
 
     def load(self) -> None:
-        self.model, self.dtypes = self.placed(self.source)
+        self.model, self.dtypes = placed(self.source, self.backend)
         self.digest = weights_digest(self.backend.full_tensors(self.model))
         sizes = {name: p.numel() for name, p in self.skeleton.named_parameters()}
         self.size = {
@@ -150,7 +149,7 @@ class _Run(Resumable):
         with self.backend.together("loading the tokenizer or processor"):
             self.processor = load.load_processor(self.source)
         if self.config.recover.steps and self.config.recover.distill:
-            self.teacher, _ = self.placed(self.source)
+            self.teacher, _ = placed(self.source, self.backend)
 
     def read_data(self) -> None:
         config, rows = self.config, None
@@ -288,7 +287,7 @@ class _Run(Resumable):
                 asked = {"name": str(draft), "task": self.source.task, "revision": None}
                 source = load.find_model(self.config.model.model_copy(update=asked))
             disk = backend.everyone(disk)[0]  # of the rank that wrote it
-            reloaded, _ = self.placed(source)
+            reloaded, _ = placed(source, backend)
             with backend.together("comparing what was reloaded"):
                 export.check_reloaded(reloaded, self.model, self.dtypes, backend)
             self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
@@ -301,14 +300,6 @@ class _Run(Resumable):
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
         self.checkpoints.remove()
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
-
-    def placed(self, source: load.Source) -> tuple[nn.Module, dict[str, torch.dtype]]:
-        """The model of a checkpoint as the backend spreads it, and the dtypes it has on disk."""
-        origin = from_checkpoint(source, self.backend)
-        model = self.backend.place(origin)
-        with self.backend.together("checking the weights"):
-            load.refuse_nonfinite(self.backend.pieces(model))
-        return model, origin.dtypes
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
         return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress)
