@@ -17,7 +17,7 @@ from tinygn_dist.weights import sparsify
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classifier"])
 def test_loss_moments_equal_plain_autograd(family: str) -> None:
-    """sum_t (1 + s_t / mean s) x x^T of every input, s_t over all that read it, and sum_t dy^2 |x|^2, over real tokens, from
+    """sum_t (1 + s_t / 4 mean s) x x^T of every input, s_t over all that read it, and sum_t dy^2 |x|^2, over real tokens, from
     gradients that torch keeps for us."""
     setting = tiny.setting(family)
     everything = sum(len(batch["input_ids"]) for batch in setting.batches)
@@ -26,7 +26,7 @@ def test_loss_moments_equal_plain_autograd(family: str) -> None:
     for batch in setting.batches:
         for source, names, x, grads in _seen(setting, batch):
             energy = sum(dy.square().mean(1) for dy in grads)
-            weighted = x * (1 + energy / energy.mean())[:, None]
+            weighted = x * (1 + 0.25 * energy / energy.mean())[:, None]
             gram[source] = gram.get(source, 0) + weighted.t() @ x
             for name, dy in zip(names, grads, strict=True):
                 assert found.inputs.source_of[name] == source

@@ -25,6 +25,9 @@ from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.moments import Moments
 from tinygn_dist.objective import Batch, real_tokens
 
+ENERGY_WEIGHT = 0.25
+"""What the energy adds to a token's weight, on average. Measured on SmolLM2-135M: 0 and 1 are both worse at 70 % and 2:4."""
+
 
 @dataclass
 class LossMoments:
@@ -39,9 +42,10 @@ class LossMoments:
 
 
 def token_weights(energy: torch.Tensor) -> torch.Tensor:
-    """(tokens,) 1 + s_t / mean(s) from the gradient energies s_t of one micro-batch; 1 where no gradient arrives."""
+    """(tokens,) 1 + ENERGY_WEIGHT s_t / mean(s) from the gradient energies s_t of one micro-batch; 1 where no gradient
+    arrives."""
     mean = energy.mean()
-    return 1 + energy / mean if mean > 0 else torch.ones_like(energy)
+    return 1 + ENERGY_WEIGHT * energy / mean if mean > 0 else torch.ones_like(energy)
 
 
 def loss_moments(setting: Setting, targets: Sequence[Target], num_sequences: int) -> LossMoments:
