@@ -15,7 +15,7 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
-from tinygn_dist.estimate.energy import loss_moments
+from tinygn_dist.estimate.energy import coarse, loss_moments
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
@@ -209,7 +209,7 @@ def _loss_per_error(job: Job, index: int) -> torch.Tensor | None:
     model: the row's gradient energy over the trace of the Hessian that the error is measured with. None where no
     gradient was measured."""
     rows = job.moments[1 + index].float() if len(job.moments) > 1 else torch.zeros(())
-    return rows / job.moments[0].diagonal().float().sum() if rows.any() else None
+    return coarse(rows / job.moments[0].diagonal().float().sum()) if rows.any() else None
 
 
 def _num_pruned(target: Target, options: PruneConfig) -> int:

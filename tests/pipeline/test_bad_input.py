@@ -420,14 +420,14 @@ def _told_on_other_files(backend: Backend, asked: dict[str, Any], folders: list[
 
 DYING = """
 import os, sys
-from tinygn_dist import pipeline
+from tinygn_dist import units
 from tinygn_dist.cli import main
-real = pipeline.remove_units
+real = units.remove_units
 def die(*a, **k):
     if os.environ["RANK"] == "1":
         raise MemoryError("as if out of memory")
     return real(*a, **k)
-pipeline.remove_units = die
+units.remove_units = die
 sys.exit(main())
 """
 

@@ -26,7 +26,7 @@ def test_loss_moments_equal_plain_autograd(family: str) -> None:
     for batch in setting.batches:
         for source, names, x, grads in _seen(setting, batch):
             energy = sum(dy.square().mean(1) for dy in grads)
-            weighted = x * (1 + 0.25 * energy / energy.mean())[:, None]
+            weighted = x * (1 + 0.25 * energy / energy.mean()).bfloat16()[:, None]
             gram[source] = gram.get(source, 0) + weighted.t() @ x
             for name, dy in zip(names, grads, strict=True):
                 assert found.inputs.source_of[name] == source

@@ -156,7 +156,7 @@ def test_expert_loss_moments(moe):
             gram, rows = sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
             energy = dy.square().mean(1, keepdim=True)
             sums[name] = [
-                gram + (x * (1 + energy / energy.mean() / 4 if len(x) else 1)).t() @ x,
+                gram + (x * ((1 + energy / energy.mean() / 4).bfloat16() if len(x) else 1)).t() @ x,
                 rows + dy.square().t() @ x.square().sum(1),
             ]
     del experts.forward

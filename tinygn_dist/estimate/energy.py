@@ -43,9 +43,15 @@ class LossMoments:
 
 def token_weights(energy: torch.Tensor) -> torch.Tensor:
     """(tokens,) 1 + ENERGY_WEIGHT s_t / mean(s) from the gradient energies s_t of one micro-batch; 1 where no gradient
-    arrives."""
+    arrives. Rounded (see `coarse`)."""
     mean = energy.mean()
-    return 1 + ENERGY_WEIGHT * energy / mean if mean > 0 else torch.ones_like(energy)
+    return coarse(1 + ENERGY_WEIGHT * energy / mean) if mean > 0 else torch.ones_like(energy)
+
+
+def coarse(values: torch.Tensor) -> torch.Tensor:
+    """fp32 values rounded to eight bits. The last bits of gradients depend on the backend (autograd adds in another order
+    under DeepSpeed's hooks); weights do not need them, and without them the masks are the same."""
+    return values.bfloat16().float()
 
 
 def loss_moments(setting: Setting, targets: Sequence[Target], num_sequences: int) -> LossMoments:
