@@ -106,9 +106,8 @@ class _Gathering:
 
     def _linear(self, name: str) -> Observer:
         def seen(hidden: torch.Tensor, output: Any) -> None:
-            x = hidden.detach()
-            source = next((s for s, read in self.read.items() if read.hidden is hidden), name)
-            read = self.read.setdefault(source, _Read(hidden, _rows(x, self.mask)))
+            source = next((s for s, read in self.read.items() if _same(read.hidden, hidden)), name)
+            read = self.read.setdefault(source, _Read(hidden, _rows(hidden, self.mask)))
             read.waiting += 1
             output.register_hook(lambda grad: self._arrived(source, name, _rows(grad, self.mask)))
 
@@ -153,6 +152,11 @@ class _Read:
     def __post_init__(self) -> None:
         self.squared_norm = self.rows.square().sum(1)
         self.energy = torch.zeros_like(self.squared_norm)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two live tensors are one in memory: DeepSpeed hands each module an alias of its own."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
