@@ -51,7 +51,7 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: float = Field(0.75, ge=0, le=1)
+    allocation: float = Field(0.5, ge=0, le=1)
     """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
     the saliency in units of loss (1)"""
     energy_samples: int = Field(64, ge=1)
