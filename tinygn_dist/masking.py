@@ -7,6 +7,8 @@ model, not buffers: DDP would broadcast buffers and a checkpoint would carry the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -15,8 +17,20 @@ from torch import nn
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.estimate.directions import hash64, key_of
+from tinygn_dist.zeros import any_bits, num_nonzero
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Enforced:
+    """What holds masks in a training. hooks: with a `remove()` each."""
+
+    hooks: tuple[Any, ...]
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
 
 class Masks:
@@ -31,20 +45,31 @@ class Masks:
         for target in self.targets:
             backend.write_mask(model, target, self.by_name[target.name])
 
-    def enforce(self, model: nn.Module, optimizer: object, backend: Backend):
-        """Apply after every step of the optimizer that really moves the weights; returns the handle to remove it.
+    def enforce(self, model: nn.Module, optimizer: object, backend: Backend) -> Enforced:
+        """Apply after every step of the optimizer, and `check` before the next one.
 
         After, not before: momentum and weight decay move weights whose gradient is zero.
         """
-        inner = backend.inner_optimizer(optimizer)
-        return inner.register_step_post_hook(lambda *_: self.apply_(model, backend))
+        held = backend.after_step(model, optimizer, lambda: self.apply_(model, backend))
+        return Enforced((held, backend.before_step(model, optimizer, lambda: self.check(model, backend))))
+
+    def check(self, model: nn.Module, backend: Backend) -> None:
+        """RuntimeError when a masked weight of this rank is not zero. No collective: it runs in every step."""
+        pairs = {t.name: (backend.shard(model, t).weight, self.by_name[t.name]) for t in self.targets}
+        if not any_bits(pairs.values()):
+            return
+        for name, pair in pairs.items():
+            if wrong := num_nonzero(*pair):
+                raise RuntimeError(
+                    f"rank {backend.rank}: {wrong} masked weights of {name} are not zero, but they were after the last step: "
+                    "something else writes to the model's weights"
+                )
 
     def violations(self, model: nn.Module, backend: Backend) -> int:
         """Masked weights that are not zero, over all shards."""
         count = torch.zeros(1, dtype=torch.int64)
         for target in self.targets:
-            weight = backend.shard(model, target).weight
-            count += int(torch.count_nonzero(weight.masked_fill(self.by_name[target.name], 0)))
+            count += num_nonzero(backend.shard(model, target).weight, self.by_name[target.name])
         return int(backend.sum_over_shards(count))
 
     def kept(self, backend: Backend) -> dict[str, int]:

@@ -102,3 +102,28 @@ def test_per_row_against_a_loop_and_ties_to_the_left():
     for row in range(5):
         best = sorted(range(10), key=lambda j: (-float(scores[row, j]), j))[:7]  # noqa: B023
         assert keep[row].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_a_weight_that_something_else_moved_stops_the_next_step(backend):
+    model = nn.Module()
+    model.a, model.b = nn.Linear(10, 6), nn.Linear(4, 7)
+    model.b.weight.data = model.b.weight.data.t().contiguous()  # stored (in, out)
+    keep = {"a.weight": masks()["a.weight"], "b.weight": masks()["b.weight"]}
+    targets = (TARGETS[0], Target("b.weight", "b", 1, (4, 7), 1))
+    chosen, optimizer = Masks(targets, keep), torch.optim.SGD(model.parameters(), lr=0.1)
+    chosen.apply_(model, backend)
+    handle = chosen.enforce(model, optimizer, backend)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert chosen.violations(model, backend) == 0
+    dropped = (~keep["b.weight"]).nonzero()[0].tolist()
+    with torch.no_grad():
+        model.b.weight[tuple(dropped)] = 1e-30
+    moved = model.a.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"rank 0: 1 masked weights of b\.weight are not zero"):
+        optimizer.step()
+    assert torch.equal(model.a.weight, moved)  # before anything moved
+    handle.remove()
+    optimizer.step()
+    assert chosen.violations(model, backend) > 1

@@ -67,26 +67,35 @@ def clip(engine: DeepSpeedEngine, max_norm: float) -> None:
     engine.optimizer.clip_grad = max_norm
 
 
-class Stepped:
-    """Calls `call()` after every step of the engine that was not skipped, until `remove()`.
+def _nothing() -> None: ...
+
+
+class AroundStep:
+    """Calls `before()` at the end of every accumulation and `after()` when its step was not skipped, until `remove()`.
 
     Hooks of the torch optimizer fire once per group or sub-group, before the live weights are written, and Accelerate
-    steps inside its `backward`: the engine's own step is the only place where a step is over.
+    steps inside its `backward`: the engine's own step is the only place where a step begins and is over.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, call: Callable[[], None]) -> None:
-        self._engine, self._step = engine, engine.step
+    def __init__(
+        self, engine: DeepSpeedEngine, before: Callable[[], None] = _nothing, after: Callable[[], None] = _nothing
+    ) -> None:
+        self._before, self._after = before, after
+        inner = engine.step
 
         def step(*arguments: Any, **named: Any) -> None:
-            before = engine.global_steps - engine.skipped_steps
-            self._step(*arguments, **named)
-            if engine.global_steps - engine.skipped_steps > before:
-                call()
+            if engine.is_gradient_accumulation_boundary():
+                self._before()
+            done = engine.global_steps - engine.skipped_steps
+            inner(*arguments, **named)
+            if engine.global_steps - engine.skipped_steps > done:
+                self._after()
 
         engine.step = step
 
     def remove(self) -> None:
-        self._engine.step = self._step
+        """The wrapper stays, and does nothing: others may have been put around it."""
+        self._before = self._after = _nothing
 
 
 @contextlib.contextmanager

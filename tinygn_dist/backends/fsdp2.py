@@ -29,6 +29,7 @@ from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
+from tinygn_dist.zeros import keep_only_
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 
@@ -169,7 +170,7 @@ class FSDP2(Backend):
         self.shard(model, target).weight.copy_(piece)
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        self.shard(model, target).weight.masked_fill_(~keep, 0)  # the shards are the fp32 masters
+        keep_only_(self.shard(model, target).weight, keep)  # the shards are the fp32 masters
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.training import Held
+from tinygn_dist.zeros import keep_only_
 
 
 class Replicated(Backend):
@@ -34,8 +35,7 @@ class Replicated(Backend):
         self.shard(model, target).weight.copy_(piece)
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        weight = self.shard(model, target).weight
-        weight.masked_fill_(~keep, 0)  # not a product: -1.0 * False would leave -0.0
+        keep_only_(self.shard(model, target).weight, keep)
 
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)

@@ -8,6 +8,7 @@
 | no_sync / backward / clip_grad_norm  | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)           | the torch optimizer whose step really moves the weights                     |
 | after_step(model, optimizer, call)   | `call()` once after every step that moved the weights, which are in place   |
+| before_step(model, optimizer, call)  | `call()` before the weights move                                            |
 | paused(model)                        | context: the bare model, to be estimated and edited between two steps       |
 | held(model, optimizer, name)         | what the torch optimizer holds of a parameter on this rank                  |
 | clear_state(model, optimizer, t, at) | zero the optimizer's state of some weights of a target                      |
@@ -93,6 +94,10 @@ class Training(ABC):
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
         """Returns a handle with `remove()`. A step that a gradient scaler skips does not count."""
         return self.inner_optimizer(optimizer).register_step_post_hook(lambda *_: call())
+
+    def before_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
+        """The weights are as the last step left them, unless something else wrote to them."""
+        return self.inner_optimizer(optimizer).register_step_pre_hook(lambda *_: call())
 
     def backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)

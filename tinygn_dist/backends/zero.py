@@ -25,6 +25,7 @@ from tinygn_dist.backends.partitions import drop_whole, forget_models, live_run,
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
+from tinygn_dist.zeros import keep_only_
 
 _ESTIMATION = "_estimation_engine"
 """where a model keeps its engine, past nn.Module's registration, so that they go together"""
@@ -56,7 +57,10 @@ class Zero(Backend):
         self._training = model
 
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
-        return engine.Stepped(self._training, call)
+        return engine.AroundStep(self._training, after=call)
+
+    def before_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
+        return engine.AroundStep(self._training, before=call)
 
     def pausing(self, model: nn.Module) -> contextlib.AbstractContextManager:
         return engine.without_gradient_hooks(self._training)
@@ -90,9 +94,9 @@ class ZeroOptimizer(Zero):
             master.copy_(piece.reshape(-1)[run])
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        self.shard(model, target).weight.masked_fill_(~keep, 0)
+        keep_only_(self.shard(model, target).weight, keep)
         for master, run in self._masters(model, target):
-            master.masked_fill_(~keep.reshape(-1)[run], 0)
+            keep_only_(master, keep.reshape(-1)[run])
 
     def _masters(self, model: nn.Module, target: Target) -> list[tuple[torch.Tensor, slice]]:
         """The run of the target that lies in this rank's flat fp32 master, if any, and where it lies in the target."""
@@ -258,7 +262,7 @@ class ZeroParameters(Zero):
         self._edit(model, target, lambda held: held.copy_(piece))
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        self._edit(model, target, lambda held: held.masked_fill_(~keep, 0))
+        self._edit(model, target, lambda held: keep_only_(held, keep))
 
     def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
         parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)

@@ -1,0 +1,116 @@
+"""What holding masks costs in a training step: a Markdown table.
+
+    python benchmarks/upkeep.py --layouts cpu fsdp2 zero2 zero3
+
+Each layout is one `accelerate launch` (two processes) of one model and one AdamW, whose steps are taken with and without
+the masks in turn (with, without, without, with, ...), so that what else the machine does falls on both alike. A step is
+recovery's own: one sequence of --seq-len tokens per rank, backward, clipping, AdamW on every matrix of the layers. CPU
+seconds are of the process (all its threads), medians over the steps of the slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tinygn_dist import load
+from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.backends import make_backend
+from tinygn_dist.config import DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.objective import objective_of
+from tinygn_dist.origin import placed
+from tinygn_dist.progress import Progress
+from tinygn_dist.recover import Recovery, freeze, make_optimizer
+from tinygn_dist.schedule import Plan
+from tinygn_dist.weights import sparsify
+
+ROOT = Path(__file__).parents[1]
+KINDS = ("masks", "plain", "plain", "masks")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layouts", nargs="*", default=["cpu"], help="names in configs/accelerate")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=4, help="of four steps each, after one that is not counted")
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # this process is one of the ranks
+    asked = parser.parse_args()
+    if asked.measure:
+        return measure(Path(asked.measure), asked)
+    print("| backend | plain, CPU s | with masks, CPU s | more | plain, s | with masks, s | more |")
+    print("|---|---|---|---|---|---|---|")
+    for layout in asked.layouts:
+        with tempfile.TemporaryDirectory() as folder:
+            facts = launch(Path(folder), layout, asked)
+        figures = " | ".join(
+            f"{plain:.3f} | {masks:.3f} | {masks / plain - 1:+.1%}"
+            for plain, masks in ((facts[clock]["plain"], facts[clock]["masks"]) for clock in ("cpu", "wall"))
+        )
+        print(f"| {facts['backend']} | {figures} |", flush=True)
+
+
+def launch(folder: Path, layout: str, asked: argparse.Namespace) -> dict:
+    start = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{layout}.yaml"]
+    words = [__file__, "--measure", str(folder), "--model", asked.model]
+    words += ["--seq-len", str(asked.seq_len), "--rounds", str(asked.rounds)]
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *start, *words], cwd=ROOT, env=surroundings, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return json.loads((folder / "facts.json").read_text())
+
+
+def measure(folder: Path, asked: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    backend = make_backend(DistributedConfig(timeout_seconds=300))
+    source = load.find_model(ModelConfig(name=asked.model))
+    model, _ = placed(source, backend)
+    anatomy = read_anatomy(load.skeleton(source), needs_units=False)
+    rows = torch.randint(
+        3, source.config.vocab_size, (backend.num_ranks, 1, asked.seq_len), generator=torch.Generator().manual_seed(0)
+    )
+    batch = [{"input_ids": row, "labels": row} for row in rows]
+    options = RecoverConfig(steps=1, batch_size=backend.num_ranks, distill=0.0, learning_rate=1e-5)
+    recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
+    setting = Setting(model, anatomy, objective_of("causal-lm"), batch, backend, Progress())
+    masks = sparsify(setting, anatomy.targets, PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5))
+    seconds = {clock: {kind: [] for kind in KINDS} for clock in ("cpu", "wall")}
+    with backend.in_fp32(model):
+        freeze(model, options)
+        optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], options)
+        model.train()
+        wrapped, prepared = backend.prepare(model, optimizer)
+        for number, kind in enumerate(KINDS[:1] + KINDS * asked.rounds):
+            masks.apply_(wrapped, backend)  # a plain step has moved what was masked
+            handle = masks.enforce(wrapped, prepared, backend) if kind == "masks" else None
+            backend.barrier()
+            cpu, wall = time.process_time(), time.perf_counter()
+            recovery._one_step(wrapped, prepared, batch)
+            if number:
+                seconds["cpu"][kind].append(time.process_time() - cpu)
+                seconds["wall"][kind].append(time.perf_counter() - wall)
+            if handle is not None:
+                assert masks.violations(wrapped, backend) == 0
+                handle.remove()
+    medians = {c: {kind: statistics.median(values) for kind, values in kinds.items()} for c, kinds in seconds.items()}
+    everyone = backend.everyone(medians)
+    if backend.is_main:
+        worst = {c: {kind: max(told[c][kind] for told in everyone) for kind in set(KINDS)} for c in seconds}
+        (folder / "facts.json").write_text(json.dumps({"backend": type(backend).__name__, **worst}))
+    backend.close()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
