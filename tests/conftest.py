@@ -36,10 +36,11 @@ def backend() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def process_groups() -> Iterator[Callable[[int], Ranks]]:
-    """process_groups(n): n connected gloo processes that live as long as the session."""
-    groups: dict[int, Ranks] = {}
-    yield lambda size: groups.setdefault(size, Ranks(size))
+def process_groups() -> Iterator[Callable[..., Ranks]]:
+    """process_groups(n): n connected gloo processes that live as long as the session; with settings of the section
+    `distributed`."""
+    groups: dict[str, Ranks] = {}
+    yield lambda size, **settings: groups.setdefault(f"{size} {settings}", Ranks(size, settings))
     for group in groups.values():
         group.stop()
 

@@ -25,8 +25,8 @@ class RankFailed(AssertionError):
 class Ranks:
     """`call(function, *arguments)` runs function(backend, *arguments) on every rank and returns the results by rank."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, settings: dict[str, Any] | None = None) -> None:
+        self.size, self._settings = size, settings or {}
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -64,14 +64,14 @@ class Ranks:
         context, port = mp.get_context("spawn"), _free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, port), daemon=True)
+            process = context.Process(target=_serve, args=(there, rank, self.size, port, self._settings), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, settings: dict[str, Any]) -> None:
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in facts.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -82,7 +82,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     from tinygn_dist.config import DistributedConfig
 
     torch.set_num_threads(1)
-    backend = make_backend(DistributedConfig(num_processes=size, timeout_seconds=COLLECTIVE_SECONDS))
+    asked = DistributedConfig(num_processes=size, timeout_seconds=COLLECTIVE_SECONDS, **settings)
+    backend = make_backend(asked)
     connected = dist.get_world_size() if dist.is_initialized() else 1
     assert connected == backend.num_ranks == size and backend.rank == rank, "the test rig itself is not connected"
     while True:

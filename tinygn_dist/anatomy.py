@@ -64,6 +64,7 @@ class Target:
 
     def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
         """values (in,), one per input feature, laid out like `piece`: a run of the stored elements from `offset` on."""
+        values = values.to(piece.device)
         if self.input_dim == 1 and piece.dim() == 2:
             return values.expand(piece.shape)
         width = self.stored_shape[1]

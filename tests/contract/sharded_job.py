@@ -1,16 +1,17 @@
 """What every rank of a launched job checks and measures for tests/contract/test_sharded.py.
 
-`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [CHECK ...]`: asserts what can be judged inside the job, and
-writes what must be the same on every backend (fingerprints, digests, losses) to FOLDER/facts.json.
+`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [--offload KIND] [CHECK ...]`: asserts what
+can be judged inside the job, and writes what must be the same on every backend (fingerprints, digests, losses) to
+FOLDER/facts.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import hashlib
 import json
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -275,9 +276,10 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
     return found
 
 
-def main(folder: Path, sharded: int, wanted: list[str]) -> None:
+def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    backend = make_backend(DistributedConfig(timeout_seconds=60))
+    # a part of the offloaded model stays on the device
+    backend = make_backend(DistributedConfig(timeout_seconds=60, offload=offload, device_gib=6e-5))
     hf.logging.disable_progress_bar()
     facts: dict[str, object] = {"backend": type(backend).__name__, "ranks": backend.num_ranks, "seconds": {}}
     for name, check in (
@@ -306,4 +308,10 @@ def main(folder: Path, sharded: int, wanted: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("sharded", type=int)
+    parser.add_argument("--offload", default="none")
+    parser.add_argument("checks", nargs="*")
+    asked = parser.parse_args()
+    main(asked.folder, asked.sharded, asked.offload, asked.checks)

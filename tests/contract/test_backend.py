@@ -115,7 +115,7 @@ def _solved(backend: Backend, family: str) -> dict[str, Any]:
     masks = backend.map_targets(setting.model, jobs, solve)
     return {
         "solved": solved_here,
-        "state": tiny.state_bytes(backend.unwrap(setting.model)),
+        "state": plain.full_state(backend, setting.model),
         "masks": masks,
         "offsets": {t.name: backend.shard(setting.model, t).offset for t in targets},
     }

@@ -1,7 +1,8 @@
-"""The same masks, units, weights and training whatever the model is spread over: DDP, FSDP2, HSDP, ZeRO-1/2/3.
+"""The same masks, units, weights and training whatever the model is spread over: DDP, FSDP2, HSDP, ZeRO-1/2/3,
+or one process with a device too small for it.
 
-Each layout is one real `accelerate launch` with the config file people copy, running tests/contract/sharded_job.py, and
-is compared with one plain process. Gradients are the one thing a backend may change: ZeRO-3's hooks make autograd add
+Each layout is one real launch with the config file people copy, running tests/contract/sharded_job.py, and is compared
+with one plain process. Gradients are the one thing a backend may change: ZeRO-3's hooks make autograd add
 the gradients that meet at a tensor in another order, so they differ in the last bit. No mask here does; the weights
 that the loss-aware solver computes from them may, and are compared by their norm.
 """
@@ -36,8 +37,10 @@ LAYOUTS = {
     "zero1": ("ZeroOptimizer", 2, 1),
     "zero2": ("ZeroOptimizer", 2, 1),
     "zero3": ("ZeroParameters", 2, 2),
+    "offload-cpu": ("Offloaded", 1, 1),
+    "offload-disk": ("Offloaded", 1, 1),
 }
-QUICK = ("fsdp2", "zero3")
+QUICK = ("fsdp2", "zero3", "offload-disk")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def facts(layout: str) -> dict[str, Any]:
         folder = home / layout
         write_inputs(folder)
+        words = [JOB, str(folder), str(LAYOUTS.get(layout, (0, 0, 1))[2])]
+        name, _, offload = layout.partition("-")
+        if name == "offload":
+            return job([*words, "--offload", offload], folder)
         launch = [] if layout == "alone" else ["-m", "accelerate.commands.launch", "--config_file", config(layout)]
-        return job([*launch, JOB, str(folder), str(LAYOUTS.get(layout, (0, 0, 1))[2])], folder)
+        return job([*launch, *words], folder)
 
     return facts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu
 from tinygn_dist.backends.extension_builds import clear_stale_builds
 from tinygn_dist.backends.launcher import end_with_launcher
+from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import Refused
@@ -31,6 +33,7 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
     Raises Refused when the processes found are not the processes that were asked for: several CPU launches of
     Accelerate start one process, or several that do not know of each other, and exit 0.
     """
+    callers_own = accelerator is not None
     if accelerator is None:
         _refuse_launch()
         end_with_launcher()
@@ -44,9 +47,11 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.timeout_seconds))],
             )
     _check_processes(accelerator, options.num_processes)
+    if options.offload != "none":
+        _refuse_offload(options.offload, accelerator, callers_own)
     match accelerator.distributed_type:
         case DistributedType.NO | DistributedType.MULTI_CPU | DistributedType.MULTI_GPU:
-            return Replicated(accelerator)
+            return Replicated(accelerator) if options.offload == "none" else Offloaded(accelerator, options)
         case DistributedType.FSDP:
             _refuse_fsdp(2 if accelerator.is_fsdp2 else 1, getattr(accelerator.parallelism_config, "tp_size", 1))
             from tinygn_dist.backends.fsdp2 import FSDP2
@@ -55,6 +60,7 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
         case DistributedType.DEEPSPEED:
             from tinygn_dist.backends.zero import ZeroOptimizer, ZeroParameters  # deepspeed is an optional dependency
 
+            _refuse_nvme(accelerator.state.deepspeed_plugin.deepspeed_config)
             match accelerator.state.deepspeed_plugin.zero_stage:
                 case 1 | 2:
                     return ZeroOptimizer(accelerator)
@@ -84,6 +90,33 @@ def _refuse_fsdp(version: int, tp_size: int) -> None:
         raise Refused(
             f"launched with FSDP2 and tensor parallelism of {tp_size}, which is broken in Accelerate, accepted: "
             "tp_size 1; launch with configs/accelerate/fsdp2.yaml, or hsdp.yaml for several nodes"
+        )
+
+
+def _refuse_nvme(engine: dict[str, Any]) -> None:
+    for what in ("offload_param", "offload_optimizer"):
+        if (engine.get("zero_optimization", {}).get(what) or {}).get("device") == "nvme":
+            raise Refused(
+                f"zero_optimization.{what} on nvme, where masks do not reach the weights, accepted: cpu; or use one process "
+                "with --distributed.offload disk"
+            )
+
+
+def _refuse_offload(asked: str, accelerator: Accelerator, callers_own: bool) -> None:
+    if callers_own:
+        raise Refused(
+            f"distributed.offload {asked} inside your own training, whose optimizer would step weights that are not there; "
+            "use `tinygn compress`, or shard the weights with configs/accelerate/fsdp2.yaml"
+        )
+    if accelerator.num_processes > 1 or sharding_asked():
+        raise Refused(
+            f"distributed.offload {asked} on {accelerator.num_processes} processes, accepted: one; several share the weights "
+            "with configs/accelerate/fsdp2.yaml or zero3.yaml"
+        )
+    if accelerator.mixed_precision != "no":
+        raise Refused(
+            f"distributed.offload {asked} with mixed precision {accelerator.mixed_precision}, accepted: no; give the weights "
+            "that dtype with --model.dtype"
         )
 
 

@@ -164,7 +164,8 @@ class Backend(Training):
     def _empty_sums(self, model: nn.Module, targets: Sequence[Target], function: Callable) -> GradientSums:
         sums = GradientSums(function)
         for target in targets:
-            sums.moments.reserve(target.name, tuple(self.shard(model, target).weight.shape), self.device)
+            weight = self.shard(model, target).weight
+            sums.moments.reserve(target.name, tuple(weight.shape), weight.device)
         return sums
 
     # -- combining facts ---------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def start(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Opt
         config["train_micro_batch_size_per_gpu"] = 1  # only multiplied up and logged: the caller scales its losses
     config["gradient_accumulation_steps"] = 1  # DeepSpeed would divide the losses by it
     config.pop("train_batch_size", None)
+    config["zero_force_ds_cpu_optimizer"] = False  # with offload_optimizer another one would take its place
     with keeping_buffers(model):
         engine, _ = accelerator.prepare(model, optimizer)
     return engine, EngineOptimizer(engine)

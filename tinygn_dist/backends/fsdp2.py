@@ -3,6 +3,7 @@
 Traps that shape this file (torch 2.13, Accelerate 1.15):
 - Modules that stay unsharded after a forward hide their DTensors behind plain copies; edits of the one are not seen by
   the other. So everything is resharded after every forward, at the price of one more all-gather of embeddings and head.
+- With the CPU offload policy shards lie in CPU memory. Whole weights that are gathered to be worked on are on the device.
 - Edits inside an `unshard()` are thrown away: weights are written through the local shards only.
 """
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from tinygn_dist.anatomy import Target
@@ -46,6 +47,9 @@ class FSDP2(Backend):
         self._shard_group = mesh["dp_shard"].get_group() if hybrid else None  # None: all ranks
         self._replica_group = mesh["dp_replicate"].get_group() if hybrid else None
         self._wrapping = {name: getattr(accelerator.state.fsdp_plugin, name) for name in _WRAPPING}
+        self._offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+        if self._offloads and self.device.type == "cpu":  # the default pins memory for a device that is not there
+            accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
         if accelerator.mixed_precision == "bf16":
             # Accelerate's own policy returns losses in bf16, which no difference of losses survives, and adds
             # gradients in bf16
@@ -71,7 +75,8 @@ class FSDP2(Backend):
         if self._accelerator.mixed_precision != "no":  # Accelerate would copy them to fp32, which are masters then
             model._apply(lambda tensor: tensor.float() if tensor.is_meta else tensor)
         self.prepare(model)
-        model._apply(lambda tensor: torch.empty_like(tensor, device=self.device) if tensor.is_meta else tensor)
+        where = torch.device("cpu") if self._offloads else self.device
+        model._apply(lambda tensor: torch.empty_like(tensor, device=where) if tensor.is_meta else tensor)
         model.tie_weights()
         with self.together("reading the weights"), torch.no_grad():
             for name, tensor in tensors_of(model).items():
@@ -115,10 +120,14 @@ class FSDP2(Backend):
         return Shard(slices.local(run).view(-1, target.stored_shape[1]), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).gather(piece)
+        return self._slices(model, target).gather(piece.to(self.device))
 
     def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).cut(whole).view(-1, target.stored_shape[1])
+        return self._as_piece(self._slices(model, target).cut(whole), target)
+
+    def _as_piece(self, run: torch.Tensor, target: Target) -> torch.Tensor:
+        """Rows, where the shards lie: with the offload policy not on the device."""
+        return run.view(-1, target.stored_shape[1]).to("cpu" if self._offloads else run.device)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         tensor = tensor_named(model, name).detach()
@@ -150,7 +159,7 @@ class FSDP2(Backend):
             for name, parameter in module.named_parameters(prefix=prefix):
                 if not isinstance(parameter, DTensor):
                     for target, slices in wanted.get(name, ()):
-                        yield parameter, target, lambda whole, s=slices: s.reduce(whole).view(-1, whole.shape[1])
+                        yield parameter, target, lambda whole, s=slices, t=target: self._as_piece(s.reduce(whole), t)
             module.reshard()
 
     def _slices(self, model: nn.Module, target: Target) -> Slices:

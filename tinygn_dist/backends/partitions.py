@@ -10,20 +10,6 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import nn
 
 
-def without_storage(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
-    """Parameters on the meta device replaced by ones that repeat a single zero, which can be partitioned one by
-    one; tied ones stay tied. Returns them."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in made:
-                zeros = torch.zeros(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
-                made[parameter] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
-            if parameter is not None:
-                module._parameters[name] = made[parameter]
-    return list(made.values())
-
-
 def forget_models() -> None:
     """Engines leave their models in a global stack of running modules and in caches of a class, and with them
     every model that was ever placed. Between forwards none of it is needed."""

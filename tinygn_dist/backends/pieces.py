@@ -17,9 +17,10 @@ from tinygn_dist.anatomy import Target
 class Shard:
     """This rank's piece of a target.
 
-    weight: the live storage, any shape, possibly empty. offset: index of its first element in the flattened target *as
-    stored* (which `target.start` places in a parameter that holds several); the piece is a run of consecutive elements.
-    Masks and scores of a target have this shape on each rank. Edits go through `write`: there may be master copies.
+    weight: the live storage, any shape, possibly empty, where the weights lie: with offload not on the device that
+    computes. offset: index of its first element in the flattened target *as stored* (which `target.start` places in a
+    parameter that holds several); the piece is a run of consecutive elements. Masks and scores of a target have this
+    shape, and lie there, on each rank. Edits go through `write`: there may be master copies.
     """
 
     weight: torch.Tensor
@@ -77,6 +78,20 @@ def hollow(build: Callable[[], nn.Module]) -> nn.Module:
         model = build()
     model.tie_weights()
     return model.eval()
+
+
+def without_storage(model: nn.Module, device: torch.device) -> list[nn.Parameter]:
+    """Parameters on the meta device replaced by ones that repeat a single zero, which can be partitioned one by
+    one; tied ones stay tied. Returns them."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                zeros = torch.zeros(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
+                made[parameter] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+            if parameter is not None:
+                module._parameters[name] = made[parameter]
+    return list(made.values())
 
 
 def filled(model: nn.Module, run: Run) -> nn.Module:

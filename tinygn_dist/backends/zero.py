@@ -21,8 +21,8 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives, engine
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.partitions import drop_whole, forget_models, live_run, master_run, without_storage
-from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
+from tinygn_dist.backends.partitions import drop_whole, forget_models, live_run, master_run
+from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of, without_storage
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
 from tinygn_dist.zeros import keep_only_
@@ -96,7 +96,7 @@ class ZeroOptimizer(Zero):
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
         keep_only_(self.shard(model, target).weight, keep)
         for master, run in self._masters(model, target):
-            keep_only_(master, keep.reshape(-1)[run])
+            keep_only_(master, keep.reshape(-1)[run].to(master.device))  # on the CPU with offload_optimizer
 
     def _masters(self, model: nn.Module, target: Target) -> list[tuple[torch.Tensor, slice]]:
         """The run of the target that lies in this rank's flat fp32 master, if any, and where it lies in the target."""
@@ -224,10 +224,14 @@ class ZeroParameters(Zero):
         return Shard(slices.local(live_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).gather(piece)
+        return self._slices(model, target).gather(piece.to(self.device))
 
     def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).cut(whole)
+        return self._slices(model, target).cut(whole).to(self._shard_device(model, target))
+
+    def _shard_device(self, model: nn.Module, target: Target) -> torch.device:
+        """With `offload_param` not the device that computes."""
+        return self.unwrap(model).get_parameter(target.parameter).ds_tensor.device
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         tensor = tensor_named(self.unwrap(model), name)
@@ -240,7 +244,12 @@ class ZeroParameters(Zero):
         self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
         sums, bare = self._empty_sums(model, targets, function), self.unwrap(model)
-        with hooked(sums, [(bare.get_parameter(t.parameter), t, self._slices(model, t).reduce) for t in targets]):
+
+        def reduce(target: Target) -> Callable[[torch.Tensor], torch.Tensor]:
+            slices, device = self._slices(model, target), self._shard_device(model, target)
+            return lambda whole: slices.reduce(whole).to(device)
+
+        with hooked(sums, [(bare.get_parameter(t.parameter), t, reduce(t)) for t in targets]):
             yield sums
         self.agree(sums.order(), "which weights a micro-batch reaches")
 
@@ -262,7 +271,7 @@ class ZeroParameters(Zero):
         self._edit(model, target, lambda held: held.copy_(piece))
 
     def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        self._edit(model, target, lambda held: keep_only_(held, keep))
+        self._edit(model, target, lambda held: keep_only_(held, keep.to(held.device)))
 
     def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
         parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)

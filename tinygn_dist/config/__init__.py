@@ -79,6 +79,11 @@ class Config(Section):
                 f"recover.optimizer {self.recover.optimizer} keeps its masks, and schedule.kind {schedule.kind} with regrow "
                 f"{schedule.regrow} changes them; use adamw, sgd or nesterov"
             )
+        if self.distributed.offload == "disk" and self.recover.steps and not self.recover.forward_only:
+            raise ValueError(
+                f"recover.optimizer {self.recover.optimizer} with distributed.offload disk: gradients and optimizer state need "
+                "more memory than the weights; use offload cpu, or an optimizer that needs none (zo-sgd)"
+            )
         return self
 
     def fingerprint(self) -> str:

@@ -77,5 +77,11 @@ class DistributedConfig(Section):
     """how many processes must be running; the run refuses to start on any other number"""
     timeout_seconds: int = Field(600, ge=1)
     """a collective that waits longer ends the run"""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """where weights wait that the device has no room for; for one process"""
+    offload_dir: str | None = None
+    """folder for the files of offload disk; by default the system's for temporary files"""
+    device_gib: float = Field(0.0, ge=0)
+    """offload: weights, in GiB, that stay on the device, the model's first layers"""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """where Accelerate logs metrics"""
