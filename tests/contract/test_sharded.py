@@ -160,22 +160,66 @@ def test_the_same_checkpoint_as_one_process(run: Any, layout: str):
         }
 
 
+# name -> (layout, changes of its Accelerate config, changes of its DeepSpeed settings)
+CPU = {"device": "cpu"}
+VARIANTS: dict[str, tuple[str, dict, dict]] = {
+    "fsdp2 bf16": ("fsdp2", {"mixed_precision": "bf16"}, {}),
+    "zero2 bf16": ("zero2", {}, {"bf16": {"enabled": True}}),
+    "zero3 bf16": ("zero3", {}, {"bf16": {"enabled": True}}),
+    "fsdp2 offload": ("fsdp2", {"fsdp_config": {"fsdp_offload_params": True}}, {}),
+    "zero2 offload": ("zero2", {}, {"zero_optimization": {"offload_optimizer": CPU}}),
+    "zero3 offload": ("zero3", {}, {"zero_optimization": {"offload_optimizer": CPU, "offload_param": CPU}}),
+}
+
+
+@pytest.fixture(scope="module")
+def run_variant(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """run_variant(name, *checks): the facts of a job launched with changed settings."""
+    home = tmp_path_factory.mktemp("variants")
+
+    @functools.cache
+    def facts(variant: str, *checks: str) -> dict[str, Any]:
+        (layout, changes, engine), folder = VARIANTS[variant], home / variant.replace(" ", "-")
+        write_inputs(folder)
+        asked = merged(yaml.safe_load(Path(config(layout)).read_text()), changes)
+        if engine:
+            settings = json.loads((ROOT / f"configs/deepspeed/{layout}.json").read_text())
+            (folder / "engine.json").write_text(json.dumps(merged(settings, engine)))
+            asked["deepspeed_config"]["deepspeed_config_file"] = str(folder / "engine.json")
+        (folder / "launch.yaml").write_text(yaml.safe_dump(asked))
+        words = ["-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml"), JOB, str(folder)]
+        return job([*words, str(LAYOUTS[layout][2]), *checks], folder)
+
+    return facts
+
+
+def merged(settings: dict, changes: dict) -> dict:
+    inner = {key: merged(settings.get(key, {}), value) for key, value in changes.items() if isinstance(value, dict)}
+    return settings | changes | inner
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp2", "zero2", "zero3"])
-def test_zeros_hold_in_mixed_precision(run: Any, tmp_path: Path, layout: str):
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "bf16" in name])
+def test_zeros_hold_in_mixed_precision(run: Any, run_variant: Any, variant: str):
     """bf16 compute with fp32 masters: near the fp32 training, and still exactly sparse."""
-    asked = yaml.safe_load(Path(config(layout)).read_text())
-    if layout == "fsdp2":
-        asked["mixed_precision"] = "bf16"
-    else:
-        engine = json.loads((ROOT / f"configs/deepspeed/{layout}.json").read_text()) | {"bf16": {"enabled": True}}
-        (tmp_path / "engine.json").write_text(json.dumps(engine))
-        asked["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "engine.json")
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(asked))
-    write_inputs(tmp_path)
-    words = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "launch.yaml"), JOB, str(tmp_path)]
-    found = job([*words, str(LAYOUTS[layout][2]), "training", "training bf16", "runs"], tmp_path)
+    found = run_variant(variant, "training", "training bf16", "runs")
     for kind in ("training", "training bf16"):
         assert found[kind]["zeros"] == run("alone")[kind]["zeros"]
         assert found[kind]["loss after"] == pytest.approx(run("alone")[kind]["loss after"], abs=0.05)
     assert found["runs"]["sparse recovered"]["zeros"] == run("alone")["runs"]["sparse recovered"]["zeros"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "offload" in name])
+def test_shards_in_cpu_memory_change_nothing(run: Any, run_variant: Any, variant: str):
+    """Where the shards lie, which optimizer steps them and its state; on a CPU, so the moves between devices are not
+    seen here."""
+    alone, found = run("alone"), run_variant(variant, "pieces", "masks", "training", "gradual", "resumed", "runs")
+    assert {name: facts["mask"] for name, facts in found["masks"].items()} == {
+        name: facts["mask"] for name, facts in alone["masks"].items()
+    }
+    assert found["training"] == pytest.approx(alone["training"], rel=1e-5)
+    for name, case in alone["gradual"].items():
+        assert found["gradual"][name]["losses"] == pytest.approx(case["losses"], rel=1e-3), name
+    assert found["runs"]["units"] == alone["runs"]["units"]
+    assert found["runs"]["sparse recovered"]["zeros"] == alone["runs"]["sparse recovered"]["zeros"]
