@@ -18,10 +18,12 @@ Batch = dict[str, torch.Tensor]
 
 
 class Losses(NamedTuple):
-    """total: (batch,) float64 sums over tokens, differentiable. count: (batch,) int64 tokens that count."""
+    """total: (batch,) float64 sums over tokens, differentiable. count: (batch,) int64 tokens that count. each: fp32
+    losses of all that is summed, in any one shape, 0 where a token does not count; None in a mix of losses."""
 
     total: torch.Tensor
     count: torch.Tensor
+    each: torch.Tensor | None = None
 
     def mean(self) -> torch.Tensor:
         """Mean loss per token over the batch, 0-dim float64."""
@@ -56,14 +58,14 @@ def causal_lm(model: nn.Module, batch: Batch) -> Losses:
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
     """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence."""
     flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
-    return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1))
+    return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1), flat)
 
 
 def classification(model: nn.Module, batch: Batch) -> Losses:
     """Cross-entropy of one class per sequence or image. labels: (batch,) int64."""
     logits = model(**model_inputs(batch)).logits
-    losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none").double()
-    return Losses(losses, torch.ones_like(batch["labels"]))
+    losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+    return Losses(losses.double(), torch.ones_like(batch["labels"]), losses)
 
 
 def feature_match(model: nn.Module, batch: Batch) -> Losses:
@@ -74,7 +76,8 @@ def feature_match(model: nn.Module, batch: Batch) -> Losses:
     features, reference = model(**model_inputs(batch)).last_hidden_state.float(), batch["reference"].float()
     away = (features - reference).square().sum(-1) / reference.square().sum(-1).clamp(min=1e-12)
     counts = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(away)
-    return Losses((away * counts).sum(1, dtype=torch.float64), counts.sum(1).long())
+    away = away * counts
+    return Losses(away.sum(1, dtype=torch.float64), counts.sum(1).long(), away)
 
 
 def add_reference(model: nn.Module, batches: list[Batch]) -> list[Batch]:
@@ -89,7 +92,8 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Ten
     log_student = F.log_softmax(student.float() / temperature, -1)
     log_teacher = F.log_softmax(teacher.float() / temperature, -1)
     away = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2
-    return Losses((away * counts).sum(1, dtype=torch.float64), counts.sum(1))
+    away = away * counts
+    return Losses(away.sum(1, dtype=torch.float64), counts.sum(1), away)
 
 
 def objective_of(task: str) -> Objective:

@@ -16,9 +16,9 @@ from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.energy import coarse, loss_moments
+from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
-from tinygn_dist.moments import Moments
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import least_squares, obs
 from tinygn_dist.threshold import kth_largest
@@ -26,6 +26,9 @@ from tinygn_dist.threshold import kth_largest
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
 WITHOUT_DATA = ("magnitude", "random")
+PLAIN, PLAIN_NM = 0.0, 4.0
+"""What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each other
+alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
 
 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
@@ -125,16 +128,11 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver; whole rows of each target are solved by one rank."""
-    backend, aware = setting.backend, loss_aware(options)
-    if aware:
-        found = loss_moments(setting, targets, options.energy_samples)
-        jobs = layer_jobs(targets, found.inputs, found.rows)
-    else:
-        jobs = layer_jobs(targets, input_moments(setting, targets, full=True))
-    backend.sum_for_jobs(jobs)
+    backend = setting.backend
+    jobs = _measured_jobs(setting, targets, options)
     pruned = {target.name: _num_pruned(target, options) for target in targets}
     share = {"auto": options.allocation, "global": 1.0}.get(options.scope, 0.0)
-    if aware and share > 0 and options.nm is None:
+    if share > 0 and options.nm is None:
         pruned |= _allocate(setting, targets, jobs, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -167,6 +165,25 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
 def loss_aware(options: PruneConfig) -> bool:
     """Whether the solver weighs tokens and rows by gradient energy."""
     return options.estimator != "finite-difference"
+
+
+def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> list[Job]:
+    """The jobs of the solver with complete moments on the ranks that will solve them: a Gram matrix, then (out,) energies
+    of each target's rows. By forward passes alone a layer's energy is known as a whole, and its rows are alike."""
+    backend = setting.backend
+    if loss_aware(options):
+        found = loss_moments(setting, targets, PLAIN_NM if options.nm else PLAIN)
+        jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _solve_cost([t])) for t in targets]
+        backend.sum_for_jobs(jobs)
+        return jobs
+    jobs = layer_jobs(targets, input_moments(setting, targets, full=True))
+    backend.sum_for_jobs(jobs)
+    if options.nm is None and options.scope in ("auto", "global"):  # only budgets ask for them
+        energies = output_energies(setting.first(options.probe_samples), targets)
+        of = {target.name: energy for target, energy in zip(targets, energies, strict=True)}
+        for job in jobs:
+            job.moments += [(of[t.name] / t.shape[0]).expand(t.shape[0]) for t in job.targets]
+    return jobs
 
 
 def _allocate(
@@ -217,20 +234,12 @@ def _num_pruned(target: Target, options: PruneConfig) -> int:
     return rows * (size - num_kept(size, options.sparsity))
 
 
-def layer_jobs(targets: Sequence[Target], inputs: InputMoments, rows: Moments | None = None) -> list[Job]:
-    """Targets grouped by the input they share, with its Gram matrix, the energy of each one's rows where it is known,
-    and the cost of factorising and sweeping it."""
+def layer_jobs(targets: Sequence[Target], inputs: InputMoments) -> list[Job]:
+    """Targets grouped by the input they share, with its Gram matrix and the cost of factorising and sweeping it."""
     by_source: dict[str, list[Target]] = {}
     for target in targets:
         by_source.setdefault(inputs.of(target), []).append(target)
-    return [
-        Job(
-            tuple(group),
-            [inputs.moments.pop(source), *([] if rows is None else [rows.pop(t.name) for t in group])],
-            _solve_cost(group),
-        )
-        for source, group in by_source.items()
-    ]
+    return [Job(tuple(group), [inputs.moments.pop(source)], _solve_cost(group)) for source, group in by_source.items()]
 
 
 def _solve_cost(targets: Sequence[Target]) -> float:

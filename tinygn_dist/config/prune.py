@@ -51,11 +51,9 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: float = Field(0.5, ge=0, le=1)
-    """criterion obs with backprop: how far layers' budgets go from the same share everywhere (0) to one global cut of
+    allocation: float = Field(0.75, ge=0, le=1)
+    """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of
     the saliency in units of loss (1)"""
-    energy_samples: int = Field(64, ge=1)
-    """criterion obs with backprop: calibration sequences that gradient energy is measured on, the first ones"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)

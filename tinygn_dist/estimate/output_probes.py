@@ -1,0 +1,90 @@
+"""How much the loss listens to the output of a linear layer, from forward passes alone.
+
+The output of one layer is moved along a random direction, r_to = c |x_t| z_to with signs z (Rademacher), and the change
+of each token's loss l_u is seen. To first order its mean square over directions is
+
+    E sum_u (l_u(y + r) - l_u(y))^2 / c^2 = sum_u sum_to (dl_u / dy_to)^2 |x_t|^2,
+
+the layer's gradient energy with every token's loss on its own (Hutchinson's estimate of a trace; node perturbation). A
+forward of a sequence gives as many samples as it has tokens, so few forwards rank the layers, which a difference of the
+whole loss does not. Nothing is known about single output rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook
+from torch import nn
+
+from tinygn_dist.anatomy import Target
+from tinygn_dist.estimate.directions import key_of, signs
+from tinygn_dist.estimate.hooks import attached
+from tinygn_dist.estimate.restart import PrefixCache, running_layers
+from tinygn_dist.estimate.setting import Setting
+
+
+def output_energies(setting: Setting, targets: Sequence[Target], seed: int = 0) -> torch.Tensor:
+    """(targets,) fp64 sum_u sum_to (dl_u / dy_to)^2 |x_t|^2 over the micro-batches of all ranks, one forward per target and
+    micro-batch, which starts at the target's layer. 0 for experts, whose outputs have no module to move, and where every
+    loss is 0 (a distance to the dense model), which has no first order.
+
+    The step c moves an output by the cube root of its dtype's resolution times its rms (fp32 0.005, bf16 0.2). The square
+    root is usual where f carries one rounding; a token's loss carries those of all layers.
+    """
+    energies = torch.zeros(len(targets), len(setting.batches), dtype=torch.float64)
+    layers = range(setting.anatomy.num_layers)
+    mine = setting.backend.share(list(enumerate(setting.batches)))
+    with torch.no_grad(), setting.progress.bar("output probes", len(mine) * len(targets)) as advance:
+        for (number, batch), real in mine:
+            batch, cache = setting.on_device(batch), PrefixCache()
+            with cache.recording(setting.bare, setting.anatomy, layers):
+                plain = setting.objective(setting.model, batch).each
+            for index, target in enumerate(targets):
+                if target.index is None:
+                    nudge = _Nudge(key_of(seed, f"{target.name}/{number}"))
+                    moved = _moved(setting, batch, cache, target, nudge)
+                    if real and nudge.scale > 0 and plain.any():
+                        energies[index, number] = float((moved - plain).double().square().sum()) / nudge.scale**2
+                advance()
+    setting.backend.sum_over_data([energies])
+    return energies.sum(1)
+
+
+def _moved(setting: Setting, batch: dict, cache: PrefixCache, target: Target, nudge: _Nudge) -> torch.Tensor:
+    """Each token's loss with the target's output moved."""
+    layer, later = _layer_of(setting, target), contextlib.nullcontext()
+    if layer is not None:
+        left = range(layer, setting.anatomy.num_layers)
+        later = running_layers(setting.bare, setting.anatomy, left, (cache, layer))
+    with attached([(setting.bare.get_submodule(target.module), nudge)]), later:
+        return setting.objective(setting.model, batch).each
+
+
+def _layer_of(setting: Setting, target: Target) -> int | None:
+    """The layer a target lies in; None outside of the list of layers, or where there is none."""
+    prefix = f"{setting.anatomy.layers_path}."
+    if not setting.anatomy.layers_path or not target.module.startswith(prefix):
+        return None
+    return int(target.module.removeprefix(prefix).split(".")[0])
+
+
+class _Nudge(ModelHook):
+    """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could move."""
+
+    def __init__(self, key: int) -> None:
+        self.key, self.scale = key, 0.0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        self._length = args[0].float().square().sum(-1, keepdim=True).sqrt()
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        length, self._length = self._length, None
+        size, reach = float(output.float().square().mean().sqrt()), float(length.square().mean().sqrt())
+        self.scale = torch.finfo(output.dtype).eps ** (1 / 3) * size / reach if reach > 0 else 0.0
+        direction = signs(0, output.numel(), self.key, output.device).view(output.shape)
+        return (output.float() + self.scale * length * direction).to(output.dtype)
