@@ -11,6 +11,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -167,6 +168,42 @@ def test_torchrun_alone_is_two_processes_without_a_gpu_and_refuses_a_typo(stubs:
 
 
 # -- manifests -------------------------------------------------------------------------------------------------------------
+MANIFESTS = {"pytorchjob": "PyTorchJob", "trainjob": "TrainJob"}
+KUBEFLOW = json.loads((ROOT / "tests/contract/schemas/kubeflow.json").read_text())
+
+
+def faults(manifest: dict, kind: str) -> list[str]:
+    """Where a manifest does not fit its resource's schema."""
+    checker = jsonschema.Draft202012Validator({**KUBEFLOW, "$ref": f"#/$defs/{kind}"})
+    return [".".join(map(str, fault.absolute_path)) for fault in checker.iter_errors(manifest)]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_manifest_fits_the_schema_of_its_resource(name: str):
+    assert faults(yaml.safe_load((ROOT / f"launch/k8s/{name}.yaml").read_text()), MANIFESTS[name]) == []
+
+
+@pytest.mark.parametrize(
+    "name, wrong, right, place",
+    [
+        ("pytorchjob", 'nprocPerNode: "8"', "nprocPerNode: 8", "spec.nprocPerNode"),
+        ("pytorchjob", "restartPolicy: Never", "restartPolicy: never", "spec.pytorchReplicaSpecs.Master.restartPolicy"),
+        (
+            "pytorchjob",
+            "claimName",
+            "claim",
+            "spec.pytorchReplicaSpecs.Master.template.spec.volumes.0.persistentVolumeClaim",
+        ),
+        ("trainjob", "numProcPerNode: 8", "numProcPerNode: auto", "spec.trainer.numProcPerNode"),
+        ("trainjob", "runtimePatches", "podTemplateOverrides", "spec"),
+        ("trainjob", "v1alpha1", "v2alpha1", "apiVersion"),
+    ],
+)
+def test_the_schema_sees_a_mistake(name: str, wrong: str, right: str, place: str):
+    text = (ROOT / f"launch/k8s/{name}.yaml").read_text()
+    assert place in faults(yaml.safe_load(text.replace(wrong, right)), MANIFESTS[name])
+
+
 def test_the_pytorchjob_runs_the_same_pod_on_master_and_workers():
     job = yaml.safe_load((ROOT / "launch/k8s/pytorchjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
@@ -182,11 +219,13 @@ def test_the_pytorchjob_runs_the_same_pod_on_master_and_workers():
 def test_the_trainjob_mounts_what_its_arguments_name():
     job = yaml.safe_load((ROOT / "launch/k8s/trainjob.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
-    trainer, (override,) = job["spec"]["trainer"], job["spec"]["podTemplateOverrides"]
+    trainer, (patch,) = job["spec"]["trainer"], job["spec"]["runtimePatches"]
     assert trainer["numProcPerNode"] == trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"]
-    (container,) = override["spec"]["containers"]
-    assert override["targetJobs"] == [{"name": "node"}] and container["name"] == "node"
-    check_container({**trainer, **container}, override["spec"]["volumes"])
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert node["name"] == container["name"] == "node"  # as the stock runtime calls them
+    check_container({**trainer, **container}, pod["volumes"])
 
 
 def check_container(container: dict, volumes: list[dict]) -> None:
