@@ -6,7 +6,8 @@ Each layout is one `accelerate launch` (two processes) of one model and one Adam
 the masks in turn (with, without, without, with, ...), so that what else the machine does falls on both alike. A step is
 recovery's own: one sequence of --seq-len tokens per rank, backward, clipping, AdamW on every matrix of the layers. CPU
 seconds are of the process (all its threads), medians over the steps; "more" is the median of the differences of
-neighbouring steps over the plain step's median. Of the rank with the largest figure each.
+neighbouring steps over the plain step's median, which a busy machine blurs by a percent or two. So zeroing and checking
+are timed by themselves too, between the steps, and given as a share of the plain step. Of the rank with the largest figure.
 """
 
 from __future__ import annotations
@@ -49,15 +50,19 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.measure:
         return measure(Path(asked.measure), asked)
-    print("| backend | plain, CPU s | with masks, CPU s | more | plain, s | with masks, s | more |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| backend | plain, CPU s | with masks, CPU s | more | zeroing + check, CPU s | share | plain, s | with masks, s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for layout in asked.layouts:
         with tempfile.TemporaryDirectory() as folder:
             facts = launch(Path(folder), layout, asked)
-        figures = " | ".join(
-            "{plain:.3f} | {masks:.3f} | {more:+.1%}".format(**facts[clock]) for clock in ("cpu", "wall")
+        cpu, wall, itself = facts["cpu"], facts["wall"], facts["cpu"]["itself"]
+        print(
+            f"| {facts['backend']} | {cpu['plain']:.3f} | {cpu['masks']:.3f} | {cpu['more']:+.1%} | {itself:.3f} "
+            f"| {itself / cpu['plain']:.1%} | {wall['plain']:.2f} | {wall['masks']:.2f} |",
+            flush=True,
         )
-        print(f"| {facts['backend']} | {figures} |", flush=True)
 
 
 def launch(folder: Path, layout: str, asked: argparse.Namespace) -> dict:
@@ -85,7 +90,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
     setting = Setting(model, anatomy, objective_of("causal-lm"), batch, backend, Progress())
     masks = sparsify(setting, anatomy.targets, PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5))
-    seconds = {clock: {kind: [] for kind in KINDS} for clock in ("cpu", "wall")}
+    seconds = {clock: {kind: [] for kind in [*KINDS, "itself"]} for clock in ("cpu", "wall")}
     with backend.in_fp32(model):
         freeze(model, options)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], options)
@@ -103,6 +108,11 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
             if handle is not None:
                 assert masks.violations(wrapped, backend) == 0
                 handle.remove()
+                cpu, wall = time.process_time(), time.perf_counter()
+                masks.check(wrapped, backend)
+                masks._hold(wrapped, backend)
+                seconds["cpu"]["itself"].append(time.process_time() - cpu)
+                seconds["wall"]["itself"].append(time.perf_counter() - wall)
     everyone = backend.everyone({clock: summary(**kinds) for clock, kinds in seconds.items()})
     if backend.is_main:
         worst = {c: {name: max(told[c][name] for told in everyone) for name in everyone[0][c]} for c in seconds}
@@ -111,10 +121,12 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def summary(masks: list[float], plain: list[float]) -> dict[str, float]:
+def summary(masks: list[float], plain: list[float], itself: list[float]) -> dict[str, float]:
     """The n-th step with masks and the n-th without are neighbours."""
-    usual, more = statistics.median(plain), [m - p for m, p in zip(masks, plain, strict=True)]
-    return {"plain": usual, "masks": statistics.median(masks), "more": statistics.median(more) / usual}
+    medians = {
+        name: statistics.median(values) for name, values in (("plain", plain), ("masks", masks), ("itself", itself))
+    }
+    return medians | {"more": statistics.median(m - p for m, p in zip(masks, plain, strict=True)) / medians["plain"]}
 
 
 if __name__ == "__main__":

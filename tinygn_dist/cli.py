@@ -25,7 +25,7 @@ import yaml
 from rich.console import Console
 from rich.logging import RichHandler
 
-from tinygn_dist.backends import make_backend
+from tinygn_dist.backends import make_backend, world_size
 from tinygn_dist.backends.launcher import launch
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
@@ -224,9 +224,10 @@ def _configure_logging(is_main: bool) -> None:
 
 
 def _tell(message: str) -> None:
-    """One line on stderr, from rank 0; other ranks speak only when rank 0 could not know."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
+    """One line on stderr, from rank 0: once connected, ranks raise together. Before, only a node's own arguments and
+    launch can be wrong, so the first rank of each node speaks."""
+    rank = os.environ.get("RANK" if world_size() > 1 else "LOCAL_RANK", "0")
+    if rank == "0":
         print(f"tinygn: {message}", file=sys.stderr, flush=True)
 
 

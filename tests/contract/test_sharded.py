@@ -41,6 +41,8 @@ LAYOUTS = {
     "offload-disk": ("Offloaded", 1, 1),
 }
 QUICK = ("fsdp2", "zero3", "offload-disk")
+AT_FOUR = {"cpu": 1, "fsdp2": 4, "zero1": 1, "zero2": 1, "zero3": 4}
+"""the same on four processes (hsdp has them already), for masks and units only: ranks that hold the weights once"""
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +54,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def facts(layout: str) -> dict[str, Any]:
         folder = home / layout
         write_inputs(folder)
-        words = [JOB, str(folder), str(LAYOUTS.get(layout, (0, 0, 1))[2])]
-        name, _, offload = layout.partition("-")
-        if name == "offload":
-            return job([*words, "--offload", offload], folder)
-        launch = [] if layout == "alone" else ["-m", "accelerate.commands.launch", "--config_file", config(layout)]
-        return job([*launch, *words], folder)
+        if layout.endswith("-4"):
+            return launched(layout.removesuffix("-4"), folder, 4, AT_FOUR[layout.removesuffix("-4")], "masks", "units")
+        return launched(layout, folder, None, LAYOUTS.get(layout, (0, 0, 1))[2])
 
     return facts
 
 
 def config(layout: str) -> str:
     return str(ROOT / f"configs/accelerate/{layout}.yaml")
+
+
+def launched(layout: str, folder: Path, processes: int | None, sharded: int, *checks: str) -> dict[str, Any]:
+    """The facts of a job with a launch file's layout; `alone` is one plain process, `offload-cpu` one that offloads."""
+    name, _, offload = layout.partition("-")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config(layout)]
+    launch = [] if name in ("alone", "offload") else launch
+    launch += ["--num_processes", str(processes)] if processes and launch else []
+    return job([*launch, JOB, str(folder), str(sharded), *(["--offload", offload] if offload else []), *checks], folder)
 
 
 def job(words: list[str], folder: Path) -> dict[str, Any]:
@@ -99,6 +107,12 @@ layouts = pytest.mark.parametrize(
     "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
 )
 
+and_four = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
+    + [pytest.param(f"{name}-4", marks=pytest.mark.slow) for name in AT_FOUR],
+)
+
 
 @layouts
 def test_the_backend_asked_for_runs_and_its_pieces_fit(run: Any, layout: str):
@@ -107,7 +121,7 @@ def test_the_backend_asked_for_runs_and_its_pieces_fit(run: Any, layout: str):
     assert (facts["backend"], facts["ranks"]) == LAYOUTS[layout][:2]
 
 
-@layouts
+@and_four
 def test_the_same_masks_as_one_process(run: Any, layout: str):
     wanted, found = run("alone")["masks"], run(layout)["masks"]
     assert wanted.keys() == found.keys() and len(wanted) > 25
@@ -117,8 +131,9 @@ def test_the_same_masks_as_one_process(run: Any, layout: str):
         assert found[name]["norm"] == pytest.approx(facts["norm"], rel=1e-6), name
 
 
-@layouts
+@and_four
 def test_the_same_units_as_one_process(run: Any, layout: str):
+    assert run(layout)["ranks"] == (4 if layout.endswith("-4") else LAYOUTS[layout][1])
     assert run(layout)["units"] == run("alone")["units"]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +14,17 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.code import code_in_use
+from tinygn_dist.backends.collectives import world_size
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu
 from tinygn_dist.backends.extension_builds import clear_stale_builds
 from tinygn_dist.backends.launcher import end_with_launcher
 from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import DistributedConfig
-from tinygn_dist.errors import Refused
+from tinygn_dist.errors import Refused, UserError
 
-__all__ = ["Backend", "make_backend"]
+__all__ = ["Backend", "make_backend", "world_size"]
 
 _ACCEPTED = (
     "launch with configs/accelerate/cpu.yaml, ddp.yaml, fsdp2.yaml, hsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
@@ -28,10 +32,11 @@ _ACCEPTED = (
 
 
 def make_backend(options: DistributedConfig, accelerator: Accelerator | None = None) -> Backend:
-    """The backend of this job, from its launcher's settings or from the caller's own Accelerator.
+    """The backend of this job, from its launcher's settings or from the caller's own Accelerator. A collective.
 
     Raises Refused when the processes found are not the processes that were asked for: several CPU launches of
-    Accelerate start one process, or several that do not know of each other, and exit 0.
+    Accelerate start one process, or several that do not know of each other, and exit 0. UserError when ranks run
+    different code.
     """
     callers_own = accelerator is not None
     if accelerator is None:
@@ -39,7 +44,7 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
         end_with_launcher()
         if sharding_asked() == "DEEPSPEED":
             clear_stale_builds()
-        with sharding_on_cpu():
+        with sharding_on_cpu(), _connecting(options.timeout_seconds):
             accelerator = Accelerator(
                 cpu=not torch.cuda.is_available() and sharding_asked() is None,
                 log_with=list(options.trackers) or None,
@@ -49,6 +54,13 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
     _check_processes(accelerator, options.num_processes)
     if options.offload != "none":
         _refuse_offload(options.offload, accelerator, callers_own)
+    backend = _backend_of(accelerator, options)
+    for what, found in code_in_use().items():
+        backend.agree(found, what)
+    return backend
+
+
+def _backend_of(accelerator: Accelerator, options: DistributedConfig) -> Backend:
     match accelerator.distributed_type:
         case DistributedType.NO | DistributedType.MULTI_CPU | DistributedType.MULTI_GPU:
             return Replicated(accelerator) if options.offload == "none" else Offloaded(accelerator, options)
@@ -72,6 +84,18 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
             raise Refused(
                 f"launched as {other.value}, accepted: one process, DDP, FSDP2 and DeepSpeed ZeRO; {_ACCEPTED}"
             )
+
+
+@contextlib.contextmanager
+def _connecting(seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as error:
+        said = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the processes of the job did not find each other in {seconds:g} s ({said}); see what the other ranks and nodes "
+            "said, and check the address and port of the first node"
+        ) from error
 
 
 def _refuse_launch() -> None:
@@ -123,7 +147,7 @@ def _refuse_offload(asked: str, accelerator: Accelerator, callers_own: bool) -> 
 def _check_processes(accelerator: Accelerator, asked: int | None) -> None:
     found = accelerator.num_processes
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    connected = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    connected = world_size()
     if not found == launched == connected:
         raise Refused(
             f"the launcher started {launched} processes, torch.distributed connects {connected}, Accelerate sees {found}; "
