@@ -28,21 +28,8 @@ def namespaces() -> None:
     missing = [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]
     if missing:
         pytest.skip(f"two hosts in network namespaces need {missing[0]}")
-    words = [
-        "unshare",
-        "-rnmpf",
-        "--mount-proc",
-        "--kill-child",
-        "ip",
-        "link",
-        "add",
-        "a",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        "b",
-    ]
+    words = ["unshare", "-rnmpf", "--mount-proc", "--kill-child"]
+    words += "ip link add cable type veth peer name end".split()
     tried = subprocess.run(words, capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
