@@ -29,7 +29,7 @@ def namespaces() -> None:
     if missing:
         pytest.skip(f"two hosts in network namespaces need {missing[0]}")
     words = ["unshare", "-rnmpf", "--mount-proc", "--kill-child"]
-    words += "ip link add cable type veth peer name end".split()
+    words += ["ip", "link", "add", "cable", "type", "veth", "peer", "name", "end"]
     tried = subprocess.run(words, capture_output=True, text=True)
     if tried.returncode:
         pytest.skip(f"no network namespaces here: {tried.stderr.strip()}")
