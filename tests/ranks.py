@@ -1,4 +1,4 @@
-"""Real gloo processes for tests: one group of N per session, each test sends it a function.
+"""Real connected processes for tests (gloo, or NCCL on GPUs): one group of N per session, each test sends it a function.
 
 A launch costs 6 to 10 seconds, a call in a running group milliseconds. A group in which a rank failed is thrown away.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 
 COLLECTIVE_SECONDS = 60
@@ -25,8 +26,8 @@ class RankFailed(AssertionError):
 class Ranks:
     """`call(function, *arguments)` runs function(backend, *arguments) on every rank and returns the results by rank."""
 
-    def __init__(self, size: int, settings: dict[str, Any] | None = None) -> None:
-        self.size, self._settings = size, settings or {}
+    def __init__(self, size: int, settings: dict[str, Any] | None = None, cuda: bool = False) -> None:
+        self.size, self._settings, self._cuda = size, settings or {}, cuda
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -64,18 +65,18 @@ class Ranks:
         context, port = mp.get_context("spawn"), _free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, self.size, port, self._settings), daemon=True)
+            arguments = (there, rank, self.size, port, self._settings, self._cuda)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int, settings: dict[str, Any]) -> None:
+def _serve(pipe: Connection, rank: int, size: int, port: int, settings: dict[str, Any], cuda: bool) -> None:
     facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in facts.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    import torch
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": str(not cuda).lower(), "OMP_NUM_THREADS": "1"}
     import torch.distributed as dist
 
     from tinygn_dist.backends import make_backend
@@ -86,15 +87,30 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, settings: dict[str
     backend = make_backend(asked)
     connected = dist.get_world_size() if dist.is_initialized() else 1
     assert connected == backend.num_ranks == size and backend.rank == rank, "the test rig itself is not connected"
+    assert backend.device.type == ("cuda" if cuda else "cpu")
     while True:
         try:
             function, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, function(backend, *arguments)))
+            pipe.send((True, _on_cpu(function(backend, *arguments))))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+
+
+def _on_cpu(value: Any) -> Any:
+    """A result without device memory, which cannot travel to a process that has other devices."""
+    match value:
+        case torch.Tensor():
+            return value.detach().cpu()
+        case dict():
+            return {key: _on_cpu(inner) for key, inner in value.items()}
+        case list():
+            return [_on_cpu(inner) for inner in value]
+        case tuple() if type(value) is tuple:
+            return tuple(_on_cpu(inner) for inner in value)
+    return value
 
 
 def _free_port() -> int:

@@ -66,7 +66,7 @@ def _gradual(backend: Backend, dtype: torch.dtype, prune: dict, schedule: dict) 
 def _assert_fresh(backend: Backend, now: InTraining, target: Target, changed: torch.Tensor) -> None:
     """Where the mask changed the optimizer knows nothing; elsewhere it knows something."""
     whole = backend.whole_training(now.model, now.optimizer, target.parameter)
-    changed = backend.gather(now.model, target, changed).view(-1)
+    changed = backend.gather(now.model, target, changed).view(-1).cpu()
     states = [value for key, value in whole.items() if key != "weight" and value.dim() == 1]
     assert len(states) == 2, f"AdamW has two moments, found {list(whole)}"
     for state in states:

@@ -83,7 +83,7 @@ UNIT_CASES = [
 def pieces(backend: Backend) -> None:
     """Shards partition every weight, at the offsets they claim; gather and cut are each other's inverse."""
     for model in (llama(), gpt2(), mixtral()):
-        reference = {name: p.detach().clone() for name, p in model.named_parameters()}
+        reference = {name: p.detach().to(backend.device, copy=True) for name, p in model.named_parameters()}
         here = setting(backend, model)
         for target in here.anatomy.targets:
             shard, whole = backend.shard(here.model, target), target.within(reference[target.parameter])
@@ -129,7 +129,7 @@ def loading(backend: Backend, sharded: int, folder: Path) -> None:
         else:
             model = backend.place(origin)
         found = dict(backend.full_tensors(model))
-        assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+        assert found.keys() == wanted.keys() and all(torch.equal(found[n].cpu(), t) for n, t in wanted.items())
         assert origin.dtypes == expected
         del found, model, origin
         gc.collect()
@@ -284,6 +284,8 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
     backend = make_backend(DistributedConfig(timeout_seconds=60, offload=offload, device_gib=6e-5))
     hf.logging.disable_progress_bar()
     facts: dict[str, object] = {"backend": type(backend).__name__, "ranks": backend.num_ranks, "seconds": {}}
+    facts["device"] = backend.device.type
+    torch.use_deterministic_algorithms(backend.device.type == "cuda", warn_only=True)
     for name, check in (
         ("pieces", lambda: pieces(backend)),
         ("loading", lambda: loading(backend, sharded, folder)),

@@ -35,9 +35,9 @@ def _facts_about_weights(backend: Backend) -> dict[str, Any]:
     for target in setting.anatomy.targets:
         shard = backend.shard(setting.model, target)
         size += shard.weight.numel()
-        total += shard.weight.double().sum()
+        total += float(shard.weight.double().sum())
         if shard.weight.numel():
-            largest = torch.maximum(largest, shard.weight.abs().max().view(1))
+            largest = torch.maximum(largest, shard.weight.abs().max().view(1).cpu())
         spans.append((target.name, shard.offset, shard.offset + shard.weight.numel()))
     return {
         "size": int(backend.sum_over_shards(size)),
@@ -156,7 +156,7 @@ def _masked(backend: Backend, family: str) -> tuple[dict[str, torch.Tensor], int
     target = setting.anatomy.targets[1]
     shard = backend.shard(setting.model, target)
     shard.weight.fill_(-1.0)
-    indices = torch.arange(shard.weight.numel()).view(shard.weight.shape) + shard.offset
+    indices = torch.arange(shard.weight.numel(), device=backend.device).view(shard.weight.shape) + shard.offset
     backend.write_mask(setting.model, target, indices % 3 == 0)
     return plain.full_state(backend, setting.model)[target.name]
 

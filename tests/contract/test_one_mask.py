@@ -142,6 +142,7 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
     model, optimizer = backend.prepare(bare, optimizer)
     masks, counts = None, []
     rows = [{k: v[backend.rank % 2 :][:1] for k, v in b.items() if k != "attention_mask"} for b in setting.batches]
+    rows = [setting.on_device(row) for row in rows]
     for step in range(8):
         if step == 3:
             kept = {t.name: _every_other(backend, setting.model, t) for t in targets}
@@ -168,7 +169,8 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
 
 def _every_other(backend: Backend, model: torch.nn.Module, target: Any) -> torch.Tensor:
     shard = backend.shard(model, target)
-    return ((torch.arange(shard.weight.numel()) + shard.offset) % 2 == 0).view(shard.weight.shape)
+    indices = torch.arange(shard.weight.numel(), device=backend.device) + shard.offset
+    return (indices % 2 == 0).view(shard.weight.shape)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -194,7 +196,7 @@ def _without_enforcement(backend: Backend) -> int:
         setting.anatomy.targets, {t.name: _every_other(backend, setting.model, t) for t in setting.anatomy.targets}
     )
     masks.apply_(model, backend)
-    backend.backward(setting.objective(model, setting.batches[0]).mean())
+    backend.backward(setting.objective(model, setting.on_device(setting.batches[0])).mean())
     optimizer.step()
     return masks.violations(model, backend)
 
@@ -207,7 +209,7 @@ def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[s
     setting = tiny.setting("llama", backend, count=1)
     asked, plan = PruneConfig(pattern="2:4", criterion="magnitude"), Plan(options.steps, (), (0.5,))
     masks = GradualMasks(setting, setting.anatomy.targets, asked, ScheduleConfig(), plan)
-    teacher = tiny.build("llama")
+    teacher = tiny.build("llama").to(backend.device)
     rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 12, padded=False)]
     rows = [{k: v[:, : 6 + i % 4] for k, v in row.items()} for i, row in enumerate(rows)]  # of different lengths
     course = Course()

@@ -65,17 +65,22 @@ def config(layout: str) -> str:
     return str(ROOT / f"configs/accelerate/{layout}.yaml")
 
 
-def launched(layout: str, folder: Path, processes: int | None, sharded: int, *checks: str) -> dict[str, Any]:
+def launched(
+    layout: str, folder: Path, processes: int | None, sharded: int, *checks: str, device: str = "cpu"
+) -> dict[str, Any]:
     """The facts of a job with a launch file's layout; `alone` is one plain process, `offload-cpu` one that offloads."""
     name, _, offload = layout.partition("-")
     launch = ["-m", "accelerate.commands.launch", "--config_file", config(layout)]
     launch = [] if name in ("alone", "offload") else launch
     launch += ["--num_processes", str(processes)] if processes and launch else []
-    return job([*launch, JOB, str(folder), str(sharded), *(["--offload", offload] if offload else []), *checks], folder)
+    more = [*(["--offload", offload] if offload else []), *checks]
+    return job([*launch, JOB, str(folder), str(sharded), *more], folder, device)
 
 
-def job(words: list[str], folder: Path) -> dict[str, Any]:
+def job(words: list[str], folder: Path, device: str = "cpu") -> dict[str, Any]:
     surroundings = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    # where sums must not depend on the order of threads; and these tests are of CPUs on machines with GPUs too
+    surroundings |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     surroundings |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=surroundings, capture_output=True, text=True, timeout=SECONDS
