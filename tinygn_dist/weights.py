@@ -182,7 +182,8 @@ def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneCo
         energies = output_energies(setting.first(options.probe_samples), targets)
         of = {target.name: energy for target, energy in zip(targets, energies, strict=True)}
         for job in jobs:
-            job.moments += [(of[t.name] / t.shape[0]).expand(t.shape[0]) for t in job.targets]
+            rows = [(of[t.name] / t.shape[0]).expand(t.shape[0]) for t in job.targets]
+            job.moments += [energy.to(job.moments[0].device) for energy in rows]
     return jobs
 
 
