@@ -28,7 +28,8 @@ from tests.contract import sharded_models
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests/contract/sharded_job.py")
-SECONDS = 300
+SECONDS = 900
+"""of one job; four processes of ZeRO-3 wait for each other thousands of times, on few cores for minutes"""
 # config file -> (class, processes, ranks that hold the weights once between them)
 LAYOUTS = {
     "cpu": ("Replicated", 2, 1),
