@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
+from tinygn_dist.backends.partitions import drop_whole
+
 
 class EngineOptimizer:
     """The optimizer of an engine, with the two calls of a training loop."""
@@ -117,4 +119,6 @@ def without_gradient_hooks(engine: DeepSpeedEngine) -> Iterator[None]:
         if had and hasattr(optimizer, "create_gradient_handling_hooks"):
             optimizer.create_gradient_handling_hooks()
         elif had:
+            for parameter in engine.module.parameters():
+                drop_whole(parameter)  # those that stay whole are still marked by the backward inside
             optimizer.create_reduce_and_remove_grad_hooks()
