@@ -179,7 +179,7 @@ def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneCo
     jobs = layer_jobs(targets, input_moments(setting, targets, full=True))
     backend.sum_for_jobs(jobs)
     if options.nm is None and options.scope in ("auto", "global"):  # only budgets ask for them
-        energies = output_energies(setting.first(options.probe_samples), targets)
+        energies = output_energies(setting.first(options.output_samples), targets)
         of = {target.name: energy for target, energy in zip(targets, energies, strict=True)}
         for job in jobs:
             rows = [(of[t.name] / t.shape[0]).expand(t.shape[0]) for t in job.targets]

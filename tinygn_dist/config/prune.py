@@ -54,6 +54,9 @@ class PruneConfig(Section):
     allocation: float = Field(0.75, ge=0, le=1)
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of
     the saliency in units of loss (1)"""
+    output_samples: int = Field(2, ge=1)
+    """criterion obs without backprop: calibration sequences on which each layer's output is moved to learn how much the loss
+    listens to it; one partial forward each per weight matrix"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
