@@ -16,15 +16,14 @@ from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
-from tinygn_dist.budget import num_kept
-from tinygn_dist.config import NM, PruneConfig, ScheduleConfig
+from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
 from tinygn_dist.schedule import Plan, make_plan, swapped_share
 from tinygn_dist.selection import choose_masks
-from tinygn_dist.weights import sparsify
+from tinygn_dist.weights import at_sparsity, sparsify
 
 log = logging.getLogger(__name__)
 _ABOVE_ALL = torch.finfo(torch.float32).max
@@ -75,7 +74,7 @@ class GradualMasks:
         """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._setting = prune, schedule, setting
-        asked = _at(prune, plan.levels[0])
+        asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
             self.masks = sparsify(setting, targets, asked)
         else:
@@ -132,9 +131,10 @@ class GradualMasks:
 
     def _choose(self, setting: Setting) -> Masks:
         schedule, targets = self._schedule, self.masks.targets
-        asked = _at(self._prune, self.plan.level_after(self.steps))
+        asked = at_sparsity(self._prune, self.plan.level_after(self.steps))
         if asked is None:
             return self.masks
+        asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})
         if schedule.regrow == "none":
@@ -185,11 +185,3 @@ class GradualMasks:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.steps, self.history = state["steps"], [Update(**update) for update in state["history"]]
-
-
-def _at(prune: PruneConfig, sparsity: float) -> PruneConfig | None:
-    """What to ask of the stages at a sparsity on the way, None for nothing. N:M goes down from M:M in whole steps."""
-    if prune.nm is None:
-        return prune.model_copy(update={"sparsity": sparsity}) if sparsity > 0 else None
-    n = max(prune.nm.n, num_kept(prune.nm.m, sparsity))
-    return prune.model_copy(update={"pattern": "{}:{}".format(*NM(n, prune.nm.m))}) if n < prune.nm.m else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from tinygn_dist import score
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.pieces import Job, Shard
 from tinygn_dist.budget import blend, num_kept
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import NM, PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
@@ -19,6 +20,7 @@ from tinygn_dist.estimate.energy import coarse, loss_moments
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
+from tinygn_dist.schedule import sparsity_between
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import least_squares, obs
 from tinygn_dist.threshold import kth_largest
@@ -35,12 +37,31 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept)."""
     criterion = "obs" if options.criterion == "auto" else options.criterion
     if criterion == "obs":
-        masks = _solve(setting, targets, options)
+        for asked in solver_passes(options):
+            masks = _solve(setting, targets, asked)
     else:
         masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
     chosen = Masks(targets, masks)
     chosen.apply_(setting.model, setting.backend)
     return chosen
+
+
+def solver_passes(options: PruneConfig) -> list[PruneConfig]:
+    """What each pass of the solver is asked for: the same share of what is left goes each time, in as many passes as asked,
+    or as it takes that no pass removes more than half."""
+    final = 1 - options.nm.n / options.nm.m if options.nm else options.sparsity
+    count = options.passes or max(1, math.ceil(math.log2(1 / (1 - final)) - 1e-9))
+    on_the_way = [at_sparsity(options, sparsity_between("iterative", 0.0, final, k / count)) for k in range(1, count)]
+    steps = [*filter(None, on_the_way), options]
+    return list({(step.pattern, step.sparsity): step for step in steps}.values())  # N:M has few steps
+
+
+def at_sparsity(options: PruneConfig, sparsity: float) -> PruneConfig | None:
+    """The same options at a sparsity on the way, None for nothing. N:M goes down from M:M in whole steps."""
+    if options.nm is None:
+        return options.model_copy(update={"sparsity": sparsity}) if sparsity > 0 else None
+    n = max(options.nm.n, num_kept(options.nm.m, sparsity))
+    return options.model_copy(update={"pattern": "{}:{}".format(*NM(n, options.nm.m))}) if n < options.nm.m else None
 
 
 def _choose(

@@ -9,7 +9,7 @@ from tests import tiny
 from tinygn_dist.budget import blend
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.energy import loss_moments
-from tinygn_dist.weights import sparsify
+from tinygn_dist.weights import solver_passes, sparsify
 
 
 @pytest.mark.parametrize("plain", [0.0, 4.0])
@@ -55,6 +55,38 @@ def _seen(setting, batch):
     real = batch["attention_mask"].bool()
     for name, x, output in kept:
         yield name, x.detach()[real].double(), output.grad[real].double()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (dict(pattern="unstructured", sparsity=0.5), ["0.5"]),
+        (dict(pattern="unstructured", sparsity=0.75), ["0.5", "0.75"]),
+        (dict(pattern="unstructured", sparsity=0.51, passes=1), ["0.51"]),
+        (dict(pattern="unstructured", sparsity=0.784, passes=3), ["0.4", "0.64", "0.784"]),
+        (dict(pattern="unstructured", sparsity=0.0), ["0"]),
+        (dict(pattern="2:4"), ["2:4"]),
+        (dict(pattern="2:8"), ["4:8", "2:8"]),
+        (dict(pattern="2:4", passes=2), ["3:4", "2:4"]),
+        (dict(pattern="3:4", passes=9), ["3:4"]),
+    ],
+)
+def test_every_pass_takes_the_same_share_of_what_is_left(options: dict, expected: list[str]) -> None:
+    """0.784 is 1 - 0.6^3; N:M has no more passes than whole steps."""
+    asked = solver_passes(PruneConfig(**options))
+    assert [step.pattern if step.nm else f"{step.sparsity:.4g}" for step in asked] == expected
+
+
+def test_two_passes_measure_the_model_that_the_first_one_left() -> None:
+    """The same as asking twice."""
+    once, twice = tiny.setting("llama"), tiny.setting("llama")
+    options = PruneConfig(pattern="unstructured", sparsity=0.75)
+    sparsify(once, once.anatomy.targets, options)
+    sparsify(twice, twice.anatomy.targets, options.model_copy(update={"sparsity": 0.5}))
+    sparsify(twice, twice.anatomy.targets, options.model_copy(update={"passes": 1}))
+    assert tiny.same_bits(tiny.state_bytes(once.bare), tiny.state_bytes(twice.bare))
+    zeros = sum(int((p == 0).sum()) for n, p in once.bare.named_parameters() if n.endswith("proj.weight"))
+    assert zeros == round(0.75 * sum(target.numel for target in once.anatomy.targets))
 
 
 def test_loss_moments_leave_no_trace() -> None:

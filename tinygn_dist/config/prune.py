@@ -57,6 +57,9 @@ class PruneConfig(Section):
     output_samples: int = Field(2, ge=1)
     """criterion obs without backprop: calibration sequences on which each layer's output is moved to learn how much the loss
     listens to it; one partial forward each per weight matrix"""
+    passes: int | None = Field(None, ge=1)
+    """criterion obs: in how many passes the zeros are reached, each measured on the model that the last one left; by default
+    as many as it takes that none removes more than half of what is there (one up to 50 %, two up to 75 %)"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
