@@ -2,20 +2,32 @@
 
     python benchmarks/one_shot.py --data train.txt --evaluation dev.txt
     python benchmarks/one_shot.py --data train.txt --evaluation dev.txt --patterns 50% 2:4 --methods wanda obs --seeds 0 1 2
+    python benchmarks/one_shot.py ... --llm-compressor ../peer/bin/python
 
-Figures come from the report that each run read back from disk.
+Figures come from the report that each run read back from disk. CPU seconds are those of calibration and solving, over all
+processes. With the Python of an environment that has llm-compressor (`pip install llmcompressor`), its SparseGPT runs
+on the same tokens, with as many threads as we have processes, and its model is measured on the same windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
-import resource
+import math
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinygn_dist import calibration, load
+from tinygn_dist.config import DataConfig, ModelConfig
+from tinygn_dist.objective import causal_lm
 
 PATTERNS = {
     "50%": ["--pattern", "unstructured", "--sparsity", "0.5"],
@@ -31,10 +43,21 @@ METHODS = {
     "gblm": ["--criterion", "gblm"],
     "taylor": ["--criterion", "taylor"],
     "fisher": ["--criterion", "fisher"],
-    "sparsegpt": ["--estimator", "finite-difference", "--prune.refine", "0"],
+    "sparsegpt": [
+        "--estimator",
+        "finite-difference",
+        "--prune.refine",
+        "0",
+        "--prune.allocation",
+        "0",
+        "--prune.passes",
+        "1",
+    ],
     "obs forward-only": ["--estimator", "finite-difference"],
+    "obs one pass": ["--prune.passes", "1"],
     "obs": [],
 }
+PEER = "llm-compressor SparseGPT"
 
 
 def main() -> None:
@@ -46,40 +69,88 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="which calibration windows are drawn")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--llm-compressor", metavar="PYTHON", help="python of an environment that has it")
     parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
     asked = parser.parse_args()
-    print(
-        "| method | pattern | seed | zeros | perplexity before | after | compress s | CPU s, whole command | peak GiB |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for pattern, method, seed in itertools.product(asked.patterns, asked.methods, asked.seeds):
-        print(f"| {method} | {pattern} | {seed} | {_figures(pattern, method, seed, asked)} |", flush=True)
+    print("| method | pattern | seed | zeros | perplexity before | after | CPU s | peak GiB of a process |")
+    print("|---|---|---|---|---|---|---|---|")
+    methods = [*([PEER] if asked.llm_compressor else []), *asked.methods]
+    for pattern, seed, method in itertools.product(asked.patterns, asked.seeds, methods):
+        figures = _peer(pattern, seed, asked) if method == PEER else _ours(pattern, method, seed, asked)
+        print(f"| {method} | {pattern} | {seed} | {figures} |", flush=True)
 
 
-def _figures(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> str:
+def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model"
         command = [sys.executable, "-m", "tinygn_dist.cli", "compress", "--model", asked.model, "--data", asked.data]
         command += ["--data.evaluation", asked.evaluation] if asked.evaluation else []
         command += [*PATTERNS[pattern], *METHODS[method], "--data.seed", str(seed), "--evaluate.latency", "false"]
         command += ["--output", str(output), "--num-processes", str(asked.processes), *asked.rest]
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return f"failed: {done.stderr.strip().splitlines()[-1]}"
-        cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
         report = json.loads((output / "tinygn_report.json").read_text())
-    cpu_seconds = cpu.ru_utime + cpu.ru_stime - used.ru_utime - used.ru_stime
-    return " | ".join(
-        (
-            f"{report['sparsity']['targeted_weights']:.1%}",
-            f"{report['before']['perplexity']:.2f}",
-            f"{report['after']['perplexity']:.2f}",
-            f"{report['seconds']['compress']:.0f}",
-            f"{cpu_seconds:.0f}",
-            f"{max(report['peak_memory_gib']):.2f}",
-        )
+    return _row(
+        report["sparsity"]["targeted_weights"],
+        report["before"]["perplexity"],
+        report["after"]["perplexity"],
+        report["cpu_seconds"]["compress"],
+        max(report["peak_memory_gib"]),
     )
+
+
+def _peer(pattern: str, seed: int, asked: argparse.Namespace) -> str:
+    splits = _splits(asked.model, asked.data, asked.evaluation, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        dense, tokens, output = (Path(folder) / name for name in ("dense", "tokens.json", "pruned"))
+        _source(asked.model).save(dense)
+        tokens.write_text(json.dumps([row.tolist() for batch in splits.calibration for row in batch["input_ids"]]))
+        script = Path(__file__).with_name("llm_compressor.py")
+        command = [asked.llm_compressor, str(script), str(dense), str(tokens), str(output), pattern]
+        environment = os.environ | {"OMP_NUM_THREADS": str(asked.processes), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            return f"failed: {done.stderr.strip().splitlines()[-1]}"
+        told = json.loads(done.stdout.splitlines()[-1])
+        pruned = load.load_model(load.find_model(ModelConfig(name=str(output))))
+    weights = [p for name, p in pruned.named_parameters() if ".layers." in name and p.dim() == 2]
+    zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    before, after = (_perplexity(model, splits) for model in (_source(asked.model).model, pruned))
+    return _row(zeros, before, after, told["cpu_seconds"], told["peak_gib"])
+
+
+def _row(zeros: float, before: float, after: float, cpu_seconds: float, peak_gib: float) -> str:
+    return f"{zeros:.1%} | {before:.2f} | {after:.2f} | {cpu_seconds:.0f} | {peak_gib:.2f}"
+
+
+class _Dense:
+    """The dense model and its tokenizer."""
+
+    def __init__(self, name: str) -> None:
+        source = load.find_model(ModelConfig(name=name))
+        self.model, self.processor = load.load_model(source), load.load_processor(source)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+@functools.cache
+def _source(name: str) -> _Dense:
+    return _Dense(name)
+
+
+@functools.cache
+def _splits(model: str, data: str, evaluation: str | None, seed: int) -> calibration.Splits:
+    options = DataConfig(name=data, evaluation=evaluation, seed=seed)
+    return calibration.load_splits(options, "causal-lm", _source(model).processor, 0)
+
+
+@torch.no_grad()
+def _perplexity(model: Any, splits: calibration.Splits) -> float:
+    losses = [causal_lm(model.eval(), batch) for batch in splits.evaluation]
+    return math.exp(float(sum(one.total.sum() for one in losses)) / int(sum(one.count.sum() for one in losses)))
 
 
 if __name__ == "__main__":

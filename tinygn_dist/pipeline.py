@@ -68,6 +68,7 @@ class _Run(Resumable):
         self.config, self.backend, self.stopping = config, backend, stopping
         self.progress = Progress(shown=backend.is_main)
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.masks: GradualMasks | None = None
         self.teacher: nn.Module | None = None
         self.course, self.round = Course(), 0
@@ -76,9 +77,10 @@ class _Run(Resumable):
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         log.info("stage: %s", name)
-        start = time.monotonic()
+        start, used = time.monotonic(), time.process_time()
         yield
         self.seconds[name] = round(time.monotonic() - start, 2)
+        self.cpu_seconds[name] = time.process_time() - used
 
     def every_stage(self) -> None:
         """The order of the method."""
@@ -295,6 +297,8 @@ class _Run(Resumable):
             self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
+            cpu = self.backend.everyone(self.cpu_seconds)
+            self.report.cpu_seconds = {name: round(sum(rank[name] for rank in cpu), 1) for name in self.cpu_seconds}
             if self.backend.is_main:
                 (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")

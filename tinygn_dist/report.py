@@ -39,6 +39,8 @@ class Report:
     recovery: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
+    """over all ranks"""
     peak_memory_gib: list[float] = field(default_factory=list)
     """per rank"""
     notes: list[str] = field(default_factory=list)
