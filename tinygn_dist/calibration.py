@@ -28,17 +28,28 @@ MAX_TOKENS = 8_000_000
 
 @dataclass
 class Splits:
-    """calibration, evaluation: micro-batches on the CPU. training: single sequences. used: what the report says."""
+    """calibration, evaluation: micro-batches on the CPU. training: single sequences. validation: those of them that are
+    held out for evaluations on the way. used: what the report says."""
 
     calibration: list[Batch]
     evaluation: list[Batch]
     training: list[Batch]
     used: dict[str, Any] = field(default_factory=dict)
+    validation: list[Batch] = field(default_factory=list)
+
+    def hold_out(self, count: int) -> None:
+        """Make the last `count` training sequences validation. UserError when too few would be left to train on."""
+        if len(self.training) < 2 * count:
+            raise UserError(
+                f"recover.evaluate_samples {count} of {len(self.training)} training sequences, accepted: at most half of "
+                "them; give more text, or a smaller recover.evaluate_samples or recover.seq_len"
+            )
+        self.training, self.validation = self.training[:-count], self.training[-count:]
 
     def fingerprint(self) -> str:
         """16 hex digits over every token, for ranks to compare."""
         digest = hashlib.sha256()
-        for batch in (*self.calibration, *self.evaluation, *self.training):
+        for batch in (*self.calibration, *self.evaluation, *self.training, *self.validation):
             for name in sorted(batch):
                 digest.update(batch[name].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -47,6 +47,20 @@ class Checkpoints:
         path = self._backend.everyone(found)[0]
         return None if path is None else Saved(path)
 
+    def named(self, name: str) -> Saved:
+        """One that is known to be complete."""
+        return Saved(self.folder / name)
+
+    def keep_only(self, name: str) -> bool:
+        """Remove all others, and say whether this one is there and complete."""
+        found = self._backend.everyone(_complete(self.folder / name))[0]
+        with self._backend.together("tidying the checkpoints"):
+            if self._backend.is_main:
+                for other in _folders(self.folder):
+                    if other.name != name or not found:
+                        shutil.rmtree(other, ignore_errors=True)
+        return found
+
     def _refuse_another_run(self, path: Path) -> None:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         before, now = _flat(manifest["identity"]), _flat(json.loads(json.dumps(self.identity)))
@@ -95,6 +109,15 @@ class Checkpoints:
         self._backend.barrier()
         if self._backend.is_main:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """UserError where a run that is not done left checkpoints, which a new one would mix with its own."""
+    if any(_complete(path) for path in _folders(folder)):
+        raise UserError(
+            f"{folder} holds checkpoints of a run that is not done; go on with --resume auto, or start anew with "
+            "--output.overwrite true or after removing it"
+        )
 
 
 class Writer:

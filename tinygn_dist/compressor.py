@@ -23,7 +23,7 @@ from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
-from tinygn_dist.resume import read_masks, write_masks
+from tinygn_dist.resume import read_between, read_masks, write_between, write_masks
 from tinygn_dist.selection import check_nm
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.units import plan_mixes, remove_units
@@ -119,7 +119,7 @@ class Compressor:
                 f"schedule.kind {schedule.kind} needs attach(..., num_steps=optimizer steps of the training)"
             )
         plan = plan_of(schedule, self.config.prune, num_steps or 0)
-        self._model = model
+        self._model, self._optimizer = model, optimizers[0]
         self.backend.adopt(model, optimizers[0])
         saved = self._saved(self._saved_in) if self._saved_in else None
         with self.backend.paused(model) as bare:
@@ -130,6 +130,8 @@ class Compressor:
                 read_masks(saved, self.masks.masks, bare, self.backend)
             self.backend.agree(self.masks.masks.fingerprint(bare, self.backend), "the mask")
         self.masks.attach(model, *optimizers, after_update=after_update)
+        if saved:
+            read_between(saved, self.masks, model, optimizers[0])
 
     def mask_copy(self, copy: nn.Module) -> None:
         """Zero in a whole copy of the model, such as an average of its weights, what is zero in the model: an average
@@ -164,6 +166,7 @@ class Compressor:
         if self.masks is not None:
             with self._store(folder).writing("masks") as writer:
                 write_masks(writer, self.masks.masks, self._model, self.backend)
+                write_between(writer, self.masks, self._model, self._optimizer, self.backend)
                 writer.facts |= self.masks.state()
 
     def load_state(self, folder: Path) -> None:
@@ -173,6 +176,7 @@ class Compressor:
             saved = self._saved(folder)
             self.masks.load_state(saved.facts)
             read_masks(saved, self.masks.masks, self._model, self.backend)
+            read_between(saved, self.masks, self._model, self._optimizer)
 
     def _saved(self, folder: Path) -> Any:
         saved = self._store(folder).newest()

@@ -16,6 +16,7 @@ from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
+from tinygn_dist.between import Consensus, Movement
 from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
@@ -73,7 +74,12 @@ class GradualMasks:
         filled in; nothing is chosen.
         """
         self.plan, self.history, self.steps = plan, [], 0
-        self._prune, self._schedule, self._setting = prune, schedule, setting
+        self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
+        self.between: Movement | Consensus | None = None
+        if schedule.kind == "admm":
+            self.between = Consensus(targets, setting.backend, schedule.penalty)
+        elif schedule.criterion == "movement":
+            self.between = Movement(targets, setting.backend)
         asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
             self.masks = sparsify(setting, targets, asked)
@@ -100,14 +106,21 @@ class GradualMasks:
                 if after_update:
                     after_update(update)
 
+        if self.steps == 0:
+            self._track(self._count(self._setting, self.masks))
         held = [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
+        if self.between and self.steps < self.plan.updates[-1]:
+            held += self.between.attach(model, optimizers)
+            if isinstance(self.between, Consensus):
+                with backend.paused(model) as bare:
+                    self._project(replace(self._setting, model=bare), optimizers[0])
         return [*held, backend.after_step(model, optimizers[0], stepped)]
 
     def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
         backend, targets = self._setting.backend, self.masks.targets
         with backend.paused(model) as bare:
             setting = replace(self._setting, model=bare)
-            chosen = self._choose(setting)
+            chosen = self._choose(setting, optimizers[0])
             update = self._count(setting, chosen)
             with torch.no_grad():
                 for target in targets:
@@ -118,22 +131,32 @@ class GradualMasks:
             self.masks.apply_(bare, backend)
             backend.agree(self.masks.fingerprint(bare, backend), "the mask")
         self.history.append(update)
-        backend.track(
-            {"mask/sparsity": update.sparsity, "mask/removed": update.removed, "mask/regrown": update.regrown}
-            | {f"sparsity/{name}": value for name, value in update.by_target.items()},
-            self.steps,
-        )
+        if self.between and self.steps == self.plan.updates[-1]:
+            self.between.finish()
+        self._track(update)
         log.info(
             "step %d: sparsity %.4f, %d weights removed, %d regrown",
             update.step, update.sparsity, update.removed, update.regrown,
         )  # fmt: skip
         return update
 
-    def _choose(self, setting: Setting) -> Masks:
+    def _track(self, update: Update) -> None:
+        """To the trackers: sparsity of the whole and of every target, and what changed."""
+        changed = {"removed": update.removed, "regrown": update.regrown, "churn": update.removed + update.regrown}
+        metrics = {f"mask/{name}": value for name, value in {"sparsity": update.sparsity, **changed}.items()}
+        metrics |= {f"sparsity/{name}": value for name, value in update.by_target.items()}
+        self._setting.backend.track(metrics, self.steps)
+
+    def _choose(self, setting: Setting, optimizer: Any) -> Masks:
         schedule, targets = self._schedule, self.masks.targets
         asked = at_sparsity(self._prune, self.plan.level_after(self.steps))
+        if schedule.kind == "admm":
+            projected = self._project(setting, optimizer)
+            return self.masks if asked is None else Masks(targets, projected)
         if asked is None:
             return self.masks
+        if isinstance(self.between, Movement):
+            return Masks(targets, self._best(setting, self.between.scores(setting.model, optimizer), asked))
         asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})
@@ -142,20 +165,34 @@ class GradualMasks:
         share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
         return Masks(targets, self._regrown(setting, asked, share))
 
+    def _project(self, setting: Setting, optimizer: Any) -> dict[str, torch.Tensor]:
+        return self.between.project(
+            setting.model,
+            optimizer,
+            lambda scores: self._best(setting, scores, at_sparsity(self._prune, self.plan.levels[-1])),
+        )
+
+    def _best(
+        self, setting: Setting, scores: dict[str, torch.Tensor], asked: PruneConfig, sparsity: float | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Masks of the largest scores; sparsity: instead of the one asked for."""
+        return choose_masks(
+            setting.model,
+            self.masks.targets,
+            scores,
+            sparsity=asked.sparsity if sparsity is None else sparsity,
+            scope="layer" if asked.scope == "auto" else asked.scope,
+            nm=asked.nm,
+            backend=setting.backend,
+        )
+
     def _regrown(self, setting: Setting, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
         """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
         the best prospects, dropped ones included, which start from zero unless they were kept all along."""
         backend, targets = setting.backend, self.masks.targets
         shards = {t.name: backend.shard(setting.model, t) for t in targets}
         sizes = {t.name: score.magnitude(shards[t.name].weight) for t in targets}
-        scope = "layer" if asked.scope == "auto" else asked.scope
-
-        def choose(scores: dict[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
-            return choose_masks(
-                setting.model, targets, scores, sparsity=sparsity, scope=scope, nm=None, backend=backend
-            )
-
-        stay = choose(sizes, 1 - (1 - asked.sparsity) * (1 - share))
+        stay = self._best(setting, sizes, asked, 1 - (1 - asked.sparsity) * (1 - share))
         if self._schedule.regrow == "random":
             growth = {
                 name: uniform(
@@ -166,7 +203,8 @@ class GradualMasks:
         else:
             gradients = weight_gradients(setting, targets, squares=False)
             growth = {t.name: gradients.rounded(t.name).abs() for t in targets}
-        return choose({n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}, asked.sparsity)
+        growth = {n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}
+        return self._best(setting, growth, asked)
 
     def _count(self, setting: Setting, chosen: Masks) -> Update:
         removed = regrown = 0

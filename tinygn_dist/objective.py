@@ -46,7 +46,7 @@ Objective = Callable[[nn.Module, Batch], Losses]
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """What the model's forward takes; labels stay out so that it does not compute a loss of its own."""
-    return {name: value for name, value in batch.items() if name not in ("labels", "reference")}
+    return {name: value for name, value in batch.items() if name not in ("labels", "reference", "sequence")}
 
 
 def causal_lm(model: nn.Module, batch: Batch) -> Losses:

@@ -7,7 +7,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from tinygn_dist import calibration, export, filters, load, units
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
-from tinygn_dist.checkpoint import weights_digest
+from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
@@ -26,13 +26,14 @@ from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Course, Recovery, check_batch
+from tinygn_dist.recover import Course, check_training
 from tinygn_dist.report import REPORT_FILE, Report, versions
-from tinygn_dist.resume import Resumable
 from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.target import meet_target
+from tinygn_dist.teacher_cache import TeacherCache
+from tinygn_dist.training_stage import TrainingStage
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     return run.report
 
 
-class _Run(Resumable):
+class _Run(TrainingStage):
     """What one run holds between its stages. Each method is one stage: it calls the method's parts and keeps the
     result."""
 
@@ -70,7 +71,7 @@ class _Run(Resumable):
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.masks: GradualMasks | None = None
-        self.teacher: nn.Module | None = None
+        self.teacher: nn.Module | TeacherCache | None = None
         self.course, self.round = Course(), 0
         self.protected = config.prune.protect
 
@@ -88,7 +89,11 @@ class _Run(Resumable):
             self.load()
         with self.stage("data"):
             self.read_data()
-        if self.find_checkpoint():
+        resumed = self.find_checkpoint()
+        if self.caches_teacher:
+            with self.stage("teacher"):
+                self.write_teacher()
+        if resumed:
             with self.stage("restore"):
                 self.restore()
         else:
@@ -132,11 +137,13 @@ class _Run(Resumable):
                 check_nm(self.targets, config.prune.nm.m)
         if config.prune.probe_step is not None:
             check_step(config.prune.probe_step, load.dtype_of(self.source))
-        check_batch(config.recover, self.backend.num_ranks)
+        check_training(config.recover, self.targets or self.anatomy.targets, self.backend)
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
         if config.data.name == "self" and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
         self.destination = export.claim(config.output, self.source.path, load.stored_bytes(skeleton, self.source))
+        if config.checkpoint.resume == "never" and not config.output.overwrite:
+            refuse_unfinished(self.checkpoint_folder)
         self.objective = objective_of(self.source.task)
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
 
@@ -150,7 +157,7 @@ class _Run(Resumable):
         }
         with self.backend.together("loading the tokenizer or processor"):
             self.processor = load.load_processor(self.source)
-        if self.config.recover.steps and self.config.recover.distill:
+        if self.config.recover.taught and self.source.task != "feature-extraction" and not self.caches_teacher:
             self.teacher, _ = placed(self.source, self.backend)
 
     def read_data(self) -> None:
@@ -162,6 +169,8 @@ class _Run(Resumable):
             self.splits = self.backend.main_first(
                 lambda: calibration.load_splits(config.data, self.source.task, self.processor, train_len, rows)
             )
+        if config.recover.steps and config.recover.evaluate_every:
+            self.splits.hold_out(config.recover.evaluate_samples)
         self.backend.agree(self.splits.fingerprint(), "the data")
         self.report = Report(
             model=config.model.name,
@@ -179,7 +188,7 @@ class _Run(Resumable):
             versions=versions(),
         )
         if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
-            for name in ("calibration", "evaluation", "training"):
+            for name in ("calibration", "evaluation", "training", "validation"):
                 setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name)))
 
     def evaluate_before(self) -> None:
@@ -226,7 +235,7 @@ class _Run(Resumable):
 
     def sparsify(self) -> None:
         """Choose and apply masks; the weights that are kept may have been updated."""
-        setting = self.setting(self.model, self.splits.calibration)
+        setting = replace(self.setting(self.model, self.splits.calibration), parts=self.parts)
         self.masks = GradualMasks(setting, self.targets, self.config.prune, self.config.schedule, self.plan)
         self.tell_masks()
         self.report.notes.append(
@@ -247,33 +256,6 @@ class _Run(Resumable):
             "kept_by_pattern": in_layers - targeted,
             "kept_not_a_layer_matrix": self.anatomy.total_params - in_layers,
         }
-
-    def recover(self) -> None:
-        """Train: weights become fewer within the training, units between its rounds."""
-        recovery = Recovery(
-            self.teacher,
-            self.source.task,
-            self.splits.training,
-            self.config.recover,
-            self.plan,
-            self.backend,
-            self.progress,
-            targets=lambda: self.targets or self.anatomy.targets,
-            begin=self.begin_training,
-            stepped=self.save_or_go_on,
-            stopping=self.stopping,
-        )
-        rounds = self.plan.rounds() if self.config.prune.unit_kinds else [range(self.plan.total)]
-        for number, steps in list(enumerate(rounds))[self.round :]:
-            if number > self.round:
-                self.remove_units(number)
-                self.round = number
-            recovery.run(self.model, self.masks, self.course, steps.stop)
-        self.report.recovery |= self.course.told()
-        if self.masks and self.masks.history:
-            self.tell_masks()
-            self.report.recovery["updates"] = [asdict(update) for update in self.masks.history]
-        self.teacher = None
 
     def export(self) -> None:
         """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
@@ -302,7 +284,9 @@ class _Run(Resumable):
             if self.backend.is_main:
                 (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
-        self.checkpoints.remove()
+        self.remove_checkpoints()
+        if isinstance(self.teacher, TeacherCache):
+            self.teacher.remove(self.backend)
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:

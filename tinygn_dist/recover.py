@@ -14,11 +14,14 @@ from torch import nn
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
+from tinygn_dist.distill import student_losses
 from tinygn_dist.errors import UserError
 from tinygn_dist.gradual import GradualMasks
-from tinygn_dist.objective import IGNORED, Batch, Losses, distillation, feature_match, model_inputs, token_losses
+from tinygn_dist.low_rank import add_low_rank, check_targets, is_low_rank, merge_low_rank
+from tinygn_dist.objective import IGNORED, Batch, Losses
 from tinygn_dist.progress import Progress
 from tinygn_dist.schedule import Plan
+from tinygn_dist.teacher_cache import TeacherCache
 from tinygn_dist.zeroth_order import ForwardOnly
 
 log = logging.getLogger(__name__)
@@ -26,12 +29,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Course:
-    """How far a training is. losses: of every step so far, the mean per token over all ranks. probed: of a
-    forward-only training, the step of its probes and its learning rate."""
+    """How far a training is. losses: of every step so far, the mean per token over all ranks. evaluations: on held-out
+    data, by step. best: the step of the best of them with the final masks. probed: of a forward-only training, the step of
+    its probes and its learning rate."""
 
     step: int = 0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best: int | None = None
     probed: dict[str, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
@@ -43,7 +49,8 @@ class Course:
             "first_loss": sum(first) / window,
             "last_loss": sum(last) / window,
         }
-        return told | ({"probes": self.probed} if self.probed else {})
+        more = {"evaluations": self.evaluations, "best_step": self.best, "probes": self.probed}
+        return told | {name: value for name, value in more.items() if value not in (None, [], {})}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class InTraining:
 
     model: nn.Module
     optimizer: Any
+    """None in a forward-only training"""
     course: Course
     stopping: bool = False
     """some rank was asked to end the run"""
@@ -64,7 +72,7 @@ def _nothing(_: InTraining) -> None: ...
 class Recovery:
     """What a training is made of; `run` trains a model for a stretch of the plan's steps."""
 
-    teacher: nn.Module | None
+    teacher: nn.Module | TeacherCache | None
     task: str
     sequences: Sequence[Batch]
     options: RecoverConfig
@@ -75,8 +83,10 @@ class Recovery:
     """called before the first step"""
     stepped: Callable[[InTraining], None] = _nothing
     """called after every step"""
+    ended: Callable[[InTraining], None] = _nothing
+    """called after the last one, while the optimizer still holds the weights"""
     targets: Callable[[], Sequence[Target]] = tuple
-    """what a forward-only training moves: the weight matrices the model has at that time"""
+    """the weight matrices that the model has at that time, for what moves them apart from other parameters"""
     stopping: Callable[[], bool] = lambda: False
     """whether this rank was asked to end the run"""
 
@@ -96,6 +106,8 @@ class Recovery:
             model.eval()
 
     def _train(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
+        low_rank = self.targets() if self.options.train == "lora" else ()
+        add_low_rank(model, low_rank, masks.masks.by_name if masks else {}, self.options.lora_rank, self.options.seed)
         frozen = freeze(model, self.options)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], self.options)
         wrapped, prepared = self.backend.prepare(model, optimizer)
@@ -108,12 +120,15 @@ class Recovery:
                 loss, count, stopping = self._one_step(wrapped, prepared, batch)
                 course.losses.append(loss)
                 course.step, course.tokens = course.step + 1, course.tokens + count
-                self.backend.track({"recover/loss": loss}, course.step)
+                rate = self.options.rate * self.plan.learning_rate(course.step - 1)
+                self.backend.track({"recover/loss": loss, "recover/learning_rate": rate}, course.step)
                 self.stepped(InTraining(wrapped, prepared, course, stopping))
                 advance()
+        self.ended(InTraining(wrapped, prepared, course))
         for handle in handles:
             handle.remove()
         self.backend.release(model, wrapped, prepared)
+        merge_low_rank(model, low_rank)
         if masks:  # in the masters that the weights were just read from
             wrong = masks.masks.violations(model, self.backend)
             assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
@@ -128,6 +143,7 @@ class Recovery:
 
         keep = masks.masks.by_name if masks else {}
         training = ForwardOnly(model, self.targets(), keep, objective, self.options, self.backend)
+        self.begin(InTraining(model, None, course))
         with self.progress.bar("recovering", stop - course.step) as advance:
             for batch in windows(self.sequences, self.options, course.step, stop):
                 loss, count = training.step(batch, course.step, self.plan.learning_rate(course.step))
@@ -135,7 +151,9 @@ class Recovery:
                 course.losses.append(loss)
                 course.step, course.tokens = course.step + 1, course.tokens + count
                 self.backend.track({"recover/loss": loss}, course.step)
+                self.stepped(InTraining(model, None, course))
                 advance()
+        self.ended(InTraining(model, None, course))
         course.probed = {"step": asdict(training.step_taken), "learning_rate": training.rate}
         if masks:
             wrong = masks.masks.violations(model, self.backend)
@@ -169,12 +187,22 @@ class Recovery:
         return loss, count, bool(told[1])
 
 
-def check_batch(options: RecoverConfig, num_ranks: int) -> None:
-    """UserError, before work starts, when a step cannot be dealt evenly."""
-    if options.steps and options.batch_size % num_ranks:
-        raise UserError(
-            f"recover.batch_size {options.batch_size} on {num_ranks} ranks; accepted: a multiple of {num_ranks}"
-        )
+def check_training(options: RecoverConfig, targets: Sequence[Target], backend: Backend) -> None:
+    """UserError, before work starts, for what this model or this launch cannot do."""
+    if not options.steps:
+        return
+    if options.batch_size % backend.num_ranks:
+        ranks = backend.num_ranks
+        raise UserError(f"recover.batch_size {options.batch_size} on {ranks} ranks; accepted: a multiple of {ranks}")
+    if options.train == "lora":
+        check_targets(targets)
+        if backend.splits_weights:
+            raise UserError(
+                "recover.train lora masks whole matrices, and here every rank holds a piece of them; accepted: one process, "
+                "DDP, ZeRO-1 or ZeRO-2; use all or norms-and-biases"
+            )
+    if options.optimizer == "adamw-8bit":
+        _adamw_8bit()
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], options: RecoverConfig) -> torch.optim.Optimizer:
@@ -186,14 +214,18 @@ def make_optimizer(parameters: Sequence[nn.Parameter], options: RecoverConfig) -
             nesterov = options.optimizer == "nesterov"
             return torch.optim.SGD(parameters, lr=rate, momentum=0.9, nesterov=nesterov, weight_decay=decay)
         case "adamw-8bit":
-            try:
-                from bitsandbytes.optim import AdamW8bit  # an optional dependency
-            except ImportError:
-                raise UserError(
-                    "recover.optimizer adamw-8bit needs the package bitsandbytes; run: pip install bitsandbytes"
-                ) from None
-            return AdamW8bit(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+            return _adamw_8bit()(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     raise AssertionError(options.optimizer)
+
+
+def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit  # an optional dependency
+    except ImportError:
+        raise UserError(
+            "recover.optimizer adamw-8bit needs the package bitsandbytes; run: pip install bitsandbytes"
+        ) from None
+    return AdamW8bit
 
 
 def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
@@ -202,8 +234,8 @@ def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
     Token embeddings (with a head tied to them) hold no pruned weight and a large share of a small model.
     """
     fixed: dict[int, nn.Parameter] = {}
-    if options.train == "norms-and-biases":
-        fixed = {id(p): p for name, p in model.named_parameters() if p.dim() > 1}
+    if options.train != "all":
+        fixed = {id(p): p for name, p in model.named_parameters() if p.dim() > 1 and not is_low_rank(name)}
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # of convolutional nets
@@ -217,39 +249,21 @@ def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
 
 
 def windows(sequences: Sequence[Batch], options: RecoverConfig, start: int, stop: int) -> Iterator[list[Batch]]:
-    """The lists of batch_size sequences of steps start..stop; each epoch in a new order, the same on every rank and for
-    every start."""
+    """The lists of batch_size sequences of steps start..stop."""
+    for step, numbers in enumerate(window_numbers(len(sequences), options, stop)):
+        if step >= start:
+            yield [sequences[number] for number in numbers]
+
+
+def window_numbers(count: int, options: RecoverConfig, stop: int) -> Iterator[list[int]]:
+    """Which of `count` sequences each step before `stop` takes; each epoch in a new order, the same on every rank."""
     generator = torch.Generator().manual_seed(options.seed)
     order: list[int] = []
-    for step in range(stop):
+    for _ in range(stop):
         while len(order) < options.batch_size:
-            order += torch.randperm(len(sequences), generator=generator).tolist()
-        if step >= start:
-            yield [sequences[i] for i in order[: options.batch_size]]
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[: options.batch_size]
         del order[: options.batch_size]
-
-
-def student_losses(
-    model: nn.Module, teacher: nn.Module | None, task: str, batch: Batch, options: RecoverConfig
-) -> Losses:
-    """(1 - d) * task loss + d * divergence from the teacher, d = options.distill (0 without a teacher)."""
-    if task == "feature-extraction":
-        return feature_match(model, batch)
-    logits = model(**model_inputs(batch), **({"use_cache": False} if task == "causal-lm" else {})).logits
-    labels = batch["labels"]
-    if task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        own = token_losses(logits, labels)
-    else:
-        own = token_losses(logits[:, None], labels[:, None])
-        logits, labels = logits[:, None], labels[:, None]
-    if teacher is None:
-        return own
-    with torch.no_grad():
-        wanted = teacher(**model_inputs(batch)).logits
-    wanted = wanted[:, :-1] if task == "causal-lm" else wanted[:, None]
-    away = distillation(logits, wanted, labels != IGNORED, options.temperature)
-    return Losses((1 - options.distill) * own.total + options.distill * away.total, own.count)
 
 
 def num_counted(batch: Batch) -> int:

@@ -22,6 +22,7 @@ from tinygn_dist.checkpoint import Checkpoints, Saved, Writer
 from tinygn_dist.config import Config
 from tinygn_dist.errors import Stopped
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.gathering import Parts
 from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.load import Source
 from tinygn_dist.masking import Masks
@@ -56,20 +57,37 @@ class Resumable:
     stopping: Callable[[], bool]
     setting: Callable[..., Setting]
     checkpoints: Checkpoints
+    best: Checkpoints
+    """the weights of the best evaluation so far, named by its step"""
+    parts: Parts | None
     saved: Saved | None = None
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.config.checkpoint.dir or f"{self.destination}.checkpoints").expanduser().resolve()
 
     def find_checkpoint(self) -> bool:
         """Whether there is one to go on from."""
         config, asked = self.config, self.config.checkpoint
-        folder = Path(asked.dir or f"{self.destination}.checkpoints").expanduser().resolve()
+        folder = self.checkpoint_folder
         identity = {
             "config": config.model_dump(mode="json", exclude={"output", "distributed", "checkpoint", "evaluate"}),
             "model": self.digest,
             "data": self.splits.fingerprint(),
         }
         self.checkpoints = Checkpoints(folder, identity, self.backend, asked.keep)
+        self.best = Checkpoints(folder.with_name(f"{folder.name}.best"), identity, self.backend, keep=1)
+        self.parts = None
+        if asked.statistics_every:
+            statistics = folder.with_name(f"{folder.name}.statistics")
+            self.parts = Parts(asked.statistics_every, statistics, identity, self.backend)
+            if asked.resume != "auto":
+                self.parts.remove()
         if asked.resume == "auto":
             self.saved = self.checkpoints.newest()
+        if self.saved is None:
+            self.checkpoints.remove()
+            self.best.remove()
         if self.saved:
             log.info("going on from %s", self.saved.path)
         return self.saved is not None
@@ -111,10 +129,12 @@ class Resumable:
             )
 
     def save(self, now: InTraining | None) -> None:
-        with self.checkpoints.writing(f"{self.course.step:08d}-{self.round:03d}") as writer:
+        with self.checkpoints.writing(f"{step_name(self.course.step)}-{self.round:03d}") as writer:
             write_weights(writer, self.model, now, self.backend)
             if self.masks:
                 write_masks(writer, self.masks.masks, self.model, self.backend)
+            if self.masks and now is not None:
+                write_between(writer, self.masks, now.model, now.optimizer, self.backend)
             writer.facts |= {
                 "course": asdict(self.course),
                 "round": self.round,
@@ -127,30 +147,61 @@ class Resumable:
                 "resumed": self.report.recovery.get("resumed_after_steps", []),
             }
 
-    def begin_training(self, now: InTraining) -> None:
-        if self.saved and self.saved.facts["in_training"]:
+    def remove_checkpoints(self) -> None:
+        """At the end of a run."""
+        for kept in (self.checkpoints, self.best, self.parts):
+            if kept is not None:
+                kept.remove()
+
+    def go_on_training(self, now: InTraining) -> bool:
+        """Take over what was saved from training, if it was; a best model that is no longer there is forgotten: the
+        evaluations that replaced it come again."""
+        resumed = self.saved is not None and self.saved.facts["in_training"]
+        if resumed:
             read_training(self.saved, now, self.backend)
+            if self.masks:
+                read_between(self.saved, self.masks, now.model, now.optimizer)
+            if self.course.best is not None and not self.best.keep_only(step_name(self.course.best)):
+                self.course.best = None
         self.saved = None
+        return resumed
+
+    def save_best(self, now: InTraining) -> None:
+        with self.best.writing(step_name(self.course.step)) as writer:
+            write_weights(writer, self.model, now, self.backend, states=False)
+
+    def restore_best(self, now: InTraining) -> None:
+        """Before a training ends: into the live weights and any masters behind them."""
+        if self.course.best is not None and self.course.best != self.course.step:
+            log.info("the best evaluation was that of step %d, whose weights are taken", self.course.best)
+            read_weights(self.best.named(step_name(self.course.best)), now.model, self.backend)
 
 
-def write_weights(writer: Writer, model: nn.Module, now: InTraining | None, backend: Backend) -> None:
-    """Every parameter of a placed model, with the optimizer's state where it is in training (`now`), and its buffers.
-    Collectives; each parameter is written by one rank."""
+def step_name(step: int) -> str:
+    return f"{step:08d}"
+
+
+def write_weights(
+    writer: Writer, model: nn.Module, now: InTraining | None, backend: Backend, states: bool = True
+) -> None:
+    """Every parameter of a placed model and its buffers, and where it is in training (`now`) with `states` also those of
+    the optimizer and of random numbers. Collectives; each parameter is written by one rank."""
     bare = backend.unwrap(model)
     parameters = dict(bare.named_parameters())
     owners = backend.deal([1.0] * len(parameters))
     for (name, parameter), owner in zip(parameters.items(), owners, strict=True):
-        if now is not None and parameter.requires_grad:
+        if now is not None and now.optimizer is not None and parameter.requires_grad:
             whole = backend.whole_training(now.model, now.optimizer, name)
         else:
             whole = {"weight": backend.whole(model, name)}
         if owner == backend.rank:
             for key, tensor in whole.items():
-                writer.add(f"{key}|{name}", tensor)
+                if states or key == "weight":
+                    writer.add(f"{key}|{name}", tensor)
     if backend.is_main:
         for name in _persistent(bare):
             writer.add(f"buffer|{name}", bare.get_buffer(name))
-    for name, state in _random_states():
+    for name, state in _random_states() if states else ():
         writer.add(f"random|{name}|{backend.rank}", state)
 
 
@@ -163,7 +214,7 @@ def write_masks(writer: Writer, masks: Masks, model: nn.Module, backend: Backend
 
 
 def read_weights(saved: Saved, model: nn.Module, backend: Backend) -> None:
-    """Into a placed model that is not in training; what was saved from training is rounded to its dtype."""
+    """Into a placed model, in training or not; what was saved from training is rounded to the model's dtype."""
     bare = backend.unwrap(model)
     with torch.no_grad():
         for name, _ in bare.named_parameters():
@@ -178,7 +229,7 @@ def read_training(saved: Saved, now: InTraining, backend: Backend) -> None:
     keys: dict[str, list[str]] = {}
     for full in saved.names(""):
         key, _, name = full.partition("|")
-        if key not in ("mask", "buffer", "random"):
+        if key not in ("mask", "buffer", "random", "between"):
             keys.setdefault(name, []).append(key)
     with torch.no_grad():
         for name, parameter in backend.unwrap(now.model).named_parameters():
@@ -194,6 +245,19 @@ def read_training(saved: Saved, now: InTraining, backend: Backend) -> None:
 def read_masks(saved: Saved, masks: Masks, model: nn.Module, backend: Backend) -> None:
     for full in saved.names("mask|"):
         masks.unpack(full.removeprefix("mask|"), saved.tensor(full), model, backend)
+
+
+def write_between(writer: Writer, masks: GradualMasks, model: nn.Module, optimizer: Any, backend: Backend) -> None:
+    """What was summed up since the last mask update. Collectives; the main rank writes it."""
+    for name, whole in masks.between.whole(model, optimizer) if masks.between else ():
+        if backend.is_main:
+            writer.add(f"between|{name}", whole)
+
+
+def read_between(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
+    if masks.between:
+        found = {name.removeprefix("between|"): saved.tensor(name) for name in saved.names("between|")}
+        masks.between.take(model, optimizer, found)
 
 
 def _persistent(model: nn.Module) -> list[str]:

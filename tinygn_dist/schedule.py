@@ -90,6 +90,8 @@ def make_plan(
     updates = tuple(every * (number + 1) for number in range(count))
     if kind == "one-shot":
         return Plan(total, updates, (final,) * (count + 1))
+    if kind == "admm":  # dense until the last update
+        return Plan(total, updates, (*(0.0,) * count, final))
     start = final / 2 if first is None else min(first, final)
     levels = (start, *(sparsity_between(kind, start, final, (number + 1) / count) for number in range(count)))
     return Plan(total, updates, levels, restarts=rounds or kind == "iterative")

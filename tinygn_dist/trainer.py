@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from tinygn_dist.compressor import Compressor
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
+from tinygn_dist.gradual import Update
 
 
 class TinyGNCallback(TrainerCallback):
@@ -35,7 +36,8 @@ class TinyGNCallback(TrainerCallback):
         self._accelerator = trainer.accelerator
         self._config, self._resume_from = config, resume_from
         self.compressor: Compressor | None = None
-        self._changed = False
+        self._log = trainer.log
+        self._update: Update | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
         model, optimizer = facts["model"], facts["optimizer"]
@@ -46,14 +48,15 @@ class TinyGNCallback(TrainerCallback):
         wrapped = self.compressor.backend.wrapped(model)
         self.compressor.attach(wrapped, optimizer, num_steps=state.max_steps, after_update=self._after_update)
 
-    def _after_update(self, _: Any) -> None:
-        self._changed = True
+    def _after_update(self, update: Update) -> None:
+        self._update = update
 
     def on_step_end(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
         """A model with fewer zeros must not win over those that come."""
-        if self._changed:
+        update, self._update = self._update, None
+        if update is not None:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            self._changed = False
+            self._log({"sparsity": update.sparsity, "mask_churn": update.removed + update.regrown})
 
     def on_save(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
         self.compressor.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")

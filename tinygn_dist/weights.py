@@ -16,10 +16,12 @@ from tinygn_dist.config import NM, PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
-from tinygn_dist.estimate.energy import coarse, loss_moments
+from tinygn_dist.estimate.energy import LossMoments, coarse, loss_moments
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.gathering import in_parts
 from tinygn_dist.masking import Masks
+from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import least_squares, obs
@@ -104,21 +106,25 @@ def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: i
             pieces = {t.name: t.per_input(energy(t), shards[t.name].weight, shards[t.name].offset) for t in targets}
             if criterion == "wanda":
                 return {name: score.wanda(shard.weight, pieces[name]) for name, shard in shards.items()}
-            grads = weight_gradients(setting, targets, squares=True)
+            grads = _gradients(setting, targets, squares=True)
             return {n: score.gblm(shard.weight, pieces[n], grads.rounded(n)) for n, shard in shards.items()}
         case "ria":
             energy = _input_energy(setting, targets)
             return {t.name: _ria(setting, t, shards[t.name], energy(t)) for t in targets}
         case "taylor" | "fisher":
-            grads = weight_gradients(setting, targets, squares=criterion == "fisher")
+            grads = _gradients(setting, targets, squares=criterion == "fisher")
             rule = score.fisher if criterion == "fisher" else score.taylor
             return {name: rule(shard.weight, grads.rounded(name)) for name, shard in shards.items()}
     raise AssertionError(criterion)
 
 
+def _gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
+    return in_parts(setting, "gradients", lambda some: weight_gradients(some, targets, squares=squares), Moments())
+
+
 def _input_energy(setting: Setting, targets: Sequence[Target]) -> Callable[[Target], torch.Tensor]:
     """(in,) fp32 sums of squares of what a target reads, over the data of all ranks."""
-    found = input_moments(setting, targets, full=False)
+    found = in_parts(setting, "inputs", lambda some: input_moments(some, targets, full=False), InputMoments())
     setting.backend.sum_over_data(found.moments.tensors())
     return lambda target: found.moments.rounded(found.of(target))
 
@@ -188,16 +194,26 @@ def loss_aware(options: PruneConfig) -> bool:
     return options.estimator != "finite-difference"
 
 
+def _pass(name: str, options: PruneConfig) -> str:
+    """Each pass measures anew, on the model that the last one left."""
+    return f"{name} {options.pattern} {options.sparsity:.6f}"
+
+
 def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> list[Job]:
     """The jobs of the solver with complete moments on the ranks that will solve them: a Gram matrix, then (out,) energies
     of each target's rows. By forward passes alone a layer's energy is known as a whole, and its rows are alike."""
     backend = setting.backend
     if loss_aware(options):
-        found = loss_moments(setting, targets, PLAIN_NM if options.nm else PLAIN)
+        plain = PLAIN_NM if options.nm else PLAIN
+        found = in_parts(
+            setting, _pass("loss", options), lambda some: loss_moments(some, targets, plain), LossMoments()
+        )
         jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _solve_cost([t])) for t in targets]
         backend.sum_for_jobs(jobs)
         return jobs
-    jobs = layer_jobs(targets, input_moments(setting, targets, full=True))
+    name = _pass("inputs", options)
+    found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
+    jobs = layer_jobs(targets, found)
     backend.sum_for_jobs(jobs)
     if options.nm is None and options.scope in ("auto", "global"):  # only budgets ask for them
         energies = output_energies(setting.first(options.output_samples), targets)

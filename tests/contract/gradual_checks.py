@@ -18,6 +18,8 @@ GRADUAL_CASES = {
     "iterative taylor": ({"criterion": "taylor", "scope": "global"}, {"kind": "iterative"}),
     "cubic obs": ({"criterion": "obs"}, {"kind": "cubic"}),
     "N:M fisher": ({"criterion": "fisher", "pattern": "2:4", **NO_DOWN}, {"kind": "linear", "criterion": "fisher"}),
+    "movement": ({"criterion": "magnitude"}, {"kind": "linear", "criterion": "movement"}),
+    "ADMM": ({"criterion": "magnitude"}, {"kind": "admm", "penalty": 1.0}),
     "RigL": ({"criterion": "magnitude"}, {"regrow": "gradient"}),
 }
 

@@ -29,6 +29,7 @@ from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
+from tinygn_dist.errors import Stopped, UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.masking import Masks
@@ -261,14 +262,20 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
     found = {}
     base = {"model": {"name": str(folder / "model")}, "evaluate": {"prefill_tokens": 8, "decode_tokens": 2}}
     base["data"] = {"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3}
-    for name, prune, steps in (
-        ("units", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 0),
-        ("units recovered", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 3),
-        ("sparse recovered", {"pattern": "unstructured", "sparsity": 0.5, "estimator": "finite-difference"}, 3),
+    harmful = {"learning_rate": 50.0, "optimizer": "sgd", "evaluate_every": 2, "keep_best": True}
+    for name, prune, steps, more in (
+        ("units", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 0, {}),
+        ("units recovered", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 3, {}),
+        ("sparse recovered", {"pattern": "unstructured", "sparsity": 0.5, "estimator": "finite-difference"}, 3, {}),
+        ("best kept", {"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"}, 3, harmful),
+        ("lora", {"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"}, 3, {"train": "lora"}),
     ):
         output = folder / name.replace(" ", "-")
-        recover = {"steps": steps, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3}
+        recover = {"steps": steps, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, **more}
         config = Config(**base, prune=prune, recover=recover, output={"dir": str(output), "overwrite": True})
+        if name == "lora" and backend.splits_weights:
+            assert refused(config, backend), "masks of whole matrices need whole matrices"
+            continue
         report = compress(config, backend)
         facts = {"fingerprint": report.selection["fingerprint"], "loss": report.after["loss"]}
         facts |= {"params": report.after["num_params"], "zeros": report.sparsity["zeros"]}
@@ -276,6 +283,47 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
             facts["file"] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()[:16]
         found[name] = facts
     return found
+
+
+def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
+    """A run that is stopped twice ends bit by bit as one that was not; returns the losses, which all backends share."""
+    found = {}
+    for name, schedule in (("cubic", {"kind": "cubic"}), ("movement", {"kind": "linear", "criterion": "movement"})):
+        done = {}
+        for way in ("whole", "parts"):
+            output = folder / f"stopped-{name}-{way}"
+            config = Config(
+                model={"name": str(folder / "model")},
+                data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
+                prune={"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"},
+                schedule={"every": 2, **schedule},
+                recover={"steps": 6, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, "evaluate_every": 2}
+                | {"keep_best": True},
+                evaluate={"latency": False},
+                checkpoint={"resume": "auto"},
+                output={"dir": str(output)},
+            )
+            for steps in (2, 2) if way == "parts" else ():
+                seen = iter(range(99))
+                try:
+                    compress(config, backend, lambda seen=seen, steps=steps: next(seen) >= steps)
+                except Stopped:
+                    continue
+                raise AssertionError("the run was not stopped")
+            report = compress(config, backend)
+            assert len(report.recovery.get("resumed_after_steps", [])) == (2 if way == "parts" else 0)
+            done[way] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+            found[name] = report.after["loss"]
+        assert done["whole"] == done["parts"], f"{name}: another result after two stops"
+    return found
+
+
+def refused(config: Config, backend: Backend) -> bool:
+    try:
+        compress(config, backend)
+    except UserError as error:
+        return "recover.train lora" in str(error)
+    return False
 
 
 def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
@@ -300,6 +348,7 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
         ("gradual bf16", lambda: gradual(backend, torch.bfloat16)),
         ("resumed", lambda: resumed(backend)),
         ("runs", lambda: whole_runs(backend, folder)),
+        ("stopped", lambda: stopped_runs(backend, folder)),
     ):
         if wanted and name not in wanted:
             continue

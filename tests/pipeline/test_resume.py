@@ -35,9 +35,17 @@ TRAINED = {
 }
 CASES = {
     "gradual": {"prune.pattern": "unstructured", "prune.criterion": "wanda", "schedule.kind": "cubic"},
+    "movement": {
+        "prune.pattern": "unstructured",
+        "prune.criterion": "magnitude",
+        "schedule.kind": "linear",
+        "schedule.criterion": "movement",
+    },
+    "admm": {"prune.pattern": "2:4", "schedule.kind": "admm", "schedule.penalty": 0.5},
     "regrown": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "gradient"},
     "one-shot, bf16": {"prune.pattern": "2:4", "model.dtype": "bfloat16"},
     "units": {"prune.pattern": "channels", "prune.sparsity": 0.3, "schedule.kind": "iterative", "schedule.every": 3},
+    "lora": {"prune.pattern": "2:4", "prune.criterion": "magnitude", "recover.train": "lora"},
     "sgd": {"prune.pattern": "2:4", "recover.optimizer": "sgd", "prune.criterion": "magnitude"},
 }
 
@@ -134,22 +142,46 @@ def test_sigterm_saves_and_another_world_size_goes_on(saved_model, text_file: Pa
     assert report.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-3)
 
 
+def killed_at_random(command: list[str], checkpoints: Path, kills: int) -> None:
+    """Start it again and again, and kill every process of it `kills` times, each at a random time after a checkpoint."""
+    chance = random.Random(0)
+    for _ in range(30):
+        if kills == 0:
+            return
+        process = started(command)
+        wait_for(checkpoints, process)
+        time.sleep(chance.uniform(0, 0.8))
+        kills -= process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=CLI_SECONDS)
+    raise AssertionError("the runs ended before they could be killed")
+
+
+def finished(command: list[str]) -> None:
+    process = started(command)
+    log = process.communicate(timeout=CLI_SECONDS)[0]
+    assert process.returncode == 0, log
+
+
 @pytest.mark.slow
 def test_killed_five_times_at_random_points_the_result_is_the_same(saved_model, text_file: Path, tmp_path: Path):
-    model = saved_model("llama")
-    done = started(words(model, text_file, tmp_path / "whole", "--num-processes=2"))
-    log = done.communicate(timeout=CLI_SECONDS)[0]
-    assert done.returncode == 0, log
-    chance, kills = random.Random(0), 0
-    for _ in range(30):
-        process = started(words(model, text_file, tmp_path / "parts", "--num-processes=2"))
-        if kills < 5:
-            wait_for(tmp_path / "parts.checkpoints", process)
-            time.sleep(chance.uniform(0, 0.8))
-            kills += process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=CLI_SECONDS)
-        if process.returncode == 0:
-            break
-    assert kills == 5 and process.returncode == 0
+    model, more = saved_model("llama"), ("--num-processes=2", "--recover.steps=60", "--schedule.every=10")
+    finished(words(model, text_file, tmp_path / "whole", *more))
+    again = words(model, text_file, tmp_path / "parts", *more)
+    killed_at_random(again, tmp_path / "parts.checkpoints", 5)
+    finished(again)
+    assert report_of(tmp_path / "parts")["recovery"]["resumed_after_steps"], "it began anew"
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_on_two_ranks_and_finished_on_one_the_masks_are_the_same(saved_model, text_file: Path, tmp_path: Path):
+    model, more = saved_model("llama"), ("--schedule.kind=one-shot", "--prune.pattern=2:4", "--recover.steps=60")
+    finished(words(model, text_file, tmp_path / "whole", *more))
+    killed_at_random(
+        words(model, text_file, tmp_path / "parts", *more, "--num-processes=2"), tmp_path / "parts.checkpoints", 2
+    )
+    finished(words(model, text_file, tmp_path / "parts", *more))
+    parts, whole = report_of(tmp_path / "parts"), report_of(tmp_path / "whole")
+    assert parts["recovery"]["resumed_after_steps"] and parts["selection"] == whole["selection"]
+    assert parts["after"]["loss"] == pytest.approx(whole["after"]["loss"], rel=1e-4)

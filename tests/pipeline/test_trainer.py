@@ -20,13 +20,15 @@ SCRIPT = str(ROOT / "tests/pipeline/trainer_script.py")
 
 
 def run(layout: str | None, *words: object) -> str:
-    """What the script printed, on one process or under a launch file."""
+    """What the script printed, on one process, under torchrun, or under a launch file."""
     launch = []
-    if layout:
+    if layout == "torchrun":
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    elif layout:
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(launch_file(layout, Path(words[2]).parent))]
     env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (
-        {"ACCELERATE_USE_CPU": "true"} if layout == "cpu" else {}
+        {"ACCELERATE_USE_CPU": "true"} if layout in ("cpu", "torchrun") else {}
     )
     command = [sys.executable, *launch, SCRIPT, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env, cwd=ROOT)
@@ -45,12 +47,13 @@ def assert_half(state: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "fsdp2", "zero2", "zero3"))]
+    "layout",
+    [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchrun", "cpu", "fsdp2", "zero2", "zero3"))],
 )
 def test_training_that_goes_on_from_a_checkpoint_ends_the_same(layout, saved_model, text_file: Path, tmp_path: Path):
     words = (saved_model("llama"), text_file, tmp_path / "out")
     told = run(layout, *words)
-    assert f"ranks {2 if layout else 1} history {HISTORY}" in told, told
+    assert f"ranks {2 if layout else 1} history {HISTORY}" in told and "logged [0.3, 0.4, 0.5]" in told, told
     whole = weights(tmp_path / "out/final")
     assert_half(whole)
     kept = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
@@ -61,7 +64,7 @@ def test_training_that_goes_on_from_a_checkpoint_ends_the_same(layout, saved_mod
     again = weights(tmp_path / "out/final")
     for name, weight in whole.items():
         assert torch.equal(weight == 0, again[name] == 0), name
-        torch.testing.assert_close(weight, again[name], rtol=0, atol=0 if layout in (None, "cpu") else 1e-5)
+        torch.testing.assert_close(weight, again[name], rtol=0, atol=0 if layout in (None, "cpu", "torchrun") else 1e-5)
 
 
 def test_the_best_model_is_one_of_the_final_sparsity(saved_model, text_file: Path, tmp_path: Path):

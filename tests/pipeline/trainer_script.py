@@ -49,6 +49,7 @@ trainer.train(resume_from_checkpoint="resume" in words)
 
 masks = callback.compressor.masks
 print("ranks", arguments.world_size, "history", [(update.step, round(update.sparsity, 2)) for update in masks.history])
+print("logged", [round(seen["sparsity"], 2) for seen in trainer.state.log_history if "sparsity" in seen])
 print("best", trainer.state.best_model_checkpoint)
 whole = callback.compressor.backend.full_tensors(callback.compressor._model)
 state = {name: tensor.detach().cpu().clone() for name, tensor in whole}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests import tiny
 from tinygn_dist.config import RecoverConfig
+from tinygn_dist.distill import student_losses
 from tinygn_dist.objective import (
     IGNORED,
     Losses,
@@ -16,7 +17,6 @@ from tinygn_dist.objective import (
     feature_match,
     token_losses,
 )
-from tinygn_dist.recover import student_losses
 
 
 def padded_to(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:

@@ -64,6 +64,8 @@ class Backend(Training):
 
     shards_weights = False
     """whether a rank may hold only a piece of a weight, or a master copy beside it"""
+    splits_weights = False
+    """whether a rank holds only a piece of a weight"""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator

@@ -38,7 +38,7 @@ _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 class FSDP2(Backend):
     """The model is sharded from `prepare` on, for estimation and training alike."""
 
-    shards_weights = True
+    shards_weights = splits_weights = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)

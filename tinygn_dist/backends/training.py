@@ -11,6 +11,8 @@
 | before_step(model, optimizer, call)  | `call()` before the weights move                                            |
 | paused(model)                        | context: the bare model, to be estimated and edited between two steps       |
 | held(model, optimizer, name)         | what the torch optimizer holds of a parameter on this rank                  |
+| on_gradients(model, optimizer, ...)  | each gradient that the torch optimizer is about to use, which may be edited |
+| held_weight / join_held / cut_held   | a parameter, or numbers beside it, in that layout, and whole                |
 | clear_state(model, optimizer, t, at) | zero the optimizer's state of some weights of a target                      |
 | whole_training / write_training      | everything training knows of a parameter, whole: to save it and to go on     |
 
@@ -119,6 +121,26 @@ class Training(ABC):
             for module, training in modes:
                 module.training = training
 
+    def on_gradients(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        names: Iterable[str],
+        call: Callable[[str, torch.Tensor, torch.Tensor], None],
+    ) -> Any:
+        """call(name, weight, gradient) before every step, for each of these parameters of which this rank's torch
+        optimizer holds some: flat views, unscaled and clipped. Returns a handle with `remove()`."""
+        names = list(names)
+
+        def hook(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            present = {id(p) for group in stepping.param_groups for p in group["params"] if p.grad is not None}
+            for name in names:
+                held = self.held(model, optimizer, name)
+                if held.count and id(held.tensor) in present:
+                    call(name, self._piece(held.tensor.detach(), held), self._piece(held.tensor.grad, held))
+
+        return self.inner_optimizer(optimizer).register_step_pre_hook(hook)
+
     # -- the optimizer's state ---------------------------------------------------------------------------------------
     def clear_state(self, model: nn.Module, optimizer: Any, target: Target, at: torch.Tensor) -> None:
         """at: bool, shaped like this rank's shard of the target."""
@@ -135,16 +157,29 @@ class Training(ABC):
         """`weight` (the fp32 master where there is one) and every state of the optimizer by its name, flat and whole on
         every rank, on the CPU. A collective. Single numbers, such as Adam's step count, are 0-dim."""
         held = self.held(model, optimizer, name)
-        size = self.num_elements(model, name)
         found = {"weight": held.tensor.detach(), **self._states(optimizer, held)}
-        whole = {}
-        for key, tensor in found.items():
-            full = torch.zeros(size, dtype=tensor.dtype, device=tensor.device)
-            full[held.start : held.start + held.count] = self._piece(tensor, held)
-            # as integers: a sum with the zeros of the other ranks would turn -0.0 into 0.0
-            self.join_pieces(full.view(torch.int32) if full.element_size() == 4 else full.view(torch.uint8))
-            whole[key] = full.cpu()
+        pieces = {key: self._piece(tensor, held) for key, tensor in found.items()}
+        whole = {key: self.join_held(model, optimizer, name, piece).cpu() for key, piece in pieces.items()}
         return whole | self._numbers(optimizer, held)
+
+    def held_weight(self, model: nn.Module, optimizer: Any, name: str) -> torch.Tensor:
+        """Flat view of this rank's piece of a parameter, as the torch optimizer holds it."""
+        held = self.held(model, optimizer, name)
+        return self._piece(held.tensor.detach(), held)
+
+    def join_held(self, model: nn.Module, optimizer: Any, name: str, piece: torch.Tensor) -> torch.Tensor:
+        """Flat and whole on every rank, from pieces shaped like `held_weight`. A collective."""
+        held = self.held(model, optimizer, name)
+        full = torch.zeros(self.num_elements(model, name), dtype=piece.dtype, device=piece.device)
+        full[held.start : held.start + held.count] = piece
+        # as integers: a sum with the zeros of the other ranks would turn -0.0 into 0.0
+        self.join_pieces(full.view(torch.int32) if full.element_size() == 4 else full.view(torch.uint8))
+        return full
+
+    def cut_held(self, model: nn.Module, optimizer: Any, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's piece, shaped like `held_weight`, of a flat whole tensor."""
+        held = self.held(model, optimizer, name)
+        return whole[held.start : held.start + held.count]
 
     def write_training(self, model: nn.Module, optimizer: Any, name: str, whole: Mapping[str, torch.Tensor]) -> None:
         """What `whole_training` returned, on any backend and at any world size."""

@@ -137,6 +137,8 @@ class ZeroParameters(Zero):
     smaller model of a cut too; `unset_hf_deepspeed_config` takes that back: `prepare` is what shards.
     """
 
+    splits_weights = True
+
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
         unset_hf_deepspeed_config()

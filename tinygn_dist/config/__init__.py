@@ -67,24 +67,50 @@ class Config(Section):
                 f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; use "
                 "prune.criterion"
             )
+        if prune.unit_kinds and schedule.kind == "admm":
+            raise ValueError(
+                f"schedule.kind admm zeroes weights and pattern {prune.pattern!r} removes units; use iterative"
+            )
         if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
-        if self.recover.forward_only and self.checkpoint.every:
+        self._training_fits()
+        return self
+
+    def _training_fits(self) -> None:
+        recover, schedule = self.recover, self.schedule
+        if self.distributed.offload == "disk" and recover.steps and not recover.forward_only:
             raise ValueError(
-                f"checkpoint.every {self.checkpoint.every} with recover.optimizer {self.recover.optimizer}, whose training is "
-                "not saved on the way; use adamw, sgd or nesterov, or leave it at 0"
-            )
-        if self.recover.forward_only and schedule.changes and not prune.unit_kinds:
-            raise ValueError(
-                f"recover.optimizer {self.recover.optimizer} keeps its masks, and schedule.kind {schedule.kind} with regrow "
-                f"{schedule.regrow} changes them; use adamw, sgd or nesterov"
-            )
-        if self.distributed.offload == "disk" and self.recover.steps and not self.recover.forward_only:
-            raise ValueError(
-                f"recover.optimizer {self.recover.optimizer} with distributed.offload disk: gradients and optimizer state need "
+                f"recover.optimizer {recover.optimizer} with distributed.offload disk: gradients and optimizer state need "
                 "more memory than the weights; use offload cpu, or an optimizer that needs none (zo-sgd)"
             )
-        return self
+        if recover.train == "lora" and self.distributed.offload != "none":
+            raise ValueError(
+                f"recover.train lora with distributed.offload {self.distributed.offload}, accepted: none; use all"
+            )
+        if not recover.saved_on_the_way and self.checkpoint.every:
+            raise ValueError(
+                f"checkpoint.every {self.checkpoint.every} with recover.optimizer {recover.optimizer}, whose training is "
+                "not saved on the way; use adamw, sgd or nesterov, or leave it at 0"
+            )
+        if recover.distill_hidden and self.prune.pattern in ("layers", "units", "filters"):
+            raise ValueError(
+                f"recover.distill_hidden compares layer by layer, and pattern {self.prune.pattern} may remove layers; accepted: "
+                "patterns that keep them all; set it to 0"
+            )
+        if not schedule.changes or self.prune.unit_kinds:
+            return
+        told = f"and schedule.kind {schedule.kind} with regrow {schedule.regrow} changes them"
+        if not recover.saved_on_the_way:
+            raise ValueError(
+                f"recover.optimizer {recover.optimizer} keeps its masks, {told}; use adamw, sgd or nesterov"
+            )
+        if recover.train != "all" and (schedule.kind == "admm" or schedule.criterion == "movement"):
+            raise ValueError(
+                f"schedule.kind {schedule.kind} with criterion {schedule.criterion} looks at how matrices train, and "
+                f"recover.train {recover.train} leaves them alone; use all"
+            )
+        if recover.train == "lora":
+            raise ValueError(f"recover.train lora keeps its masks, {told}; use all, or kind one-shot")
 
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change the result (not where it is written, how it is launched, or what is kept on the way)."""

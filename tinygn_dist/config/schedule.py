@@ -10,17 +10,22 @@ from tinygn_dist.config.section import Section
 
 
 class ScheduleConfig(Section):
-    kind: Literal["one-shot", "linear", "cubic", "iterative"] = "one-shot"
+    kind: Literal["one-shot", "linear", "cubic", "iterative", "admm"] = "one-shot"
     """one-shot: everything before training; linear, cubic (most of it early) and iterative (the same share of what is
-    left each time, with a learning rate cycle of its own after each): in several updates during training"""
+    left each time, with a learning rate cycle of its own after each): in several updates during training; admm: the weights
+    train densely, are drawn to a sparse copy of themselves that every update chooses anew, and are cut to it at the last one
+    (for 70 % and more, with many steps)"""
     every: int = Field(100, ge=1)
     """optimizer steps from one update to the next"""
     first: float | None = Field(None, ge=0, lt=1)
     """sparsity before the first training step; by default half of prune.sparsity, a large first jump"""
     freeze: float = Field(0.25, ge=0, lt=1)
     """last share of the training in which nothing changes any more"""
-    criterion: Literal["auto", "magnitude", "wanda", "taylor", "fisher", "obs", "random"] = "auto"
-    """what scores the weights at an update; auto: as prune.criterion"""
+    criterion: Literal["auto", "magnitude", "wanda", "taylor", "fisher", "obs", "random", "movement"] = "auto"
+    """what scores the weights at an update; auto: as prune.criterion; movement: weights that training moved towards zero go,
+    by the sum of weight times gradient over all steps so far"""
+    penalty: float = Field(0.01, gt=0)
+    """of kind admm: strength of the pull, added to the clipped gradient"""
     regrow: Literal["none", "gradient", "random"] = "none"
     """let zeroed weights come back at each update in place of the smallest kept ones, where the loss has the largest
     gradient (RigL) or at random (SET)"""
@@ -33,6 +38,15 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"criterion {self.criterion!r} with regrow {self.regrow!r}: the smallest kept weights make room for the "
                 "regrown ones; leave criterion at auto"
+            )
+        if self.kind == "admm" and (self.regrow != "none" or self.criterion != "auto"):
+            raise ValueError(
+                f"kind admm with criterion {self.criterion!r} and regrow {self.regrow!r}: it keeps the largest weights of its "
+                "own sum and masks nothing before the last update; leave both at their defaults"
+            )
+        if self.criterion == "movement" and self.kind == "one-shot":
+            raise ValueError(
+                "criterion 'movement' is summed up in training, so kind cannot be one-shot; use cubic or linear"
             )
         return self
 

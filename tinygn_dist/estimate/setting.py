@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -23,6 +24,8 @@ class Setting:
     batches: Sequence[Batch]
     backend: Backend
     progress: Progress
+    parts: Any = None
+    """gathering.Parts where statistics are saved on the way"""
 
     @property
     def bare(self) -> nn.Module:
