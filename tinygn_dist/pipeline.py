@@ -290,7 +290,7 @@ class _Run(TrainingStage):
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
-        return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress)
+        return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress, self.report.notes)
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")

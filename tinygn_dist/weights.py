@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from tinygn_dist import score
+from tinygn_dist import layer_budgets, score
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.pieces import Job, Shard
-from tinygn_dist.budget import blend, num_kept
+from tinygn_dist.budget import num_kept
 from tinygn_dist.config import NM, PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
-from tinygn_dist.estimate.energy import LossMoments, coarse, loss_moments
+from tinygn_dist.estimate.energy import LossMoments, loss_moments
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
@@ -25,7 +25,6 @@ from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
 from tinygn_dist.selection import choose_masks
 from tinygn_dist.solve import least_squares, obs
-from tinygn_dist.threshold import kth_largest
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
@@ -154,13 +153,29 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 
 
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
-    """Masks and updates by the layer solver; whole rows of each target are solved by one rank."""
-    backend = setting.backend
+    """Masks and updates by the layer solver, at the budgets asked for or at the best of several."""
+    shares: Sequence[float] = (0.0,)
+    if options.nm is None and options.scope in ("auto", "global"):
+        shares = layer_budgets.shares(options)
+    held_out: Setting | None = None
+    if len(shares) > 1:
+        setting, held_out = setting.split(options.probe_samples)
     jobs = _measured_jobs(setting, targets, options)
+    if held_out is None:
+        return _solved(setting, targets, jobs, options, shares[0])
+    return layer_budgets.best_of(
+        shares, held_out, targets, lambda share: _solved(setting, targets, jobs, options, share)
+    )
+
+
+def _solved(
+    setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
+) -> dict[str, torch.Tensor]:
+    """Whole rows of each target are solved by one rank."""
+    backend = setting.backend
     pruned = {target.name: _num_pruned(target, options) for target in targets}
-    share = {"auto": options.allocation, "global": 1.0}.get(options.scope, 0.0)
-    if share > 0 and options.nm is None:
-        pruned |= _allocate(setting, targets, jobs, options, share)
+    if share > 0:
+        pruned |= layer_budgets.allocate(setting, targets, jobs, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
@@ -175,7 +190,7 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
                 pruned[target.name],
                 nm=options.nm,
                 per_row=options.scope == "row",
-                row_energy=_loss_per_error(job, index),
+                row_energy=layer_budgets.loss_per_error(job, index),
                 damping=options.damping,
             )
             if solved.damping > options.damping:
@@ -224,47 +239,8 @@ def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneCo
     return jobs
 
 
-def _allocate(
-    setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
-) -> dict[str, int]:
-    """How many entries of each target go: `share` of the way from the same share everywhere to one global cut of
-    the saliency in units of loss. Experts whose tokens had no gradient have no saliency and are not in it."""
-    backend, held = setting.backend, {}
-
-    def look(job: Job, weights: list[torch.Tensor]) -> None:
-        for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
-            loss_per_error = _loss_per_error(job, index)
-            if loss_per_error is not None:
-                saliency = obs.saliency(weight, job.moments[0].float(), options.damping)
-                held[target.name] = saliency.mul_(loss_per_error[:, None])
-
-    def over_owners(tensor: torch.Tensor) -> torch.Tensor:
-        backend.sum_over_data([tensor])  # each rank holds the saliencies of the targets it owns
-        return tensor
-
-    backend.look_at_targets(setting.model, jobs, look)
-    competing = over_owners(torch.tensor([int(target.name in held) for target in targets])).tolist()
-    targets = [target for target, competes in zip(targets, competing, strict=True) if competes]
-    sizes = [target.numel for target in targets]
-    keep = num_kept(sum(sizes), options.sparsity)
-    threshold, _ = kth_largest(list(held.values()), keep, over_owners)
-    if threshold is None:  # nothing goes
-        return {}
-    below = torch.tensor([int((held[t.name] < threshold).sum()) if t.name in held else 0 for t in targets])
-    pruned = blend(sum(sizes) - keep, sizes, over_owners(below).tolist(), share)
-    return {target.name: count for target, count in zip(targets, pruned, strict=True)}
-
-
 def _is_unreached(job: Job) -> bool:
     return job.targets[0].index is not None and not job.moments[0].any()
-
-
-def _loss_per_error(job: Job, index: int) -> torch.Tensor | None:
-    """(out,) what a unit of squared error at each output row of a target costs in loss, up to one factor for the whole
-    model: the row's gradient energy over the trace of the Hessian that the error is measured with. None where no
-    gradient was measured."""
-    rows = job.moments[1 + index].float() if len(job.moments) > 1 else torch.zeros(())
-    return coarse(rows / job.moments[0].diagonal().float().sum()) if rows.any() else None
 
 
 def _num_pruned(target: Target, options: PruneConfig) -> int:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import tiny
+from tests import plain, tiny
 from tinygn_dist.budget import blend
 from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.energy import loss_moments
+from tinygn_dist.layer_budgets import CANDIDATES
 from tinygn_dist.weights import solver_passes, sparsify
 
 
-@pytest.mark.parametrize("plain", [0.0, 4.0])
+@pytest.mark.parametrize("weight", [0.0, 4.0])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classifier"])
-def test_loss_moments_equal_plain_autograd(family: str, plain: float) -> None:
-    """sum_t (plain + s_t / mean s) x x^T and sum_t dy^2 |x|^2 of every weight, over real tokens, from gradients that torch
+def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
+    """sum_t (weight + s_t / mean s) x x^T and sum_t dy^2 |x|^2 of every weight, over real tokens, from gradients that torch
     keeps for us."""
     setting = tiny.setting(family)
-    found = loss_moments(setting, setting.anatomy.targets, plain)
+    found = loss_moments(setting, setting.anatomy.targets, weight)
     gram, rows = {}, {}
     for batch in setting.batches:
         for name, x, dy in _seen(setting, batch):
             energy = dy.square().mean(1)
-            weighted = x * (plain + energy / energy.mean()).bfloat16()[:, None]
+            weighted = x * (weight + energy / energy.mean()).bfloat16()[:, None]
             gram[name] = gram.get(name, 0) + weighted.t() @ x
             rows[name] = rows.get(name, 0) + dy.square().t() @ x.square().sum(1)
     assert set(rows) == {target.name for target in setting.anatomy.targets}
@@ -123,3 +125,36 @@ def test_exact_count_whatever_the_allocation(allocation: float) -> None:
     assert sum(kept.values()) == total - round(0.5 * total)
     share = kept["model.layers.1.mlp.down_proj.weight"] / quiet.weight.numel()
     assert share == pytest.approx(0.5, abs=1e-3) if allocation == 0 else share < 0.5
+
+
+def test_auto_allocation_is_the_best_on_held_out_loss() -> None:
+    """Every share is solved on its own here, on a fresh model, and measured by the plain loss."""
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, probe_samples=2)
+    losses, states = {}, {}
+    for share in CANDIDATES:
+        setting = tiny.setting("llama")
+        kept, held_out = setting.split(2)
+        sparsify(kept, setting.anatomy.targets, options.model_copy(update={"allocation": share}))
+        with torch.no_grad():
+            found = [plain.loss(setting.bare, batch, "llama") for batch in held_out.batches]
+        losses[share] = float(sum(one.total.sum() for one in found)) / int(sum(one.count.sum() for one in found))
+        states[share] = tiny.state_bytes(setting.bare)
+    setting = tiny.setting("llama")
+    masks = sparsify(setting, setting.anatomy.targets, options.model_copy(update={"allocation": "auto"}))
+    best = min(losses, key=losses.__getitem__)
+    assert len(set(losses.values())) == len(CANDIDATES)
+    assert tiny.same_bits(tiny.state_bytes(setting.bare), states[best])
+    assert setting.notes[0].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in setting.notes[0]
+    for target in setting.anatomy.targets:
+        weight = setting.bare.get_parameter(target.parameter)
+        assert not weight[~masks.by_name[target.name]].any()
+
+
+def test_split_holds_out_the_last_sequences() -> None:
+    setting = tiny.setting("llama")
+    kept, held_out = setting.split(1)
+    assert [*kept.batches, *held_out.batches] == list(setting.batches) and len(held_out.batches) == 1
+    everything = setting.split(10**6)
+    assert len(everything[1].batches) == len(setting.batches) // 2
+    with pytest.raises(UserError, match="data.num_samples"):
+        kept.first(1).split(1)

@@ -1,8 +1,9 @@
 """Sums that do not depend on the order of the batches, nor on the dtype of what is added."""
 
+import pytest
 import torch
 
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, gram
 
 
 def contributions() -> list[torch.Tensor]:
@@ -55,3 +56,13 @@ def test_a_reserved_sum_is_zero_and_keeps_what_is_there():
     other = Moments()
     other.load_state_dict(moments.state_dict())
     assert torch.equal(other.pop("x"), torch.ones(2).double()) and "x" not in other
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (40, 256), (0, 300), (30, 600)])
+def test_gram_is_the_weighted_sum_of_outer_products(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(shape, generator=generator), torch.rand(shape[0], generator=generator)
+    exact = rows.double()
+    torch.testing.assert_close(gram(rows).double(), exact.t() @ exact, rtol=1e-5, atol=1e-4)
+    weighted = torch.einsum("t,ti,tj->ij", weights.double(), exact, exact)
+    torch.testing.assert_close(gram(rows, weights).double(), weighted, rtol=1e-5, atol=1e-4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
@@ -51,9 +51,9 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: float = Field(0.75, ge=0, le=1)
-    """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of
-    the saliency in units of loss (1)"""
+    allocation: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.75
+    """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
+    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken"""
     output_samples: int = Field(2, ge=1)
     """criterion obs without backprop: calibration sequences on which each layer's output is moved to learn how much the loss
     listens to it; one partial forward each per weight matrix"""

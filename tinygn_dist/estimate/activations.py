@@ -19,7 +19,7 @@ from tinygn_dist.anatomy import Target, expert_weights
 from tinygn_dist.estimate.experts import ExpertObserver, Routed
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, gram
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
 
 
@@ -143,7 +143,7 @@ def _add(found: InputMoments, inputs: dict[str, Read], mask: torch.Tensor | None
         rows = hidden.flatten(0, -2).float()
         if mask is not None:
             rows = rows[mask if tokens is None else mask[tokens]]
-        found.moments.add(name, rows.t() @ rows if full else rows.square().sum(0))
+        found.moments.add(name, gram(rows) if full else rows.square().sum(0))
 
 
 def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:

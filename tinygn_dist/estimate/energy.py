@@ -22,7 +22,7 @@ from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.experts import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, gram
 from tinygn_dist.objective import real_tokens
 
 
@@ -80,8 +80,7 @@ def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> L
         if not counts:
             return
         rows, squared = _rows(hidden, mask), _rows(grad, mask).square()
-        weights = token_weights(squared.mean(1), plain)
-        found.grams.add(name, (rows * weights[:, None]).t() @ rows)
+        found.grams.add(name, gram(rows, token_weights(squared.mean(1), plain)))
         found.rows.add(name, squared.t() @ rows.square().sum(1))
 
     hooks = [

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from tinygn_dist.anatomy import Anatomy
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.errors import UserError
 from tinygn_dist.objective import Batch, Objective
 from tinygn_dist.progress import Progress
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model as the backend prepared it, its anatomy, the loss, and micro-batches on the CPU (equal on every rank)."""
+    """A model as the backend prepared it, its anatomy, the loss, and micro-batches on the CPU (equal on every rank).
+    notes: where a stage leaves what the report should say."""
 
     model: nn.Module
     anatomy: Anatomy
@@ -24,6 +26,7 @@ class Setting:
     batches: Sequence[Batch]
     backend: Backend
     progress: Progress
+    notes: list[str] = field(default_factory=list)
     parts: Any = None
     """gathering.Parts where statistics are saved on the way"""
 
@@ -44,6 +47,18 @@ class Setting:
             chosen.append(batch)
             count += batch_size(batch)
         return replace(self, batches=chosen)
+
+    def split(self, num_sequences: int) -> tuple[Setting, Setting]:
+        """All but the last micro-batches, and the last ones, which hold at least `num_sequences` sequences, or half of
+        the micro-batches where that is less. Raises UserError when there is only one."""
+        if len(self.batches) < 2:
+            raise UserError(
+                "got one micro-batch of calibration data, and some must be held out; raise data.num_samples"
+            )
+        count = 1
+        while count < len(self.batches) // 2 and sum(map(batch_size, self.batches[-count:])) < num_sequences:
+            count += 1
+        return replace(self, batches=self.batches[:-count]), replace(self, batches=self.batches[-count:])
 
 
 def batch_size(batch: Batch) -> int:
