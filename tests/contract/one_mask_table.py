@@ -3,11 +3,13 @@
     python -m tests.contract.one_mask_table > docs/one-mask.md
 
 Launches tests/contract/sharded_job.py once per layout and number of processes. A cell is "same" when the fingerprint is
-that of one plain process, else the fingerprint found.
+that of one plain process, else the fingerprint found. With --keep FOLDER what a job found is kept there, and a run that was
+interrupted goes on.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from tests.contract.test_sharded import AT_FOUR, LAYOUTS, launched
 COLUMNS = [(name, processes) for name, (_, processes, _) in LAYOUTS.items()]
 COLUMNS = sorted([*COLUMNS, *((name, 4) for name in AT_FOUR)], key=lambda column: list(LAYOUTS).index(column[0]))
 TITLES = {"cpu": "DDP", "fsdp2": "FSDP2", "hsdp": "HSDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+TITLES |= {"offload-cpu": "offloaded to CPU", "offload-disk": "to disk"}
 HEAD = """# One mask
 
 The same micro-batches on every backend and number of processes: the fingerprint of the mask (or of the kept units) that
@@ -29,11 +32,15 @@ number of ranks divides), sparsity 0.5 or N:M, gloo on CPU.
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = choices(facts("alone", None, Path(folder)))
-        found = {}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    keep = parser.parse_args().keep
+    with tempfile.TemporaryDirectory() as fresh:
+        folder = keep or Path(fresh)
+        folder.mkdir(exist_ok=True)
+        wanted, found = choices(facts("alone", 1, folder)), {}
         for layout, processes in COLUMNS:
-            found[layout, processes] = choices(facts(layout, processes, Path(folder)))
+            found[layout, processes] = choices(facts(layout, processes, folder))
             same = sum(found[layout, processes][name] == value for name, value in wanted.items())
             print(f"{layout} on {processes}: {same} of {len(wanted)} the same", file=sys.stderr, flush=True)
     print(HEAD)
@@ -44,8 +51,11 @@ def main() -> None:
         print(f"| {name} | `{value}` | " + " | ".join(cells) + " |")
 
 
-def facts(layout: str, processes: int | None, folder: Path) -> dict[str, Any]:
-    return launched(layout, folder, processes, 1, "masks", "units")
+def facts(layout: str, processes: int, folder: Path) -> dict[str, Any]:
+    kept = folder / f"{layout}-{processes}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(launched(layout, folder, processes, 1, "masks", "units")), encoding="utf-8")
+    return json.loads(kept.read_text(encoding="utf-8"))
 
 
 def choices(told: dict[str, Any]) -> dict[str, str]:
