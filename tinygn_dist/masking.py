@@ -55,8 +55,9 @@ class Masks:
         return Enforced((held, backend.before_step(model, optimizer, lambda: self.check(model, backend))))
 
     def _hold(self, model: nn.Module, backend: Backend) -> None:
-        self.apply_(model, backend)
-        self._sums = self._checksums(model, backend)
+        for target in self.targets:  # one after the other: the checksum then finds the matrix in the cache
+            backend.write_mask(model, target, self.by_name[target.name])
+            self._sums[target.name] = checksum(backend.shard(model, target).weight)
 
     def _checksums(self, model: nn.Module, backend: Backend) -> dict[str, torch.Tensor]:
         return {target.name: checksum(backend.shard(model, target).weight) for target in self.targets}
