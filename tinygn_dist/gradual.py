@@ -156,7 +156,10 @@ class GradualMasks:
         if asked is None:
             return self.masks
         if isinstance(self.between, Movement):
-            return Masks(targets, self._best(setting, self.between.scores(setting.model, optimizer), asked))
+            scores = self.between.scores(setting.model, optimizer)
+            for name, keep in self.masks.by_name.items():  # a weight that is zero has stopped moving
+                scores[name].masked_fill_(~keep, -_ABOVE_ALL)
+            return Masks(targets, self._best(setting, scores, asked))
         asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})

@@ -49,9 +49,12 @@ def test_movement_removes_what_training_moved_towards_zero(backend: Backend):
             score -= weight * gradient
             weight = weight - RATE * gradient
             if step >= 4:
-                keep = largest(score, {4: 0.25, 8: 0.5}[step]) if step in (4, 8) else keep
+                if step in (4, 8):
+                    gone = torch.zeros_like(score, dtype=torch.bool) if keep is None else ~keep
+                    keep = largest(score.masked_fill(gone, -1e9), {4: 0.25, 8: 0.5}[step])
                 weight = weight * keep
         assert torch.equal(masks.masks.by_name[name], keep), name
+        assert masks.history[-1].regrown == 0
         torch.testing.assert_close(model.get_parameter(name).detach(), weight, rtol=1e-5, atol=1e-6)
         assert (keep != largest(before[name].abs(), 0.5)).float().mean() > 0.05, "magnitude would have done"
 
