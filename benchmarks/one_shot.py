@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--evaluation", help="a second dataset to evaluate on")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="which calibration windows are drawn")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="python of an environment that has it")
