@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.errors import UserError
+from tinygn_dist.stored import StoredTensors
 
 MANIFEST = "manifest.json"
 _DRAFT = ".partial-"
@@ -172,6 +173,10 @@ class Saved:
     def tensor(self, name: str) -> torch.Tensor:
         with safe_open(self._where[name], framework="pt") as content:
             return content.get_tensor(name)
+
+    def run(self, name: str, low: int, high: int) -> torch.Tensor:
+        """Flat elements [low, high) of a tensor, and no more of the file than holds them."""
+        return StoredTensors([self._where[name]]).run(name, low, high)
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -63,16 +63,22 @@ class Compressor:
         model: a whole transformers model, not yet prepared. processor: its tokenizer or image processor. Every rank
         calls this with the same model. Raises UserError as `tinygn compress` does.
         """
-        prune = self.config.prune
-        self._task = task_of(self.config.model, model.config)
+        prune, bare = self.config.prune, self.backend.unwrap(model)
+        self.backend.refuse_spread(model)
+        self._task = task_of(self.config.model, bare.config)
         self.backend.agree(self.config.fingerprint(), "the config")
         with torch.device("meta"):  # the model itself may be in pieces already (Trainer under ZeRO-3)
-            skeleton = type(model)._from_config(copy.deepcopy(model.config))
+            skeleton = type(bare)._from_config(copy.deepcopy(bare.config))
         self._anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(prune.unit_kinds))
         if prune.unit_kinds and self.config.schedule.changes:
             raise UserError(
                 f"schedule.kind {self.config.schedule.kind} with pattern {prune.pattern}: units can only go before your "
                 "optimizer is made; use kind one-shot here, or `tinygn compress`, which trains between the rounds"
+            )
+        if prune.unit_kinds and bare is not model:
+            raise UserError(
+                f"pattern {prune.pattern} with a model in {type(model).__name__}; compress the plain model first, and wrap the "
+                "smaller one"
             )
         mixes = plan_mixes(self._anatomy, prune) if prune.unit_kinds else []
         self._targets: tuple[Target, ...] = ()

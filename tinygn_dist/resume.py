@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from tinygn_dist import load
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
 from tinygn_dist.calibration import Splits
 from tinygn_dist.checkpoint import Checkpoints, Saved, Writer
 from tinygn_dist.config import Config
@@ -103,19 +104,19 @@ class Resumable:
             self.protected = tuple(facts["protected"])
             self.place_smaller(type(self.source.config).from_dict(facts["model_config"]))
         else:
+            read_weights(self.saved, self.model, self.backend)
             setting = self.setting(self.model, self.splits.calibration)
             self.masks = GradualMasks(
                 setting, self.targets, self.config.prune, self.config.schedule, self.plan, going_on=facts["masks"]
             )
             read_masks(self.saved, self.masks.masks, self.model, self.backend)
-        read_weights(self.saved, self.model, self.backend)
 
     def place_smaller(self, config: PretrainedConfig) -> None:
-        generation = getattr(self.backend.unwrap(self.model), "generation_config", None)
-        small = load.rebuild(self.source, config, self.backend.unwrap(self.model).dtype).eval()
-        small.generation_config = generation
-        self.anatomy = read_anatomy(small, needs_units=True)
-        self.model = self.backend.prepare(small)
+        """The model of the checkpoint, of which each rank reads the pieces that it holds."""
+        bare = self.backend.unwrap(self.model)
+        origin = saved_origin(self.saved, lambda: load.rebuild(self.source, config, bare.dtype), bare)
+        self.model = self.backend.place(origin)
+        self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
 
     def save_or_go_on(self, now: InTraining | None = None) -> None:
         """A checkpoint where one is due or the run is asked to stop, which ends it then."""
@@ -211,6 +212,22 @@ def write_masks(writer: Writer, masks: Masks, model: nn.Module, backend: Backend
     for (name, packed), owner in zip(masks.packed(model, backend), owners, strict=True):
         if owner == backend.rank:
             writer.add(f"mask|{name}", packed)
+
+
+def saved_origin(saved: Saved, build: Callable[[], nn.Module], like: nn.Module) -> Origin:
+    """The model that `build` makes, with a checkpoint's weights and buffers; generation settings are those of `like`."""
+
+    def run(name: str, low: int, high: int) -> torch.Tensor:
+        return saved.run(f"{'weight' if name in parameters else 'buffer'}|{name}", low, high)
+
+    def empty() -> tuple[nn.Module, Run]:
+        small = hollow(build)
+        small.generation_config = getattr(like, "generation_config", None)
+        parameters.update(name for name, _ in small.named_parameters())
+        return small, run
+
+    parameters: set[str] = set()
+    return Origin(lambda: filled(*empty()), empty)
 
 
 def read_weights(saved: Saved, model: nn.Module, backend: Backend) -> None:

@@ -28,6 +28,7 @@ from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral,
 from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.pieces import tensors_of
+from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
 from tinygn_dist.errors import Stopped, UserError
 from tinygn_dist.estimate.setting import Setting
@@ -37,6 +38,7 @@ from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.pipeline import compress
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Recovery, freeze, make_optimizer
+from tinygn_dist.resume import saved_origin, write_weights
 from tinygn_dist.schedule import Plan
 from tinygn_dist.stored import StoredTensors
 from tinygn_dist.units import plan_mixes, remove_units
@@ -134,6 +136,22 @@ def loading(backend: Backend, sharded: int, folder: Path) -> None:
         assert origin.dtypes == expected
         del found, model, origin
         gc.collect()
+
+
+def restoring(backend: Backend, sharded: int, folder: Path) -> None:
+    """A model of another size than the source's, from a run's own checkpoint: each rank reads its share of it."""
+    here = setting(backend, llama(True))
+    reference = tensors_of(llama(True))
+    with Checkpoints(folder / "saved", {}, backend, keep=1).writing("all") as writer:
+        write_weights(writer, here.model, None, backend)
+    saved = Checkpoints(folder / "saved", {}, backend, keep=1).newest()
+    origin = saved_origin(saved, lambda: llama(True), here.model)
+    with counted_reads() as read:
+        model = backend.place(origin)
+    share = sum(-(-len(tensor) // sharded) * tensor[0].numel() for tensor in reference.values())
+    assert sum(read) <= share, f"{sum(read)} of {share} read"
+    found = dict(backend.full_tensors(model))
+    assert found.keys() == reference.keys() and all(torch.equal(found[n], t) for n, t in reference.items())
 
 
 @contextlib.contextmanager
@@ -337,6 +355,7 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
     for name, check in (
         ("pieces", lambda: pieces(backend)),
         ("loading", lambda: loading(backend, sharded, folder)),
+        ("restoring", lambda: restoring(backend, sharded, folder)),
         ("nothing stays", lambda: nothing_stays(backend)),
         ("sums", lambda: sums(backend, sharded)),
         ("masks", lambda: masks(backend)),
@@ -366,5 +385,5 @@ if __name__ == "__main__":
     parser.add_argument("sharded", type=int)
     parser.add_argument("--offload", default="none")
     parser.add_argument("checks", nargs="*")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     main(asked.folder, asked.sharded, asked.offload, asked.checks)

@@ -50,11 +50,12 @@ def test_each_zero_config_names_its_stage(stage: int):
         ({"FSDP_VERSION": "1"}, "version 1"),
         ({}, "version 1"),  # what Accelerate takes when nothing is said
         ({"FSDP_VERSION": "2", "PARALLELISM_CONFIG_TP_SIZE": "2"}, "tensor parallelism of 2"),
+        ({"FSDP_VERSION": "2", "PARALLELISM_CONFIG_CP_SIZE": "2"}, "context parallelism of 2"),
     ],
 )
 def test_what_is_broken_upstream_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch, env: dict, named: str):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for key in ("FSDP_VERSION", "PARALLELISM_CONFIG_TP_SIZE"):
+    for key in ("FSDP_VERSION", "PARALLELISM_CONFIG_TP_SIZE", "PARALLELISM_CONFIG_CP_SIZE"):
         monkeypatch.delenv(key, raising=False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)

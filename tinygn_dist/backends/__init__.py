@@ -29,6 +29,7 @@ __all__ = ["Backend", "make_backend", "world_size"]
 _ACCEPTED = (
     "launch with configs/accelerate/cpu.yaml, ddp.yaml, fsdp2.yaml, hsdp.yaml, zero1.yaml, zero2.yaml or zero3.yaml"
 )
+_REFUSED_AXES = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 
 
 def make_backend(options: DistributedConfig, accelerator: Accelerator | None = None) -> Backend:
@@ -52,6 +53,10 @@ def make_backend(options: DistributedConfig, accelerator: Accelerator | None = N
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=options.timeout_seconds))],
             )
     _check_processes(accelerator, options.num_processes)
+    if accelerator.parallelism_config is not None:
+        _refuse_parallelism(
+            {axis: getattr(accelerator.parallelism_config, f"{axis}_size", 1) for axis in _REFUSED_AXES}
+        )
     if options.offload != "none":
         _refuse_offload(options.offload, accelerator, callers_own)
     backend = _backend_of(accelerator, options)
@@ -65,7 +70,7 @@ def _backend_of(accelerator: Accelerator, options: DistributedConfig) -> Backend
         case DistributedType.NO | DistributedType.MULTI_CPU | DistributedType.MULTI_GPU:
             return Replicated(accelerator) if options.offload == "none" else Offloaded(accelerator, options)
         case DistributedType.FSDP:
-            _refuse_fsdp(2 if accelerator.is_fsdp2 else 1, getattr(accelerator.parallelism_config, "tp_size", 1))
+            _refuse_fsdp(2 if accelerator.is_fsdp2 else 1)
             from tinygn_dist.backends.fsdp2 import FSDP2
 
             return FSDP2(accelerator)
@@ -101,20 +106,27 @@ def _connecting(seconds: float) -> Iterator[None]:
 def _refuse_launch() -> None:
     """What would crash or misbehave in Accelerate's own constructor, seen in the environment its launcher sets."""
     if sharding_asked() == "FSDP":
-        _refuse_fsdp(int(os.environ.get("FSDP_VERSION", 1)), int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", 1)))
+        _refuse_fsdp(int(os.environ.get("FSDP_VERSION", 1)))
+    sizes = {axis: os.environ.get(f"PARALLELISM_CONFIG_{axis.upper()}_SIZE", 1) for axis in _REFUSED_AXES}
+    _refuse_parallelism({axis: int(size) for axis, size in sizes.items()})
 
 
-def _refuse_fsdp(version: int, tp_size: int) -> None:
+def _refuse_fsdp(version: int) -> None:
     if version != 2:
         raise Refused(
             "launched with FSDP version 1, accepted: version 2 (set fsdp_version: 2); launch with "
             "configs/accelerate/fsdp2.yaml"
         )
-    if tp_size > 1:
-        raise Refused(
-            f"launched with FSDP2 and tensor parallelism of {tp_size}, which is broken in Accelerate, accepted: "
-            "tp_size 1; launch with configs/accelerate/fsdp2.yaml, or hsdp.yaml for several nodes"
-        )
+
+
+def _refuse_parallelism(sizes: dict[str, int]) -> None:
+    """Ranks along these axes share one batch, or hold pieces that are not whole rows."""
+    for axis, size in sizes.items():
+        if size > 1:
+            raise Refused(
+                f"launched with {_REFUSED_AXES[axis]} parallelism of {size}, accepted: {axis}_size 1; launch with "
+                "configs/accelerate/fsdp2.yaml, or hsdp.yaml for several nodes"
+            )
 
 
 def _refuse_nvme(engine: dict[str, Any]) -> None:

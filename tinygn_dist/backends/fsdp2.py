@@ -30,6 +30,7 @@ from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.training import Held
+from tinygn_dist.backends.wrappers import refuse_spread
 from tinygn_dist.zeros import keep_only_
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
@@ -90,9 +91,6 @@ class FSDP2(Backend):
     def release(self, model: nn.Module, *prepared: Any) -> None:
         self._accelerator.free_memory(*prepared)
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model
-
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         wanted = {id(t): dtypes[name] for name, t in [*model.named_parameters(), *model.named_buffers()]}
         model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))
@@ -111,12 +109,14 @@ class FSDP2(Backend):
         return work()  # its forwards need every rank
 
     def pieces(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: self.local(tensor.detach()).reshape(-1) for name, tensor in tensors_of(model).items()}
+        return {
+            name: self.local(tensor.detach()).reshape(-1) for name, tensor in tensors_of(self.unwrap(model)).items()
+        }
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def shard(self, model: nn.Module, target: Target) -> Shard:
         slices = self._slices(model, target)
-        run = model.get_parameter(target.parameter).detach().to_local().view(-1)
+        run = self.unwrap(model).get_parameter(target.parameter).detach().to_local().view(-1)
         return Shard(slices.local(run).view(-1, target.stored_shape[1]), slices.bounds()[0])
 
     def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ class FSDP2(Backend):
         return run.view(-1, target.stored_shape[1]).to("cpu" if self._offloads else run.device)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
-        tensor = tensor_named(model, name).detach()
+        tensor = tensor_named(self.unwrap(model), name).detach()
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @contextlib.contextmanager
@@ -152,19 +152,23 @@ class FSDP2(Backend):
         wanted: dict[str, list[tuple[Target, Slices]]] = {}
         for target in targets:
             wanted.setdefault(target.parameter, []).append((target, self._slices(model, target)))
-        for prefix, module in model.named_modules():
+        bare = self.unwrap(model)
+        for module in self.running(model).modules():
             if not isinstance(module, FSDPModule):
                 continue
             module.unshard()
-            for name, parameter in module.named_parameters(prefix=prefix):
+            for name in list(wanted):
+                parameter = bare.get_parameter(name)
                 if not isinstance(parameter, DTensor):
-                    for target, slices in wanted.get(name, ()):
+                    for target, slices in wanted.pop(name):
                         yield parameter, target, lambda whole, s=slices, t=target: self._as_piece(s.reduce(whole), t)
             module.reshard()
 
     def _slices(self, model: nn.Module, target: Target) -> Slices:
         return replace(
-            self._slices_of(model.get_parameter(target.parameter)), shape=target.stored_shape, start=target.start
+            self._slices_of(self.unwrap(model).get_parameter(target.parameter)),
+            shape=target.stored_shape,
+            start=target.start,
         )
 
     # -- combining facts ---------------------------------------------------------------------------------------------
@@ -187,10 +191,14 @@ class FSDP2(Backend):
 
     def adopt(self, model: nn.Module, optimizer: Any) -> None:
         """Weights must not stay whole after a forward: see the traps above."""
+        self.refuse_spread(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(True, recurse=False)
                 module.reshard()
+
+    def refuse_spread(self, model: nn.Module) -> None:
+        refuse_spread(self.running(model), rows_are_ours=True)
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -199,13 +207,13 @@ class FSDP2(Backend):
         collectives.sum_(whole, group=self._shard_group)
 
     def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
-        parameter = model.get_parameter(name)
+        parameter = self.unwrap(model).get_parameter(name)
         slices = self._slices_of(parameter)
         low, high = slices.bounds()
         return Held(parameter, 0, low, high - low)
 
     def write_whole(self, model: nn.Module, name: str, whole: torch.Tensor) -> None:
-        parameter = model.get_parameter(name)
+        parameter = self.unwrap(model).get_parameter(name)
         parameter.detach().to_local().view(-1).copy_(self._slices_of(parameter).cut(whole))
 
     def _slices_of(self, parameter: nn.Parameter) -> Slices:

@@ -93,9 +93,6 @@ class Offloaded(Backend):
                 held.copy_(run(name, 0, held.numel()).view(held.shape))
         return model
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model
-
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         homes = homes_of(model)
         for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from tinygn_dist.anatomy import Target
+from tinygn_dist.backends.wrappers import plain_names
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Origin:
 
 def tensors_of(bare: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by the first of their names, in the order of the state dict: what a checkpoint
-    holds. Tied weights come once."""
+    holds. Tied weights come once, adapters not at all."""
     unique: dict[int, str] = {}
     state = bare.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        unique.setdefault(id(tensor), name)
-    return {name: state[name] for name in unique.values()}
+    plain = plain_names(bare, list(state))
+    for name in plain:
+        unique.setdefault(id(state[name]), name)
+    return {plain[name]: state[name] for name in unique.values()}
 
 
 def tensor_named(bare: nn.Module, name: str) -> torch.Tensor:

@@ -19,6 +19,8 @@ class Replicated(Backend):
     """Estimation runs on the bare model (each rank its own micro-batches, moments summed once); the DDP wrapper
     appears only when an optimizer is prepared."""
 
+    wrappers = (DistributedDataParallel,)
+
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is None:
             return model.to(self.device)
@@ -26,10 +28,6 @@ class Replicated(Backend):
 
     def release(self, model: nn.Module, *prepared: Any) -> None:
         self._accelerator.free_memory(*prepared)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        model = getattr(model, "_orig_mod", model)  # torch.compile
-        return model.module if isinstance(model, DistributedDataParallel) else model
 
     def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
         self.shard(model, target).weight.copy_(piece)

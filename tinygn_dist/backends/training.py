@@ -9,7 +9,7 @@
 | inner_optimizer(optimizer)           | the torch optimizer whose step really moves the weights                     |
 | after_step(model, optimizer, call)   | `call()` once after every step that moved the weights, which are in place   |
 | before_step(model, optimizer, call)  | `call()` before the weights move                                            |
-| paused(model)                        | context: the bare model, to be estimated and edited between two steps       |
+| paused(model)                        | context: the model in training, to be estimated and edited between two steps|
 | held(model, optimizer, name)         | what the torch optimizer holds of a parameter on this rank                  |
 | on_gradients(model, optimizer, ...)  | each gradient that the torch optimizer is about to use, which may be edited |
 | held_weight / join_held / cut_held   | a parameter, or numbers beside it, in that layout, and whole                |
@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Target
+from tinygn_dist.backends.wrappers import refuse_spread, running_plainly, without, without_adapters
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,15 @@ class Held:
 
 class Training(ABC):
     # -- what backends say -------------------------------------------------------------------------------------------
-    @abstractmethod
-    def unwrap(self, model: nn.Module) -> nn.Module: ...
+    wrappers: tuple[type[nn.Module], ...] = ()
+    """what this backend puts around a model in training"""
+
+    def running(self, model: nn.Module) -> nn.Module:
+        """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do not."""
+        return without(model, *self.wrappers)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return without_adapters(self.running(model))
 
     @abstractmethod
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager: ...
@@ -63,8 +71,12 @@ class Training(ABC):
         """New values of a whole parameter, the same tensor on every rank, in the live weight and any master copy."""
 
     def adopt(self, model: nn.Module, optimizer: Any) -> None:
-        """Nothing to do where the live weights are what the optimizer steps."""
-        return
+        """Where the live weights are what the optimizer steps, there is only to see that they are whole."""
+        self.refuse_spread(model)
+
+    def refuse_spread(self, model: nn.Module) -> None:
+        """Refused for a caller's model that something else than this backend has spread."""
+        refuse_spread(self.running(model))
 
     def join_pieces(self, whole: torch.Tensor) -> None:
         """Sum in place over the ranks whose `held` pieces make up a parameter; nothing where each holds all of it."""
@@ -111,12 +123,12 @@ class Training(ABC):
     @contextlib.contextmanager
     def paused(self, model: nn.Module) -> Iterator[nn.Module]:
         """In eval mode inside; afterwards every module's mode is as it was."""
-        bare = self.unwrap(model)
-        modes = [(module, module.training) for module in bare.modules()]
-        bare.eval()
+        running = self.running(model)
+        modes = [(module, module.training) for module in running.modules()]
+        running.eval()
         try:
-            with self.pausing(model):
-                yield bare
+            with self.pausing(model), running_plainly(running):
+                yield running
         finally:
             for module, training in modes:
                 module.training = training

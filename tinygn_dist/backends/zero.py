@@ -35,10 +35,8 @@ class Zero(Backend):
     """What all stages share: training is an engine's."""
 
     shards_weights = True
+    wrappers = (DeepSpeedEngine,)
     _training: DeepSpeedEngine | None = None
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, DeepSpeedEngine) else model
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -54,7 +52,7 @@ class Zero(Backend):
         return self._accelerator.deepspeed_engine_wrapped.engine
 
     def adopt(self, model: nn.Module, optimizer: Any) -> None:
-        self._training = model
+        self._training = model if isinstance(model, DeepSpeedEngine) else model._orig_mod
 
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
         return engine.AroundStep(self._training, after=call)

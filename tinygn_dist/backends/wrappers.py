@@ -1,0 +1,86 @@
+"""What people put around a model or into it, and the model under it with the names of its checkpoint.
+
+torch.compile wraps a model or its layers, DDP and DeepSpeed the whole of it, PEFT the model and each layer that has an
+adapter, activation checkpointing every layer. Modules of all of them hand unknown attributes on to what they wrap, so
+names without prefixes find their way; what has to be done is to leave the prefixes out where names are listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from tinygn_dist.errors import Refused
+
+_PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+
+
+def without(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
+    """What runs under torch.compile and wrappers of these kinds, which keep it as `.module`, in any order."""
+    while isinstance(model, (OptimizedModule, *kinds)):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The transformers model that PEFT's wrapper holds; its layers still have their adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def plain_names(bare: nn.Module, names: list[str]) -> dict[str, str]:
+    """{name: name in the checkpoint} of parameters and buffers; those of adapters are left out."""
+    adapted = {name for name, module in bare.named_modules() if hasattr(module, "base_layer")}
+    found = {}
+    for name in names:
+        path = name.split(".")
+        inside = [i for i in range(1, len(path)) if ".".join(path[:i]) in adapted]
+        if all(path[i] == "base_layer" for i in inside if path[i] != "_orig_mod"):
+            found[name] = ".".join(part for part in path if part not in _PREFIXES)
+    return found
+
+
+@contextlib.contextmanager
+def running_plainly(bare: nn.Module) -> Iterator[None]:
+    """Inside, nothing is compiled and nothing computed twice: hooks see every module of a forward once."""
+    wrapped = [module for module in bare.modules() if isinstance(module, CheckpointWrapper)]
+    before = [module.checkpoint_fn for module in wrapped]
+    try:
+        for module in wrapped:
+            module.checkpoint_fn = _called
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, function in zip(wrapped, before, strict=True):
+            module.checkpoint_fn = function
+
+
+def _of_rows(placement: Placement) -> bool:
+    return isinstance(placement, Replicate) or type(placement) is Shard and placement.dim == 0
+
+
+def _called(function: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
+def refuse_spread(model: nn.Module, *, rows_are_ours: bool = False) -> None:
+    """Refused for a model whose weights something else has spread already: tensor parallelism, or a device_map.
+    rows_are_ours: DTensors of whole rows are what the backend itself makes."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor) and not (rows_are_ours and all(map(_of_rows, parameter.placements))):
+            raise Refused(
+                f"{name} is spread as {parameter.placements}, by from_pretrained(distributed_config=...) or the like, accepted: "
+                "a whole model, which accelerator.prepare shards; launch with configs/accelerate/fsdp2.yaml"
+            )
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(places) > 1 or places & {"cpu", "disk"} or any(parameter.is_meta for parameter in model.parameters()):
+        raise Refused(
+            f"the model was loaded with a device_map ({', '.join(sorted(places)) or 'meta'}), accepted: a whole model; use "
+            "`tinygn compress --distributed.offload cpu`, or launch with configs/accelerate/fsdp2.yaml"
+        )
