@@ -4,8 +4,8 @@
 
 Loads the model as `tinygn compress` does, makes Taylor scores on short text, writes the checkpoint and reads the memory
 of each rank: what it still holds (bytes of its tensors, and the process's own anonymous memory over what it was before
-loading), and the peaks of loading and of writing. CPU only, where a rank's memory is its process's. A model that is not
-stored as safetensors is stored so first, outside the measurement.
+loading), and the peaks of loading, of a forward and of writing. CPU only, where a rank's memory is its process's. A
+model that is not stored as safetensors is stored so first, outside the measurement.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tinygn_dist.backends import make_backend
 from tinygn_dist.config import DistributedConfig, ModelConfig
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.objective import objective_of
 from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.progress import Progress
@@ -46,20 +47,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--layouts", nargs="*", default=["cpu", "fsdp2", "zero3"], help="names in configs/accelerate")
+    parser.add_argument(
+        "--layouts",
+        nargs="*",
+        default=["cpu", "fsdp2", "zero3"],
+        help="names in configs/accelerate, offload-cpu, offload-disk",
+    )
     parser.add_argument("--seq-len", type=int, default=32, help="tokens of the text that is scored on")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # this process is one of the ranks
+    parser.add_argument("--offload", default="none", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
-        return measure(Path(asked.measure), asked.seq_len)
-    columns = ("parameters", "gradient sums", "scores", "all three", "process after scoring", "load peak", "write peak")
+        return measure(Path(asked.measure), asked.seq_len, asked.offload)
+    columns = ("parameters", "gradient sums", "scores", "all three", "process after scoring")
+    columns += ("load peak", "forward peak", "write peak")
     print("| backend | ranks | " + " | ".join(f"{name} MiB" for name in columns) + " |")
     print("|---" * (len(columns) + 2) + "|")
     with tempfile.TemporaryDirectory() as folder:
         store(asked.model, Path(folder) / "model")
         for layout in asked.layouts:
-            for ranks in asked.ranks if layout != "cpu" else asked.ranks[:1]:
-                if layout == "cpu" or ranks > 1:  # one rank does not shard
+            alone = layout == "cpu" or layout.startswith("offload")
+            for ranks in [1] if alone else asked.ranks:
+                if alone or ranks > 1:  # one rank does not shard
                     worst = launch(Path(folder), layout, ranks, asked.seq_len)
                     values = " | ".join(f"{worst[name] / MIB:,.0f}" for name in columns)
                     print(f"| {'one process' if layout == 'cpu' else layout} | {ranks} | {values} |", flush=True)
@@ -76,10 +85,11 @@ def store(model: str, folder: Path) -> None:
 
 def launch(folder: Path, layout: str, ranks: int, seq_len: int) -> dict[str, int]:
     """The largest figure of any rank."""
-    config = yaml.safe_load((ROOT / f"configs/accelerate/{layout}.yaml").read_text())
+    _, _, offload = layout.partition("offload-")
+    config = yaml.safe_load((ROOT / f"configs/accelerate/{'cpu' if offload else layout}.yaml").read_text())
     (folder / "launch.yaml").write_text(yaml.safe_dump(config | {"num_processes": ranks}))
     start = [] if ranks == 1 else ["-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    words = [*start, __file__, "--measure", str(folder), "--seq-len", str(seq_len)]
+    words = [*start, __file__, "--measure", str(folder), "--seq-len", str(seq_len), "--offload", offload or "none"]
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     surroundings["PYTHONPATH"] = str(ROOT)
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=surroundings, capture_output=True, text=True)
@@ -88,9 +98,9 @@ def launch(folder: Path, layout: str, ranks: int, seq_len: int) -> dict[str, int
     return json.loads((folder / "facts.json").read_text())
 
 
-def measure(folder: Path, seq_len: int) -> None:
+def measure(folder: Path, seq_len: int, offload: str) -> None:
     torch.set_num_threads(1)
-    backend = make_backend(DistributedConfig(timeout_seconds=300))
+    backend = make_backend(DistributedConfig(timeout_seconds=300, offload=offload))
     source = load.find_model(ModelConfig(name=str(folder / "model")))
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
     facts, before = {}, anonymous()
@@ -101,6 +111,8 @@ def measure(folder: Path, seq_len: int) -> None:
     ids = backend.everyone(ids)[0]
     batches = [{"input_ids": row, "labels": row} for row in ids]
     here = Setting(model, anatomy, objective_of("causal-lm"), batches, backend, Progress())
+    with peak_of(facts, "forward peak", before):
+        mean_loss(here, "a forward")
     sums = weight_gradients(here, anatomy.targets, squares=False)
     facts["gradient sums"] = size_of(sums.tensors())
     scores = [taylor(backend.shard(model, t).weight, sums.rounded(t.name)) for t in anatomy.targets]
