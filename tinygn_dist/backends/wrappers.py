@@ -8,12 +8,12 @@ names without prefixes find their way; what has to be done is to leave the prefi
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -24,8 +24,8 @@ _PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
 
 def without(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
     """What runs under torch.compile and wrappers of these kinds, which keep it as `.module`, in any order."""
-    while isinstance(model, (OptimizedModule, *kinds)):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    while (compiled := "_orig_mod" in model._modules) or isinstance(model, kinds):
+        model = model._orig_mod if compiled else model.module
     return model
 
 
@@ -54,7 +54,8 @@ def running_plainly(bare: nn.Module) -> Iterator[None]:
     try:
         for module in wrapped:
             module.checkpoint_fn = _called
-        with torch.compiler.set_stance("force_eager"):
+        compiles = "torch._dynamo" in sys.modules  # whose import takes seconds
+        with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
             yield
     finally:
         for module, function in zip(wrapped, before, strict=True):
@@ -79,7 +80,7 @@ def refuse_spread(model: nn.Module, *, rows_are_ours: bool = False) -> None:
                 "a whole model, which accelerator.prepare shards; launch with configs/accelerate/fsdp2.yaml"
             )
     places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
-    if len(places) > 1 or places & {"cpu", "disk"} or any(parameter.is_meta for parameter in model.parameters()):
+    if len(places) > 1 or "disk" in places or any(parameter.is_meta for parameter in model.parameters()):
         raise Refused(
             f"the model was loaded with a device_map ({', '.join(sorted(places)) or 'meta'}), accepted: a whole model; use "
             "`tinygn compress --distributed.offload cpu`, or launch with configs/accelerate/fsdp2.yaml"
