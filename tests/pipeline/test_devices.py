@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from tests.two_devices import DEVICE, MixedDevices, two_devices
-from tinygn_dist.backends import make_backend
+from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.config import DistributedConfig, load_config
 from tinygn_dist.pipeline import compress
 
@@ -48,18 +48,36 @@ QUICK = ("2:4, distilled", "solver, forward only", "heads by gates")
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch):
-    backend = make_backend(DistributedConfig())
-    monkeypatch.setitem(AcceleratorState._shared_state, "device", DEVICE)
-    monkeypatch.setattr(backend, "device", DEVICE)
-    assert backend._accelerator.device == DEVICE
-    return backend
+    """on_device(settings): a backend of one process that computes on the other device."""
+
+    def make(**settings: object) -> Backend:
+        backend = make_backend(DistributedConfig(**settings))
+        monkeypatch.setitem(AcceleratorState._shared_state, "device", DEVICE)
+        monkeypatch.setattr(backend, "device", DEVICE)
+        assert backend._accelerator.device == DEVICE
+        return backend
+
+    return make
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+cases = pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+
+
+@cases
 def test_no_tensor_of_the_processor_meets_one_of_the_device(on_device, saved_model, text_file, tmp_path: Path, case):
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
     with two_devices():
-        report = compress(load_config(overrides=asked | SMALL | CASES[case]), on_device)
+        report = compress(load_config(overrides=asked | SMALL | CASES[case]), on_device())
+    assert report.after["loss"] > 0
+
+
+@cases
+def test_nor_where_the_weights_wait_on_the_processor(on_device, saved_model, text_file, tmp_path: Path, case):
+    """Masks, scores and the optimizer lie with them."""
+    asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
+    config = load_config(overrides=asked | SMALL | CASES[case] | {"distributed.offload": "cpu"})
+    with two_devices():
+        report = compress(config, on_device(offload="cpu"))
     assert report.after["loss"] > 0
 
 
