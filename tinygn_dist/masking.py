@@ -78,8 +78,14 @@ class Masks:
     def _changed(self, model: nn.Module, backend: Backend) -> list[Target]:
         if not self._sums:
             return list(self.targets)
-        before, now = (torch.stack(list(sums.values())) for sums in (self._sums, self._checksums(model, backend)))
-        return [target for target, differs in zip(self.targets, (before != now).tolist(), strict=True) if differs]
+        now, by_device = self._checksums(model, backend), {}
+        for target in self.targets:  # offloaded weights may lie in two places
+            by_device.setdefault(now[target.name].device, []).append(target)
+        changed = []
+        for targets in by_device.values():  # one look at a device, not one a matrix
+            before, here = (torch.stack([sums[target.name] for target in targets]) for sums in (self._sums, now))
+            changed += [target for target, differs in zip(targets, (before != here).tolist(), strict=True) if differs]
+        return changed
 
     def violations(self, model: nn.Module, backend: Backend) -> int:
         """Masked weights that are not zero, over all shards."""

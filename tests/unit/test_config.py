@@ -176,6 +176,14 @@ def test_arguments_that_mean_nothing(words: list[str]):
         overrides("--model", "m", *words)
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_low_rank_training_and_offloaded_weights_do_not_go_together(where: str):
+    asked = {"recover.steps": 2, "recover.train": "lora", "prune.pattern": "unstructured"}
+    load_config(None, MODEL | asked)
+    with pytest.raises(UserError, match="recover.train lora|recover.optimizer adamw with distributed.offload disk"):
+        load_config(None, MODEL | asked | {"distributed.offload": where})
+
+
 def test_fingerprint_covers_what_changes_the_result_and_nothing_else():
     base = load_config(None, MODEL)
     same = load_config(None, MODEL | {"output.dir": "elsewhere", "distributed.num_processes": 4})
