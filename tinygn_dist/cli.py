@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -44,6 +45,8 @@ ALIASES = {
     "num-processes": "distributed.num_processes",
 }
 STOPPED = 75
+SECONDS_TO_SPEAK = 20
+"""how long the other ranks leave rank 0 to say what was wrong"""
 EXAMPLES = """examples:
   tinygn compress --model smollm2-135m --pattern channels --sparsity 0.2 --data python-docs --output small
   tinygn compress --recipe configs/recipes/llm-unstructured-50.yaml --model ./my-model --output sparse --num-processes 2
@@ -225,10 +228,14 @@ def _configure_logging(is_main: bool) -> None:
 
 def _tell(message: str) -> None:
     """One line on stderr, from rank 0: once connected, ranks raise together. Before, only a node's own arguments and
-    launch can be wrong, so the first rank of each node speaks."""
+    launch can be wrong, so the first rank of each node speaks. The others wait until their launcher ends them: it ends
+    all at the first that fails, and that must not be before the line is out."""
     rank = os.environ.get("RANK" if world_size() > 1 else "LOCAL_RANK", "0")
     if rank == "0":
         print(f"tinygn: {message}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_TO_SPEAK)
 
 
 def leave(code: int) -> NoReturn:
