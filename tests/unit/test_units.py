@@ -214,9 +214,13 @@ def test_masks_without_gradients_need_no_backward(backend, no_backward, criterio
     asked = PruneConfig(pattern=pattern, sparsity=0.5, criterion=criterion, estimator="finite-difference")
     masks = sparsify(setting, targets, asked)
     assert masks.violations(setting.model, backend) == 0
+    kept = {target.name: int(masks.by_name[target.name].sum()) for target in targets}
+    assert sum(kept.values()) == sum(target.numel for target in targets) // 2
     for target in targets:
         weight, keep = setting.model.get_parameter(target.name), masks.by_name[target.name]
-        assert int(keep.sum()) == target.numel // 2 and not torch.signbit(weight[~keep]).any()
+        assert not torch.signbit(weight[~keep]).any()
+        if criterion != "obs" or pattern == "2:4":  # its budgets between matrices come from forward passes too
+            assert kept[target.name] == target.numel // 2
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs"])
