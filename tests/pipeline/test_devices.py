@@ -73,8 +73,9 @@ def test_no_tensor_of_the_processor_meets_one_of_the_device(on_device, saved_mod
 
 @pytest.mark.parametrize("case", ["solver, forward only", pytest.param("regrown by gradients", marks=pytest.mark.slow)])
 def test_nor_where_the_weights_wait_on_the_processor(on_device, saved_model, text_file, tmp_path: Path, case):
-    """Masks and scores lie with them; a part of the model stays on the device. Without training: hooks that autograd calls run
-    outside of the mode that sees `.to`, so a gradient that goes home keeps the mark of the device."""
+    """Masks and scores lie with them; a part of the model stays on the device. Recovery of solved
+    masks is left out: hooks that autograd calls run outside of the mode that sees `.to`, so a gradient that goes home keeps
+    the mark of the device."""
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
     config = load_config(overrides=asked | SMALL | CASES[case] | {"distributed.offload": "cpu"})
     with two_devices():
