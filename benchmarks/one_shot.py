@@ -18,12 +18,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from job import Failed, compressed, told
 
 from tinygn_dist import calibration, load
 from tinygn_dist.config import DataConfig, ModelConfig
@@ -76,21 +76,16 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     methods = [*([PEER] if asked.llm_compressor else []), *asked.methods]
     for pattern, seed, method in itertools.product(asked.patterns, asked.seeds, methods):
-        figures = _peer(pattern, seed, asked) if method == PEER else _ours(pattern, method, seed, asked)
+        try:
+            figures = _peer(pattern, seed, asked) if method == PEER else _ours(pattern, method, seed, asked)
+        except Failed as failed:
+            figures = f"failed: {failed}"
         print(f"| {method} | {pattern} | {seed} | {figures} |", flush=True)
 
 
 def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "model"
-        command = [sys.executable, "-m", "tinygn_dist.cli", "compress", "--model", asked.model, "--data", asked.data]
-        command += ["--data.evaluation", asked.evaluation] if asked.evaluation else []
-        command += [*PATTERNS[pattern], *METHODS[method], "--data.seed", str(seed), "--evaluate.latency", "false"]
-        command += ["--output", str(output), "--num-processes", str(asked.processes), *asked.rest]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return f"failed: {done.stderr.strip().splitlines()[-1]}"
-        report = json.loads((output / "tinygn_report.json").read_text())
+    fixed = ["--data.seed", str(seed), "--evaluate.latency", "false"]
+    report = compressed(asked, [*PATTERNS[pattern], *METHODS[method], *fixed, *asked.rest])
     return _row(
         report["sparsity"]["targeted_weights"],
         report["before"]["perplexity"],
@@ -101,50 +96,36 @@ def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> st
 
 
 def _peer(pattern: str, seed: int, asked: argparse.Namespace) -> str:
-    splits = _splits(asked.model, asked.data, asked.evaluation, seed)
+    model, processor = _dense(asked.model)
+    splits = calibration.load_splits(
+        DataConfig(name=asked.data, evaluation=asked.evaluation, seed=seed), "causal-lm", processor, 0
+    )
     with tempfile.TemporaryDirectory() as folder:
         dense, tokens, output = (Path(folder) / name for name in ("dense", "tokens.json", "pruned"))
-        _source(asked.model).save(dense)
+        model.save_pretrained(dense)
+        processor.save_pretrained(dense)
         tokens.write_text(json.dumps([row.tolist() for batch in splits.calibration for row in batch["input_ids"]]))
         script = Path(__file__).with_name("llm_compressor.py")
         command = [asked.llm_compressor, str(script), str(dense), str(tokens), str(output), pattern]
         environment = os.environ | {"OMP_NUM_THREADS": str(asked.processes), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if done.returncode:
-            return f"failed: {done.stderr.strip().splitlines()[-1]}"
-        told = json.loads(done.stdout.splitlines()[-1])
+        told(done := subprocess.run(command, capture_output=True, text=True, check=False, env=environment))
+        spent = json.loads(done.stdout.splitlines()[-1])
         pruned = load.load_model(load.find_model(ModelConfig(name=str(output))))
     weights = [p for name, p in pruned.named_parameters() if ".layers." in name and p.dim() == 2]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    before, after = (_perplexity(model, splits) for model in (_source(asked.model).model, pruned))
-    return _row(zeros, before, after, told["cpu_seconds"], told["peak_gib"])
+    before, after = (_perplexity(each, splits) for each in (model, pruned))
+    return _row(zeros, before, after, spent["cpu_seconds"], spent["peak_gib"])
 
 
 def _row(zeros: float, before: float, after: float, cpu_seconds: float, peak_gib: float) -> str:
     return f"{zeros:.1%} | {before:.2f} | {after:.2f} | {cpu_seconds:.0f} | {peak_gib:.2f}"
 
 
-class _Dense:
-    """The dense model and its tokenizer."""
-
-    def __init__(self, name: str) -> None:
-        source = load.find_model(ModelConfig(name=name))
-        self.model, self.processor = load.load_model(source), load.load_processor(source)
-
-    def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
-
-
 @functools.cache
-def _source(name: str) -> _Dense:
-    return _Dense(name)
-
-
-@functools.cache
-def _splits(model: str, data: str, evaluation: str | None, seed: int) -> calibration.Splits:
-    options = DataConfig(name=data, evaluation=evaluation, seed=seed)
-    return calibration.load_splits(options, "causal-lm", _source(model).processor, 0)
+def _dense(name: str) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    source = load.find_model(ModelConfig(name=name))
+    return load.load_model(source), load.load_processor(source)
 
 
 @torch.no_grad()

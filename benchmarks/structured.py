@@ -12,15 +12,11 @@ calibration windows, without recovery, and are evaluated on the same windows.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
+from job import Failed, compressed
 
 from tinygn_dist import calibration, load
 from tinygn_dist.anatomy import read_anatomy
@@ -66,18 +62,13 @@ def main() -> None:
 
 
 def _ours(fraction: float, arguments: list[str], asked: argparse.Namespace) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "model"
-        command = [sys.executable, "-m", "tinygn_dist.cli", "compress", "--model", asked.model, "--data", asked.data]
-        command += ["--data.evaluation", asked.evaluation] if asked.evaluation else []
-        command += ["--data.num_samples", str(asked.samples), "--sparsity", str(fraction), "--output", str(output)]
-        command += ["--recover-steps", str(asked.recover_steps), "--num-processes", str(asked.processes), *arguments]
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
-        report = json.loads((output / "tinygn_report.json").read_text())
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sizes = ["--data.num_samples", str(asked.samples), "--sparsity", str(fraction)]
+    try:
+        report = compressed(asked, [*sizes, "--recover-steps", str(asked.recover_steps), *arguments])
+    except Failed as failed:
+        return f"failed: {failed}"
+    cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
     after, compressed = report["after"], report["compressed"] or report["after"]
     return _cells(
         {

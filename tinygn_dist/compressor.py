@@ -23,7 +23,7 @@ from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
-from tinygn_dist.resume import read_between, read_masks, write_between, write_masks
+from tinygn_dist.resume import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.selection import check_nm
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.units import plan_mixes, remove_units
@@ -137,7 +137,7 @@ class Compressor:
             self.backend.agree(self.masks.masks.fingerprint(bare, self.backend), "the mask")
         self.masks.attach(model, *optimizers, after_update=after_update)
         if saved:
-            read_between(saved, self.masks, model, optimizers[0])
+            read_step_statistics(saved, self.masks, model, optimizers[0])
 
     def mask_copy(self, copy: nn.Module) -> None:
         """Zero in a whole copy of the model, such as an average of its weights, what is zero in the model: an average
@@ -172,7 +172,7 @@ class Compressor:
         if self.masks is not None:
             with self._store(folder).writing("masks") as writer:
                 write_masks(writer, self.masks.masks, self._model, self.backend)
-                write_between(writer, self.masks, self._model, self._optimizer, self.backend)
+                write_step_statistics(writer, self.masks, self._model, self._optimizer, self.backend)
                 writer.facts |= self.masks.state()
 
     def load_state(self, folder: Path) -> None:
@@ -182,7 +182,7 @@ class Compressor:
             saved = self._saved(folder)
             self.masks.load_state(saved.facts)
             read_masks(saved, self.masks.masks, self._model, self.backend)
-            read_between(saved, self.masks, self._model, self._optimizer)
+            read_step_statistics(saved, self.masks, self._model, self._optimizer)
 
     def _saved(self, folder: Path) -> Any:
         saved = self._store(folder).newest()

@@ -47,8 +47,7 @@ class Parts:
                 for source, total in moments.state_dict().items():
                     writer.add(f"{self.backend.rank}|{kind}|{source}", total)
             source_of = found.source_of if isinstance(found, InputMoments) else {}
-            writer.facts |= {"done": done, "num_ranks": self.backend.num_ranks, "source_of": source_of}
-            writer.facts |= {"backend": type(self.backend).__name__}
+            writer.facts |= {"done": done, "source_of": source_of} | self.backend.layout
 
     def load(self, name: str, empty: Found) -> tuple[int, Found]:
         """(micro-batches done, this rank's sums), none where nothing fits."""
@@ -69,8 +68,7 @@ class Parts:
 
     def _same_shards(self, saved: Saved) -> bool:
         """Sums of weight gradients lie in the pieces of one layout."""
-        here = {"num_ranks": self.backend.num_ranks, "backend": type(self.backend).__name__}
-        return here.items() <= saved.facts.items()
+        return self.backend.layout.items() <= saved.facts.items()
 
 
 def in_parts(setting: Setting, name: str, gather: Callable[[Setting], Found], empty: Found) -> Found:

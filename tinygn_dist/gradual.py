@@ -16,7 +16,6 @@ from torch import nn
 
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
-from tinygn_dist.between import Consensus, Movement
 from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
@@ -24,6 +23,7 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
 from tinygn_dist.schedule import Plan, make_plan, swapped_share
 from tinygn_dist.selection import choose_masks
+from tinygn_dist.step_statistics import Consensus, Movement
 from tinygn_dist.weights import at_sparsity, sparsify
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,11 @@ class GradualMasks:
         """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
-        self.between: Movement | Consensus | None = None
+        self.step_statistics: Movement | Consensus | None = None
         if schedule.kind == "admm":
-            self.between = Consensus(targets, setting.backend, schedule.penalty)
+            self.step_statistics = Consensus(targets, setting.backend, schedule.penalty)
         elif schedule.criterion == "movement":
-            self.between = Movement(targets, setting.backend)
+            self.step_statistics = Movement(targets, setting.backend)
         asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
             self.masks = sparsify(setting, targets, asked)
@@ -109,9 +109,9 @@ class GradualMasks:
         if self.steps == 0:
             self._track(self._count(self._setting, self.masks))
         held = [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
-        if self.between and self.steps < self.plan.updates[-1]:
-            held += self.between.attach(model, optimizers)
-            if isinstance(self.between, Consensus):
+        if self.step_statistics and self.steps < self.plan.updates[-1]:
+            held += self.step_statistics.attach(model, optimizers)
+            if isinstance(self.step_statistics, Consensus):
                 with backend.paused(model) as bare:
                     self._project(replace(self._setting, model=bare), optimizers[0])
         return [*held, backend.after_step(model, optimizers[0], stepped)]
@@ -131,8 +131,8 @@ class GradualMasks:
             self.masks.apply_(bare, backend)
             backend.agree(self.masks.fingerprint(bare, backend), "the mask")
         self.history.append(update)
-        if self.between and self.steps == self.plan.updates[-1]:
-            self.between.finish()
+        if self.step_statistics and self.steps == self.plan.updates[-1]:
+            self.step_statistics.finish()
         self._track(update)
         log.info(
             "step %d: sparsity %.4f, %d weights removed, %d regrown",
@@ -155,8 +155,8 @@ class GradualMasks:
             return self.masks if asked is None else Masks(targets, projected)
         if asked is None:
             return self.masks
-        if isinstance(self.between, Movement):
-            scores = self.between.scores(setting.model, optimizer)
+        if isinstance(self.step_statistics, Movement):
+            scores = self.step_statistics.scores(setting.model, optimizer)
             for name, keep in self.masks.by_name.items():  # a weight that is zero has stopped moving
                 scores[name].masked_fill_(~keep, -_ABOVE_ALL)
             return Masks(targets, self._best(setting, scores, asked))
@@ -169,7 +169,7 @@ class GradualMasks:
         return Masks(targets, self._regrown(setting, asked, share))
 
     def _project(self, setting: Setting, optimizer: Any) -> dict[str, torch.Tensor]:
-        return self.between.project(
+        return self.step_statistics.project(
             setting.model,
             optimizer,
             lambda scores: self._best(setting, scores, at_sparsity(self._prune, self.plan.levels[-1])),

@@ -135,7 +135,7 @@ class Resumable:
             if self.masks:
                 write_masks(writer, self.masks.masks, self.model, self.backend)
             if self.masks and now is not None:
-                write_between(writer, self.masks, now.model, now.optimizer, self.backend)
+                write_step_statistics(writer, self.masks, now.model, now.optimizer, self.backend)
             writer.facts |= {
                 "course": asdict(self.course),
                 "round": self.round,
@@ -161,7 +161,7 @@ class Resumable:
         if resumed:
             read_training(self.saved, now, self.backend)
             if self.masks:
-                read_between(self.saved, self.masks, now.model, now.optimizer)
+                read_step_statistics(self.saved, self.masks, now.model, now.optimizer)
             if self.course.best is not None and not self.best.keep_only(step_name(self.course.best)):
                 self.course.best = None
         self.saved = None
@@ -246,7 +246,7 @@ def read_training(saved: Saved, now: InTraining, backend: Backend) -> None:
     keys: dict[str, list[str]] = {}
     for full in saved.names(""):
         key, _, name = full.partition("|")
-        if key not in ("mask", "buffer", "random", "between"):
+        if key not in ("mask", "buffer", "random", "step"):
             keys.setdefault(name, []).append(key)
     with torch.no_grad():
         for name, parameter in backend.unwrap(now.model).named_parameters():
@@ -264,17 +264,19 @@ def read_masks(saved: Saved, masks: Masks, model: nn.Module, backend: Backend) -
         masks.unpack(full.removeprefix("mask|"), saved.tensor(full), model, backend)
 
 
-def write_between(writer: Writer, masks: GradualMasks, model: nn.Module, optimizer: Any, backend: Backend) -> None:
+def write_step_statistics(
+    writer: Writer, masks: GradualMasks, model: nn.Module, optimizer: Any, backend: Backend
+) -> None:
     """What was summed up since the last mask update. Collectives; the main rank writes it."""
-    for name, whole in masks.between.whole(model, optimizer) if masks.between else ():
+    for name, whole in masks.step_statistics.whole(model, optimizer) if masks.step_statistics else ():
         if backend.is_main:
-            writer.add(f"between|{name}", whole)
+            writer.add(f"step|{name}", whole)
 
 
-def read_between(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
-    if masks.between:
-        found = {name.removeprefix("between|"): saved.tensor(name) for name in saved.names("between|")}
-        masks.between.take(model, optimizer, found)
+def read_step_statistics(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
+    if masks.step_statistics:
+        found = {name.removeprefix("step|"): saved.tensor(name) for name in saved.names("step|")}
+        masks.step_statistics.take(model, optimizer, found)
 
 
 def _persistent(model: nn.Module) -> list[str]:

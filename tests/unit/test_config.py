@@ -184,6 +184,21 @@ def test_low_rank_training_and_offloaded_weights_do_not_go_together(where: str):
         load_config(None, MODEL | asked | {"distributed.offload": where})
 
 
+@pytest.mark.parametrize("value", [2, -0.1, "half", "nan", None])
+def test_allocation_is_a_share_or_auto(value: object):
+    for good in (0, 0.5, 1, "0.25", "auto"):
+        load_config(None, MODEL | {"prune.allocation": good})
+    with pytest.raises(UserError, match="prune.allocation: got .*, accepted: 0 .* to 1 .*, or auto"):
+        load_config(None, MODEL | {"prune.allocation": value})
+
+
+def test_auto_allocation_needs_something_to_hold_out():
+    asked = {"prune.allocation": "auto", "data.num_samples": 4}
+    load_config(None, MODEL | asked | {"data.micro_batch": 3})
+    with pytest.raises(UserError, match="with 1 micro-batch of calibration data, accepted: two or more"):
+        load_config(None, MODEL | asked | {"data.micro_batch": 4})
+
+
 def test_fingerprint_covers_what_changes_the_result_and_nothing_else():
     base = load_config(None, MODEL)
     same = load_config(None, MODEL | {"output.dir": "elsewhere", "distributed.num_processes": 4})

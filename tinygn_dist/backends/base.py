@@ -73,6 +73,8 @@ class Backend(Training):
         self.rank: int = accelerator.process_index
         self.num_ranks: int = accelerator.num_processes
         self.is_main: bool = accelerator.is_main_process
+        self.layout = {"backend": type(self).__name__, "num_ranks": self.num_ranks}
+        """plain values: saved pieces of weights fit where they are equal"""
 
     # -- where the model is ------------------------------------------------------------------------------------------
     @abstractmethod

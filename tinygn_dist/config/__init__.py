@@ -73,6 +73,12 @@ class Config(Section):
             )
         if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
+        batches = -(-self.data.num_samples // self.data.micro_batch)
+        if prune.allocation == "auto" and batches < 2:
+            raise ValueError(
+                f"prune.allocation auto with {batches} micro-batch of calibration data, accepted: two or more, as some are held "
+                "out; raise data.num_samples or lower data.micro_batch"
+            )
         self._training_fits()
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
@@ -51,7 +51,7 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.75
+    allocation: float | Literal["auto"] = 0.75
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
     of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken"""
     output_samples: int = Field(2, ge=1)
@@ -118,6 +118,16 @@ class PruneConfig(Section):
             hint = f"; did you mean {value / 100:g}?" if 1 < value < 100 else ""
             raise ValueError(f"got {value:g}, accepted: 0 <= sparsity < 1{hint}")
         return value
+
+    @field_validator("allocation", mode="before")
+    @classmethod
+    def _share_or_auto(cls, value: Any) -> Any:
+        try:
+            if value == "auto" or 0 <= float(value) <= 1:
+                return value
+        except (TypeError, ValueError):
+            pass
+        raise ValueError(f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), or auto; try 0.75")
 
     @field_validator("target")
     @classmethod

@@ -41,7 +41,7 @@ def largest(values: torch.Tensor, share: float) -> torch.Tensor:
 def test_movement_removes_what_training_moved_towards_zero(backend: Backend):
     schedule = ScheduleConfig(kind="linear", criterion="movement", every=4, first=0.0, freeze=0.3)
     before, aims, masks, model = run(backend, schedule)
-    assert [update.step for update in masks.history] == [4, 8] and not masks.between.values["movement"]
+    assert [update.step for update in masks.history] == [4, 8] and not masks.step_statistics.values["movement"]
     for name in list(before)[:3]:
         weight, score, keep = before[name].clone(), torch.zeros_like(before[name]), None
         for step in range(1, STEPS + 1):

@@ -6,6 +6,7 @@ cost one or two more fp32 numbers per weight of that and no communication in a s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ Choose = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 """scores by target, shaped like this rank's shards -> masks"""
 
 
-class Between:
+class StepStatistics(ABC):
     """values: kind of number -> parameter -> flat fp32 piece."""
 
     kinds: tuple[str, ...] = ()
@@ -35,9 +36,9 @@ class Between:
         names = [n for n in dict.fromkeys(t.parameter for t in self.targets) if bare.get_parameter(n).requires_grad]
         return [self.backend.on_gradients(model, each, names, self.seen) for each in optimizers]
 
+    @abstractmethod
     def seen(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         """A parameter is about to be stepped along this gradient, as the optimizer will see it (clipped)."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """No update comes any more: forget everything, and let steps pass."""
@@ -73,7 +74,7 @@ class Between:
         return shards
 
 
-class Movement(Between):
+class Movement(StepStatistics):
     """Weights on their way to zero go (Sanh et al. 2020): S = - sum over steps of w * g, the larger the better. It is the
     Taylor term of each step's batch, summed over all that training has seen."""
 
@@ -91,7 +92,7 @@ class Movement(Between):
         return self.as_shards(model, optimizer, self.values["movement"])
 
 
-class Consensus(Between):
+class Consensus(StepStatistics):
     """ADMM on the loss of the whole model (ELSA, arXiv 2510.01650): the weights x train densely and are drawn to a sparse
     copy z by penalty * (x - z + u), added to the gradient; at an update z = the largest of x + u, and u += x - z."""
 
