@@ -22,7 +22,7 @@ def told(done: subprocess.CompletedProcess) -> None:
         raise Failed((done.stderr.strip().splitlines() or ["no message"])[-1])
 
 
-def compressed(asked: Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+def report_of(asked: Namespace, arguments: Sequence[str]) -> dict[str, Any]:
     """The report of a run on what was asked: model, data, evaluation, processes. Raises Failed."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job import Failed, compressed, told
+from job import Failed, report_of, told
 
 from tinygn_dist import calibration, load
 from tinygn_dist.config import DataConfig, ModelConfig
@@ -85,7 +85,7 @@ def main() -> None:
 
 def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> str:
     fixed = ["--data.seed", str(seed), "--evaluate.latency", "false"]
-    report = compressed(asked, [*PATTERNS[pattern], *METHODS[method], *fixed, *asked.rest])
+    report = report_of(asked, [*PATTERNS[pattern], *METHODS[method], *fixed, *asked.rest])
     return _row(
         report["sparsity"]["targeted_weights"],
         report["before"]["perplexity"],

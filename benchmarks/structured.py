@@ -16,7 +16,7 @@ import resource
 from typing import Any
 
 import torch
-from job import Failed, compressed
+from job import Failed, report_of
 
 from tinygn_dist import calibration, load
 from tinygn_dist.anatomy import read_anatomy
@@ -65,7 +65,7 @@ def _ours(fraction: float, arguments: list[str], asked: argparse.Namespace) -> s
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     sizes = ["--data.num_samples", str(asked.samples), "--sparsity", str(fraction)]
     try:
-        report = compressed(asked, [*sizes, "--recover-steps", str(asked.recover_steps), *arguments])
+        report = report_of(asked, [*sizes, "--recover-steps", str(asked.recover_steps), *arguments])
     except Failed as failed:
         return f"failed: {failed}"
     cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
