@@ -34,6 +34,8 @@ from tinygn_dist.schedule import Plan
 log = logging.getLogger(__name__)
 
 
+_NOT_OF_TRAINING = ("mask", "buffer", "random", "step_statistics")  # kinds of tensors that no optimizer's state has
+
 _KEPT_OF_REPORT = ("before", "compressed", "selection", "earlier_rounds", "parameters", "notes")
 
 
@@ -195,6 +197,7 @@ def write_weights(
             whole = backend.whole_training(now.model, now.optimizer, name)
         else:
             whole = {"weight": backend.whole(model, name)}
+        assert not set(whole) & set(_NOT_OF_TRAINING), f"an optimizer has a state called one of {_NOT_OF_TRAINING}"
         if owner == backend.rank:
             for key, tensor in whole.items():
                 if states or key == "weight":
@@ -246,7 +249,7 @@ def read_training(saved: Saved, now: InTraining, backend: Backend) -> None:
     keys: dict[str, list[str]] = {}
     for full in saved.names(""):
         key, _, name = full.partition("|")
-        if key not in ("mask", "buffer", "random", "step"):
+        if key not in _NOT_OF_TRAINING:
             keys.setdefault(name, []).append(key)
     with torch.no_grad():
         for name, parameter in backend.unwrap(now.model).named_parameters():
@@ -270,12 +273,12 @@ def write_step_statistics(
     """What was summed up since the last mask update. Collectives; the main rank writes it."""
     for name, whole in masks.step_statistics.whole(model, optimizer) if masks.step_statistics else ():
         if backend.is_main:
-            writer.add(f"step|{name}", whole)
+            writer.add(f"step_statistics|{name}", whole)
 
 
 def read_step_statistics(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
     if masks.step_statistics:
-        found = {name.removeprefix("step|"): saved.tensor(name) for name in saved.names("step|")}
+        found = {name.removeprefix("step_statistics|"): saved.tensor(name) for name in saved.names("step_statistics|")}
         masks.step_statistics.take(model, optimizer, found)
 
 
