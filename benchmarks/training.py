@@ -2,24 +2,25 @@
 beside the dense model trained the same way; step time with and without masks and teacher.
 
     python benchmarks/training.py quality --data wiki-train.txt --evaluation wiki-dev.txt
-    python benchmarks/training.py quality --data ... --evaluation ... --only "50%"
+    python benchmarks/training.py quality --data ... --evaluation ... --only "50%" --table rows.md
     python benchmarks/training.py steps
 
 `quality` runs `tinygn compress` on two processes per row; figures are from the reports that were read back from disk.
+With `--table` each row is appended to a file as soon as it is known, and a later call leaves out the rows that it holds.
 `steps` times the optimizer steps of one process in turn, each kind three times, and takes the best.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import tempfile
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from job import Failed, report_of
 
 PATTERNS = {
     "dense": ["--pattern", "unstructured", "--sparsity", "0", "--criterion", "magnitude"],
@@ -29,6 +30,11 @@ PATTERNS = {
     "structured 20%": ["--pattern", "channels", "--sparsity", "0.2"],
 }
 SCHEDULES = {"one-shot": [], "gradual": ["--schedule.kind", "cubic"]}
+DISTILLED = {"alone": 0.0, "distilled": 0.5}
+HEAD = (
+    "| pattern | schedule | training | perplexity before | compressed | trained | parameters | zeros | compress s "
+    "| train s per step |\n|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> None:
@@ -42,55 +48,97 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between mask updates (cubic)")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
-    asked = parser.parse_args()
+    parser.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--table", type=Path, help="file that finished rows are appended to")
+    parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
+    asked = parser.parse_intermixed_args()
     quality(asked) if asked.what == "quality" else steps(asked)
 
 
 def quality(asked: argparse.Namespace) -> None:
-    print(f"{asked.steps} steps of 2 x 256 tokens, peak learning rate {asked.learning_rate:g}\n")
-    print(
-        "| pattern | schedule | distillation | perplexity before | compressed | trained | parameters | zeros | compress s | train s per step |"
+    table = Table(asked.table, _told(asked))
+    for pattern, schedule, training in rows(asked.only):
+        if table.has(pattern, schedule, training):
+            continue
+        try:
+            figures = _figures(pattern, schedule, training, asked)
+        except Failed as error:
+            print(f"{pattern} {schedule} {training} failed: {error}", flush=True)
+        else:
+            table.add(pattern, schedule, training, *figures)
+
+
+def rows(words: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Pattern, schedule and training of every row whose name holds one of the words; of all without any."""
+    for row in itertools.product(PATTERNS, SCHEDULES, DISTILLED):
+        name = " ".join(row)
+        if row[:2] != ("dense", "gradual") and (not words or any(word in name for word in words)):
+            yield row
+
+
+class Table:
+    """Rows that are printed, and appended to a file where there is one."""
+
+    def __init__(self, path: Path | None, settings: str) -> None:
+        """settings: what all rows share. Ends the program when the file is of others."""
+        self._path, self._there = path, set()
+        if path and path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if lines[0] != settings:
+                raise SystemExit(f"{path} is of {lines[0]!r}, asked was {settings!r}; use another --table")
+            self._there = {_cells(line)[:3] for line in lines}
+        else:
+            self._say(f"{settings}\n\n{HEAD}")
+
+    def has(self, *name: str) -> bool:
+        return name in self._there
+
+    def add(self, *cells: str) -> None:
+        self._say(f"| {' | '.join(cells)} |")
+
+    def _say(self, text: str) -> None:
+        print(text, flush=True)
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+
+def _cells(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.split("|")[1:-1])
+
+
+def _told(asked: argparse.Namespace) -> str:
+    told = (
+        f"{asked.model}: {asked.steps} steps of 2 x 256 tokens, peak learning rate {asked.learning_rate:g}, gradual: an update "
+        f"after every {asked.every} steps; {asked.samples} calibration and {asked.windows} evaluation windows of 512 tokens"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for pattern, words in PATTERNS.items():
-        for schedule, more in SCHEDULES.items():
-            if pattern == "dense" and more:
-                continue
-            for distill in (0.0, 0.5):
-                name = f"{pattern} {schedule} {'distilled' if distill else 'alone'}"
-                if not asked.only or any(word in name for word in asked.only):
-                    print(_row(pattern, schedule, distill, [*words, *more], asked), flush=True)
+    return f"{told}; {' '.join(asked.rest)}" if asked.rest else told
 
 
-def _row(pattern: str, schedule: str, distill: float, words: list[str], asked: argparse.Namespace) -> str:
-    with tempfile.TemporaryDirectory() as home:
-        given = {
-            "model": asked.model,
-            "data": asked.data,
-            "output": f"{home}/out",
-            "recover-steps": asked.steps,
-            "num-processes": 2,
-            "recover.batch_size": 2,
-            "recover.seq_len": 256,
-            "recover.learning_rate": asked.learning_rate,
-            "recover.distill": distill,
-            "schedule.every": asked.every,
-            "data.num_samples": asked.samples,
-            "evaluate.latency": "false",
-        } | ({"data.evaluation": asked.evaluation} if asked.evaluation else {})
-        command = [sys.executable, "-m", "tinygn_dist.cli", "compress", *words]
-        command += [str(word) for key, value in given.items() for word in (f"--{key}", value)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return f"| {pattern} | {schedule} | {distill} | failed: {done.stderr.strip().splitlines()[-1][:120]} | | | | | | |"
-        report = json.loads(Path(home, "out", "tinygn_report.json").read_text(encoding="utf-8"))
-    figures = (report[part]["perplexity"] for part in ("before", "compressed", "after"))
-    told = " | ".join(f"{figure:.2f}" for figure in figures)
+def _figures(pattern: str, schedule: str, training: str, asked: argparse.Namespace) -> list[str]:
+    given: dict[str, Any] = {
+        "recover-steps": asked.steps,
+        "recover.batch_size": 2,
+        "recover.seq_len": 256,
+        "recover.learning_rate": asked.learning_rate,
+        "recover.distill": DISTILLED[training],
+        "schedule.every": asked.every,
+        "data.num_samples": asked.samples,
+        "data.eval_samples": asked.windows,
+        "evaluate.latency": "false",
+    }
+    options = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+    report = report_of(asked, [*PATTERNS[pattern], *SCHEDULES[schedule], *options, *asked.rest])
+    perplexities = [f"{report[part]['perplexity']:.2f}" for part in ("before", "compressed", "after")]
     zeros, seconds = report["sparsity"]["targeted_weights"], report["seconds"]
-    return (
-        f"| {pattern} | {schedule} | {distill:g} | {told} | {report['after']['num_params']:,} | {zeros:.1%} "
-        f"| {seconds['compress']:.0f} | {seconds['recover'] / asked.steps:.2f} |"
-    )
+    return [
+        *perplexities,
+        f"{report['after']['num_params']:,}",
+        f"{zeros:.1%}",
+        f"{seconds['compress']:.0f}",
+        f"{seconds['recover'] / asked.steps:.2f}",
+    ]
 
 
 def steps(asked: argparse.Namespace) -> None:
