@@ -4,7 +4,8 @@
 
 Each layout is one `accelerate launch` (two processes) of one model and one AdamW, whose steps are taken with and without
 the masks in turn (with, without, without, with, ...), so that what else the machine does falls on both alike. A step is
-recovery's own: one sequence of --seq-len tokens per rank, backward, clipping, AdamW on every matrix of the layers. CPU
+recovery's own at its default size (4 sequences of 256 tokens over all ranks): backward, clipping, AdamW on every matrix of
+the layers. What masks cost does not depend on the tokens, so their share of a larger step is smaller. CPU
 seconds are of the process (all its threads), medians over the steps; "more" is the median of the differences of
 neighbouring steps over the plain step's median, which a busy machine blurs by a percent or two. So zeroing and checking
 are timed by themselves too, between the steps, and given as a share of the plain step. Of the rank with the largest figure.
@@ -44,7 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layouts", nargs="*", default=["cpu"], help="names in configs/accelerate")
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--seq-len", type=int, default=RecoverConfig().seq_len)
+    parser.add_argument("--batch-size", type=int, default=RecoverConfig().batch_size, help="sequences over all ranks")
     parser.add_argument("--rounds", type=int, default=4, help="of four steps each, after one that is not counted")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # this process is one of the ranks
     asked = parser.parse_args()
@@ -68,7 +70,7 @@ def main() -> None:
 def launch(folder: Path, layout: str, asked: argparse.Namespace) -> dict:
     start = ["-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{layout}.yaml"]
     words = [__file__, "--measure", str(folder), "--model", asked.model]
-    words += ["--seq-len", str(asked.seq_len), "--rounds", str(asked.rounds)]
+    words += ["--seq-len", str(asked.seq_len), "--batch-size", str(asked.batch_size), "--rounds", str(asked.rounds)]
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *start, *words], cwd=ROOT, env=surroundings, capture_output=True, text=True)
     if done.returncode:
@@ -82,11 +84,10 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
     source = load.find_model(ModelConfig(name=asked.model))
     model, _ = placed(source, backend)
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
-    rows = torch.randint(
-        3, source.config.vocab_size, (backend.num_ranks, 1, asked.seq_len), generator=torch.Generator().manual_seed(0)
-    )
+    shape = (asked.batch_size, 1, asked.seq_len)
+    rows = torch.randint(3, source.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     batch = [{"input_ids": row, "labels": row} for row in rows]
-    options = RecoverConfig(steps=1, batch_size=backend.num_ranks, distill=0.0, learning_rate=1e-5)
+    options = RecoverConfig(steps=1, batch_size=asked.batch_size, distill=0.0, learning_rate=1e-5)
     recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
     setting = Setting(model, anatomy, objective_of("causal-lm"), batch, backend, Progress())
     masks = sparsify(setting, anatomy.targets, PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5))
