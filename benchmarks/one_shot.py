@@ -4,7 +4,7 @@
     python benchmarks/one_shot.py --data train.txt --evaluation dev.txt --patterns 50% 2:4 --methods wanda obs --seeds 0 1 2
     python benchmarks/one_shot.py ... --llm-compressor ../peer/bin/python
 
-Figures come from the report that each run read back from disk. CPU seconds are those of calibration and solving, over all
+Figures come from the report that each run read back from disk. Seconds and CPU seconds are those of calibration and solving, over all
 processes. With the Python of an environment that has llm-compressor (`pip install llmcompressor`), its SparseGPT runs
 on the same tokens, with as many threads as we have processes, and its model is measured on the same windows.
 """
@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--llm-compressor", metavar="PYTHON", help="python of an environment that has it")
     parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
     asked = parser.parse_args()
-    print("| method | pattern | seed | zeros | perplexity before | after | CPU s | peak GiB of a process |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| method | pattern | seed | zeros | perplexity before | after | s | CPU s | peak GiB of a process |")
+    print("|---|---|---|---|---|---|---|---|---|")
     methods = [*([PEER] if asked.llm_compressor else []), *asked.methods]
     for pattern, seed, method in itertools.product(asked.patterns, asked.seeds, methods):
         try:
@@ -90,6 +90,7 @@ def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> st
         report["sparsity"]["targeted_weights"],
         report["before"]["perplexity"],
         report["after"]["perplexity"],
+        report["seconds"]["compress"],
         report["cpu_seconds"]["compress"],
         max(report["peak_memory_gib"]),
     )
@@ -114,11 +115,11 @@ def _peer(pattern: str, seed: int, asked: argparse.Namespace) -> str:
     weights = [p for name, p in pruned.named_parameters() if ".layers." in name and p.dim() == 2]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     before, after = (_perplexity(each, splits) for each in (model, pruned))
-    return _row(zeros, before, after, spent["cpu_seconds"], spent["peak_gib"])
+    return _row(zeros, before, after, spent["seconds"], spent["cpu_seconds"], spent["peak_gib"])
 
 
-def _row(zeros: float, before: float, after: float, cpu_seconds: float, peak_gib: float) -> str:
-    return f"{zeros:.1%} | {before:.2f} | {after:.2f} | {cpu_seconds:.0f} | {peak_gib:.2f}"
+def _row(zeros: float, before: float, after: float, seconds: float, cpu_seconds: float, peak_gib: float) -> str:
+    return f"{zeros:.1%} | {before:.2f} | {after:.2f} | {seconds:.0f} | {cpu_seconds:.0f} | {peak_gib:.2f}"
 
 
 @functools.cache
