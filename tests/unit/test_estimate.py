@@ -124,6 +124,21 @@ def test_restart_from_every_layer_equals_the_whole_forward(settings, family: str
         assert torch.equal(plain.logits(model, setting.batches[0]), whole)
 
 
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_probes_without_reuse_see_the_same(settings, family: str):
+    """And run every layer that is there: all three for units, the other two for a removed layer."""
+    setting, ran = settings(family), [0]
+    group = setting.anatomy.of_kind("channels")[2]
+    asked = [Probe(1), Probe(2, group, (3, 4)), Probe(2, factor=0.5)]
+    modules = setting.model.get_submodule(setting.anatomy.layers_path)
+    handles = [layer.register_forward_pre_hook(lambda *_: ran.__setitem__(0, ran[0] + 1)) for layer in modules]
+    whole = measure(setting, asked, reuse=False)
+    for handle in handles:
+        handle.remove()
+    assert ran[0] == len(setting.batches) * (3 + 2 + 3 + 3)
+    assert torch.equal(whole.differences, measure(setting, asked).differences)
+
+
 # -- derivatives ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 def test_gate_gradients_are_sums_of_weight_times_gradient(in_float64, family: str):

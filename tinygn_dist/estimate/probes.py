@@ -48,10 +48,11 @@ class Measured:
     forwards: int
 
 
-def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int] = ()) -> Measured:
+def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int] = (), reuse: bool = True) -> Measured:
     """Loss change of every probe on every sequence. `without`: layers that are already gone.
 
-    Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its layer.
+    Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its
+    layer, or without `reuse` runs the layers before it too.
     """
     sizes = [batch_size(batch) for batch in setting.batches]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
@@ -63,9 +64,9 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
     with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(probes) // parts) as advance:
         for (batch, start, part), real in mine:
             batch = setting.on_device(batch)
-            cache = PrefixCache()
+            cache = PrefixCache() if reuse else None
             with (
-                cache.recording(setting.bare, setting.anatomy, layers),
+                cache.recording(setting.bare, setting.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(setting.bare, setting.anatomy, layers),
             ):
                 plain = setting.objective(setting.model, batch)
@@ -96,16 +97,18 @@ def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
             yield Probe(group.layer, group, (unit,))
 
 
-def _probed(setting: Setting, batch: Batch, layers: Sequence[int], cache: PrefixCache, probe: Probe) -> torch.Tensor:
+def _probed(
+    setting: Setting, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probe: Probe
+) -> torch.Tensor:
     """(batch,) fp64 summed losses with the probe's gates set."""
-    later = [layer for layer in layers if layer > probe.layer]
+    start = (cache, probe.layer) if cache else None
+    left = [layer for layer in layers if layer >= probe.layer or not cache]
     if probe.group is None and probe.factor == 0:
-        with running_layers(setting.bare, setting.anatomy, later, (cache, probe.layer)):
-            return setting.objective(setting.model, batch).total
-    with (
-        _gated(setting, probe),
-        running_layers(setting.bare, setting.anatomy, [probe.layer, *later], (cache, probe.layer)),
-    ):
+        left.remove(probe.layer)
+        gated = contextlib.nullcontext()
+    else:
+        gated = _gated(setting, probe)
+    with gated, running_layers(setting.bare, setting.anatomy, left, start):
         return setting.objective(setting.model, batch).total
 
 

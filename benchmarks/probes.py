@@ -1,0 +1,119 @@
+"""What removal probes cost, in plain forwards of the same tokens: a Markdown table.
+
+    python benchmarks/probes.py --data text.txt --seq-len 512 --every 2
+
+Probes take out every `--every`-th layer (blocks: its whole attention and its whole FFN, by gates), once with each probe
+running all that is left of the model and once restarting from the cached input of its layer. The plain forward is that of
+evaluation, loss included, timed as many times as there are probes, between the rows. One process of one thread, and then
+`--ranks` connected ones, which share the probes of one window and the windows where there are more. Seconds are of the
+rank with the most. Memory is the peak of the whole process (resident set) while it evaluates and while it probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from prepared import add_arguments, on_ranks, setting_of
+
+from tinygn_dist.estimate.probes import Probe, measure
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.evaluate import mean_loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, windows=1, seq_len=512)
+    parser.add_argument("--every", type=int, default=1, help="probe each so-many-th layer")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["whole", "blocks"], help="rows to leave out")
+    parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)  # this process is one of the ranks
+    asked = parser.parse_args()
+    if asked.measure:
+        return timed(Path(asked.measure), asked)
+    words = ["--model", asked.model, "--data", asked.data, "--windows", str(asked.windows)]
+    words += ["--seq-len", str(asked.seq_len), "--every", str(asked.every)]
+    one = on_ranks(__file__, 1, [*words, "--skip", *asked.skip])
+    many = on_ranks(__file__, asked.ranks, [*words, "--skip", "whole", "blocks"])
+    print("| ranks | probes | forwards | CPU s | s | CPU s per forward / plain | s per forward / plain |")
+    print("|---|---|---|---|---|---|---|")
+    plain = one["plain"]
+    for ranks, facts in ((1, one), (asked.ranks, many)):
+        for name, row in facts.items():
+            if "forwards" in row:
+                cpu, wall = (row[c] / row["forwards"] / (plain[c] / plain["forwards"]) for c in ("cpu", "wall"))
+                told = f"{row['forwards']} | {row['cpu']:.1f} | {row['wall']:.1f} | {cpu:.3f} | {wall:.3f}"
+                print(f"| {ranks} | {name} | {told} |")
+    speedup = one["layers, restarting"]["wall"] / many["layers, restarting"]["wall"]
+    memory = one["memory"]
+    print(f"\n{asked.ranks} ranks: {speedup:.3f} times as fast as one.")
+    print(
+        f"Peak memory {memory['probing'] / 2**20:.0f} MiB, of evaluation {memory['evaluation'] / 2**20:.0f} MiB: "
+        f"{memory['probing'] / memory['evaluation']:.3f} times as much."
+    )
+
+
+def timed(folder: Path, asked: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    setting = setting_of(asked)
+    layers = range(0, setting.anatomy.num_layers, asked.every)
+    alone = [Probe(layer) for layer in layers]
+    blocks = [
+        Probe(group.layer, group, tuple(range(group.num_units)))
+        for group in setting.anatomy.groups
+        if group.layer in layers
+    ]
+    backend, few = setting.backend, [alone[0], alone[-1]]
+    measure(setting, few)  # warm
+    facts = {"memory": {"evaluation": peak(lambda: mean_loss(setting, "evaluation"))}}
+    facts["memory"]["probing"] = peak(lambda: measure(setting, few))
+    evaluated = len(alone) // 2
+    rows = {"layers, restarting": (alone, True)}
+    if "whole" not in asked.skip:
+        rows["layers, whole"] = (alone, False)
+    if "blocks" not in asked.skip:
+        rows["blocks, restarting"] = (blocks, True)
+    plain = [] if backend.num_ranks > 1 else [clocked(setting, lambda: mean_loss(setting, "plain"), evaluated)]
+    for name, (asked_probes, reuse) in rows.items():
+        row = clocked(setting, lambda p=asked_probes, r=reuse: measure(setting, p, reuse=r))
+        facts[name] = row | {"forwards": len(asked_probes) * len(setting.batches)}
+        if backend.num_ranks == 1:
+            plain.append(clocked(setting, lambda: mean_loss(setting, "plain"), evaluated))
+    if plain:
+        facts["plain"] = {clock: sum(row[clock] for row in plain) for clock in ("cpu", "wall")}
+        facts["plain"]["forwards"] = len(plain) * evaluated * len(setting.batches)
+    everyone = backend.everyone(facts)
+    if backend.is_main:
+        worst = {name: {key: max(told[name][key] for told in everyone) for key in facts[name]} for name in facts}
+        (folder / "facts.json").write_text(json.dumps(worst))
+    backend.close()
+    os._exit(0)
+
+
+def clocked(setting: Setting, work: Callable[[], object], times: int = 1) -> dict[str, float]:
+    setting.backend.barrier()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(times):
+        work()
+    setting.backend.barrier()
+    return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes of the resident set at its largest during the work; what was freed before is given back first."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts VmHWM anew
+    work()
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    main()
