@@ -98,7 +98,7 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
         model.train()
         wrapped, prepared = backend.prepare(model, optimizer)
         for number, kind in enumerate(KINDS[:1] + KINDS * asked.rounds):
-            masks.apply_(wrapped, backend)  # a plain step has moved what was masked
+            masks._hold(wrapped, backend)  # now it is as after a step with masks; a plain one moves what was masked
             handle = masks.enforce(wrapped, prepared, backend) if kind == "masks" else None
             backend.barrier()
             cpu, wall = time.process_time(), time.perf_counter()
