@@ -6,9 +6,9 @@ Each layout is one `accelerate launch` (two processes) of one model and one Adam
 the masks in turn (with, without, without, with, ...), so that what else the machine does falls on both alike. A step is
 recovery's own at its default size (4 sequences of 256 tokens over all ranks): backward, clipping, AdamW on every matrix of
 the layers. What masks cost does not depend on the tokens, so their share of a larger step is smaller. CPU
-seconds are of the process (all its threads), medians over the steps; "more" is the median of the differences of
-neighbouring steps over the plain step's median, which a busy machine blurs by a percent or two. So zeroing and checking
-are timed by themselves too, between the steps, and given as a share of the plain step. Of the rank with the largest figure.
+seconds are those of a process (all its threads), means over the ranks and medians over the steps; "more" is the mean
+difference of neighbouring steps in units of the plain step, with its standard error, which a busy machine raises to a
+percent or two. So zeroing and checking are timed by themselves too, between the steps, as a share of the plain step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> None:
             facts = launch(Path(folder), layout, asked)
         cpu, wall, itself = facts["cpu"], facts["wall"], facts["cpu"]["itself"]
         print(
-            f"| {facts['backend']} | {cpu['plain']:.3f} | {cpu['masks']:.3f} | {cpu['more']:+.1%} | {itself:.3f} "
+            f"| {facts['backend']} | {cpu['plain']:.3f} | {cpu['masks']:.3f} | {cpu['more']:+.1%} +- {cpu['error']:.1%} | {itself:.3f} "
             f"| {itself / cpu['plain']:.1%} | {wall['plain']:.2f} | {wall['masks']:.2f} |",
             flush=True,
         )
@@ -114,20 +114,23 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
                 masks._hold(wrapped, backend)
                 seconds["cpu"]["itself"].append(time.process_time() - cpu)
                 seconds["wall"]["itself"].append(time.perf_counter() - wall)
-    everyone = backend.everyone({clock: summary(**kinds) for clock, kinds in seconds.items()})
+        backend.release(model, wrapped, prepared)
+    everyone = backend.everyone(seconds)
     if backend.is_main:
-        worst = {c: {name: max(told[c][name] for told in everyone) for name in everyone[0][c]} for c in seconds}
-        (folder / "facts.json").write_text(json.dumps({"backend": type(backend).__name__, **worst}))
+        facts = {clock: summary([told[clock] for told in everyone]) for clock in seconds}
+        (folder / "facts.json").write_text(json.dumps({"backend": type(backend).__name__, **facts}))
     backend.close()
     os._exit(0)
 
 
-def summary(masks: list[float], plain: list[float], itself: list[float]) -> dict[str, float]:
-    """The n-th step with masks and the n-th without are neighbours."""
-    medians = {
-        name: statistics.median(values) for name, values in (("plain", plain), ("masks", masks), ("itself", itself))
+def summary(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Means over ranks, medians over steps. The n-th step with masks and the n-th without are neighbours."""
+    steps = {
+        name: [statistics.mean(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in ranks[0]
     }
-    return medians | {"more": statistics.median(m - p for m, p in zip(masks, plain, strict=True)) / medians["plain"]}
+    medians = {name: statistics.median(values) for name, values in steps.items()}
+    more = [(m - p) / medians["plain"] for m, p in zip(steps["masks"], steps["plain"], strict=True)]
+    return medians | {"more": statistics.mean(more), "error": statistics.stdev(more) / len(more) ** 0.5}
 
 
 if __name__ == "__main__":
