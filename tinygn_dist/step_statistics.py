@@ -47,7 +47,7 @@ class StepStatistics(ABC):
     def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """(key, flat whole tensor on every rank), to save. Collectives."""
         for kind, pieces in self.values.items():
-            for name, piece in pieces.items():
+            for name, piece in self._everywhere(model, optimizer, pieces).items():
                 yield f"{kind}|{name}", self.backend.join_held(model, optimizer, name, piece).cpu()
 
     def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
@@ -58,11 +58,25 @@ class StepStatistics(ABC):
             piece = self.backend.cut_held(model, optimizer, name, tensor.to(self.backend.device))
             self.values[kind][name] = piece.clone()
 
+    def _everywhere(
+        self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The same names in the same order on every rank: one whose part of a flat master has nothing of a parameter (ZeRO)
+        never sees a gradient of it, and holds an empty piece."""
+        seen = dict.fromkeys(name for names in self.backend.everyone(list(pieces)) for name in names)
+        return {
+            name: pieces[name]
+            if name in pieces
+            else torch.zeros_like(self.backend.held_weight(model, optimizer, name), dtype=torch.float32)
+            for name in seen
+        }
+
     def as_shards(
         self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """By target, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a time."""
         shards: dict[str, torch.Tensor] = {}
+        pieces = self._everywhere(model, optimizer, pieces)
         for target in self.targets:
             held = self.backend.shard(model, target).weight
             if target.parameter not in pieces:
