@@ -22,7 +22,7 @@ def spread(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def blend(total: int, sizes: Sequence[int], wanted: Sequence[int], share: float) -> list[int]:
+def blend(total: int, sizes: Sequence[int], wanted: Sequence[float], share: float) -> list[int]:
     """Whole numbers that add up to `total`: `share` of the way from in proportion to `sizes` (0) to `wanted` (1).
 
     sizes: how many each part has; wanted: how many a global cut would take from each. Remainders go to the largest

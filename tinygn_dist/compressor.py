@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tinygn_dist import calibration, export
+from tinygn_dist import calibration, export, weights
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.checkpoint import Checkpoints
@@ -24,7 +24,6 @@ from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.resume import read_masks, read_step_statistics, write_masks, write_step_statistics
-from tinygn_dist.selection import check_nm
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.units import plan_mixes, remove_units
 
@@ -84,8 +83,7 @@ class Compressor:
         self._targets: tuple[Target, ...] = ()
         if not mixes:
             self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)
-        if prune.nm:
-            check_nm(self._targets, prune.nm.m)
+            weights.check(self._anatomy, self._targets, prune)
         if self.config.data.name == "self":
             raise UserError("data self is for `tinygn compress`; name a dataset")
         with self.backend.together("reading the data"):

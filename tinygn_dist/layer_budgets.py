@@ -19,8 +19,8 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.energy import coarse
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
+from tinygn_dist.layer_statistics import LayerStatistics
 from tinygn_dist.solve import obs
-from tinygn_dist.threshold import kth_largest
 
 log = logging.getLogger(__name__)
 CANDIDATES = (0.0, 0.5, 0.75, 1.0)
@@ -71,34 +71,52 @@ def best_of(
 
 
 def allocate(
-    setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
+    setting: Setting, targets: Sequence[Target], measured: LayerStatistics, options: PruneConfig, share: float
 ) -> dict[str, int]:
     """How many entries of each target go: `share` of the way from the same share everywhere to one global cut of
-    the saliency in units of loss. Experts whose tokens had no gradient have no saliency and are not in it."""
-    backend, held = setting.backend, {}
+    the saliency in units of loss. Experts whose tokens had no gradient have no saliency and are not in it.
+
+    Saliencies are counted by size and not kept: there are as many as weights.
+    """
+    row_of = {target.name: row for row, target in enumerate(targets)}
+    tallies = torch.zeros(len(targets), _BINS, dtype=torch.int64)
 
     def look(job: Job, weights: list[torch.Tensor]) -> None:
         for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
             cost = loss_per_error(job, index)
             if cost is not None:
                 saliency = obs.saliency(weight, job.moments[0].float(), options.damping)
-                held[target.name] = saliency.mul_(cost[:, None])
+                tallies[row_of[target.name]] = tally(saliency.mul_(cost[:, None]))
 
-    def over_owners(tensor: torch.Tensor) -> torch.Tensor:
-        backend.sum_over_data([tensor])  # each rank holds the saliencies of the targets it owns
-        return tensor
-
-    backend.look_at_targets(setting.model, jobs, look)
-    competing = over_owners(torch.tensor([int(target.name in held) for target in targets])).tolist()
-    targets = [target for target, competes in zip(targets, competing, strict=True) if competes]
-    sizes = [target.numel for target in targets]
-    keep = num_kept(sum(sizes), options.sparsity)
-    threshold, _ = kth_largest(list(held.values()), keep, over_owners)
-    if threshold is None:  # nothing goes
+    for jobs in measured.jobs(solving=False):
+        setting.backend.look_at_targets(setting.model, jobs, look)
+    setting.backend.sum_over_data([tallies])  # each rank looked at the targets it owns
+    competing = [target for target, counted in zip(targets, tallies.any(1).tolist(), strict=True) if counted]
+    sizes = [target.numel for target in competing]
+    going = sum(sizes) - num_kept(sum(sizes), options.sparsity)
+    if going == 0:
         return {}
-    below = torch.tensor([int((held[t.name] < threshold).sum()) if t.name in held else 0 for t in targets])
-    pruned = blend(sum(sizes) - keep, sizes, over_owners(below).tolist(), share)
-    return {target.name: count for target, count in zip(targets, pruned, strict=True)}
+    pruned = blend(going, sizes, below_cut(tallies[tallies.any(1)], going).tolist(), share)
+    return {target.name: count for target, count in zip(competing, pruned, strict=True)}
+
+
+_SHIFT, _BINS = 19, 1 << 12
+"""bits of an fp32 that are dropped: sixteen bins from one power of two to the next"""
+
+
+def tally(saliency: torch.Tensor) -> torch.Tensor:
+    """(_BINS,) int64 numbers of entries by size, on the CPU. saliency: fp32, none negative."""
+    bits = saliency.contiguous().view(torch.int32).flatten() >> _SHIFT
+    return torch.bincount(bits, minlength=_BINS).cpu()
+
+
+def below_cut(tallies: torch.Tensor, going: int) -> torch.Tensor:
+    """(targets,) fp64 numbers of entries below the cut that `going` of all of them lie below. tallies: (targets, _BINS)
+    int64. Of the bin that the cut lies in every target gives the same share."""
+    under = tallies.sum(0).cumsum(0)
+    at = int(torch.searchsorted(under, going))
+    below, inside = tallies[:, :at].sum(1).double(), tallies[:, at].double()
+    return below + inside * (going - below.sum()) / inside.sum()
 
 
 def loss_per_error(job: Job, index: int) -> torch.Tensor | None:
@@ -106,4 +124,5 @@ def loss_per_error(job: Job, index: int) -> torch.Tensor | None:
     model: the row's gradient energy over the trace of the Hessian that the error is measured with. None where no
     gradient was measured."""
     rows = job.moments[1 + index].float() if len(job.moments) > 1 else torch.zeros(())
-    return coarse(rows / job.moments[0].diagonal().float().sum()) if rows.any() else None
+    trace = job.moments[0].diagonal().float().sum()
+    return coarse(rows / trace) if rows.any() and trace > 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, filters, load, units
+from tinygn_dist import calibration, export, filters, load, units, weights
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
@@ -28,7 +28,6 @@ from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, check_training
 from tinygn_dist.report import REPORT_FILE, Report, versions
-from tinygn_dist.selection import check_nm
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.target import meet_target
@@ -133,8 +132,7 @@ class _Run(TrainingStage):
             self.dense_params = self.cut.dense_params(self.anatomy)
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
-            if config.prune.nm:
-                check_nm(self.targets, config.prune.nm.m)
+            weights.check(self.anatomy, self.targets, config.prune)
         if config.prune.probe_step is not None:
             check_step(config.prune.probe_step, load.dtype_of(self.source))
         check_training(config.recover, self.targets or self.anatomy.targets, self.backend)

@@ -9,29 +9,33 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from tinygn_dist import layer_budgets, score
-from tinygn_dist.anatomy import Target
+from tinygn_dist.anatomy import Anatomy, Target
 from tinygn_dist.backends.pieces import Job, Shard
 from tinygn_dist.budget import num_kept
 from tinygn_dist.config import NM, PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
-from tinygn_dist.estimate.energy import LossMoments, loss_moments
-from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
+from tinygn_dist.layer_statistics import LayerStatistics, has_budgets, layer_groups, measure
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
-from tinygn_dist.selection import choose_masks
+from tinygn_dist.selection import check_nm, choose_masks
 from tinygn_dist.solve import least_squares, obs
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
 WITHOUT_DATA = ("magnitude", "random")
-PLAIN, PLAIN_NM = 0.0, 4.0
-"""What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each other
-alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
+
+
+def check(anatomy: Anatomy, targets: Sequence[Target], options: PruneConfig) -> None:
+    """UserError, before anything is computed, for what cannot be done with these weights."""
+    if options.nm:
+        check_nm(targets, options.nm.m)
+    if options.criterion in ("auto", "obs"):
+        layer_groups(anatomy, targets, options.gram_gib)
 
 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
@@ -155,27 +159,27 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver, at the budgets asked for or at the best of several."""
     shares: Sequence[float] = (0.0,)
-    if options.nm is None and options.scope in ("auto", "global"):
+    if has_budgets(options):
         shares = layer_budgets.shares(options)
     held_out: Setting | None = None
     if len(shares) > 1:
         setting, held_out = setting.split(options.probe_samples)
-    jobs = _measured_jobs(setting, targets, options)
+    measured = measure(setting, targets, options)
     if held_out is None:
-        return _solved(setting, targets, jobs, options, shares[0])
+        return _solved(setting, targets, measured, options, shares[0])
     return layer_budgets.best_of(
-        shares, held_out, targets, lambda share: _solved(setting, targets, jobs, options, share)
+        shares, held_out, targets, lambda share: _solved(setting, targets, measured, options, share)
     )
 
 
 def _solved(
-    setting: Setting, targets: Sequence[Target], jobs: Sequence[Job], options: PruneConfig, share: float
+    setting: Setting, targets: Sequence[Target], measured: LayerStatistics, options: PruneConfig, share: float
 ) -> dict[str, torch.Tensor]:
     """Whole rows of each target are solved by one rank."""
     backend = setting.backend
     pruned = {target.name: _num_pruned(target, options) for target in targets}
     if share > 0:
-        pruned |= layer_budgets.allocate(setting, targets, jobs, options, share)
+        pruned |= layer_budgets.allocate(setting, targets, measured, options, share)
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
@@ -201,42 +205,10 @@ def _solved(
             results.append((fitted, solved.keep))
         return results
 
-    return backend.map_targets(setting.model, jobs, solve)
-
-
-def loss_aware(options: PruneConfig) -> bool:
-    """Whether the solver weighs tokens and rows by gradient energy."""
-    return options.estimator != "finite-difference"
-
-
-def _pass(name: str, options: PruneConfig) -> str:
-    """Each pass measures anew, on the model that the last one left."""
-    return f"{name} {options.pattern} {options.sparsity:.6f}"
-
-
-def _measured_jobs(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> list[Job]:
-    """The jobs of the solver with complete moments on the ranks that will solve them: a Gram matrix, then (out,) energies
-    of each target's rows. By forward passes alone a layer's energy is known as a whole, and its rows are alike."""
-    backend = setting.backend
-    if loss_aware(options):
-        plain = PLAIN_NM if options.nm else PLAIN
-        found = in_parts(
-            setting, _pass("loss", options), lambda some: loss_moments(some, targets, plain), LossMoments()
-        )
-        jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _solve_cost([t])) for t in targets]
-        backend.sum_for_jobs(jobs)
-        return jobs
-    name = _pass("inputs", options)
-    found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
-    jobs = layer_jobs(targets, found)
-    backend.sum_for_jobs(jobs)
-    if options.nm is None and options.scope in ("auto", "global"):  # only budgets ask for them
-        energies = output_energies(setting.first(options.output_samples), targets)
-        of = {target.name: energy for target, energy in zip(targets, energies, strict=True)}
-        for job in jobs:
-            rows = [(of[t.name] / t.shape[0]).expand(t.shape[0]) for t in job.targets]
-            job.moments += [energy.to(job.moments[0].device) for energy in rows]
-    return jobs
+    masks: dict[str, torch.Tensor] = {}
+    for jobs in measured.jobs(solving=True):
+        masks |= backend.map_targets(setting.model, jobs, solve)
+    return masks
 
 
 def _is_unreached(job: Job) -> bool:
@@ -246,19 +218,6 @@ def _is_unreached(job: Job) -> bool:
 def _num_pruned(target: Target, options: PruneConfig) -> int:
     rows, size = target.shape if options.scope == "row" else (1, target.numel)
     return rows * (size - num_kept(size, options.sparsity))
-
-
-def layer_jobs(targets: Sequence[Target], inputs: InputMoments) -> list[Job]:
-    """Targets grouped by the input they share, with its Gram matrix and the cost of factorising and sweeping it."""
-    by_source: dict[str, list[Target]] = {}
-    for target in targets:
-        by_source.setdefault(inputs.of(target), []).append(target)
-    return [Job(tuple(group), [inputs.moments.pop(source)], _solve_cost(group)) for source, group in by_source.items()]
-
-
-def _solve_cost(targets: Sequence[Target]) -> float:
-    num_inputs = targets[0].shape[1]
-    return sum(t.shape[0] for t in targets) * num_inputs**2 + 2.0 * num_inputs**3
 
 
 def _random(shard: Shard, key: int) -> torch.Tensor:

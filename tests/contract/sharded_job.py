@@ -50,7 +50,7 @@ WEIGHT_CASES = {
     "wanda": [{"scope": "layer"}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "taylor": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
     "fisher": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
-    "obs": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],
+    "obs": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}, {"gram_gib": 0}],
     "ria": [{}, {"scope": "layer"}],
     "gblm": [{}],
     "random": [{}],
@@ -67,6 +67,7 @@ EXPERT_CASES = [
     ("taylor", {"scope": "global"}),
     ("fisher", {"pattern": "2:4"}),
     ("obs", {}),
+    ("obs", {"gram_gib": 0}),
 ]
 UNIT_CASES = [
     {"pattern": "layers", "sparsity": 0.3},
@@ -207,6 +208,7 @@ def masks(backend: Backend) -> dict[str, dict[str, object]]:
         assert chosen.violations(here.model, backend) == 0
         kept = sum(chosen.kept(backend).values())
         name = f"{family} {criterion} {case.get('pattern', case.get('scope', 'layer'))}"
+        name += " in groups" if "gram_gib" in case else ""
         norm = sum(float(t.double().square().sum()) for t in plain.full_state(backend, here.model).values()) ** 0.5
         found[name] = {
             "mask": fingerprint,

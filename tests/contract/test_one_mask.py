@@ -23,13 +23,16 @@ from tinygn_dist.weights import sparsify
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}
 PATTERNS = {**SCOPES, "2:4": ("2:4", "auto")}
-CASES = [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs", "random") for p in PATTERNS]
+IN_GROUPS = {"in groups": ("unstructured", "auto"), "2:4 in groups": ("2:4", "auto")}
+CASES = [("obs", pattern) for pattern in IN_GROUPS]
+CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs", "random") for p in PATTERNS]
 
 
 def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[str, Any]:
     setting = tiny.setting(family, backend, count=5)
-    name, scope = PATTERNS[pattern]
-    options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4)
+    name, scope = (PATTERNS | IN_GROUPS)[pattern]
+    room = {"gram_gib": 0} if pattern in IN_GROUPS else {}
+    options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **room)
     masks = sparsify(setting, setting.anatomy.targets, options)
     state = plain.full_state(backend, setting.model)
     return {
@@ -58,7 +61,7 @@ def test_the_same_mask_at_every_world_size(ranks: Ranks, family: str, criterion:
         assert found["zeros"] == {name: size - found["kept"][name] for name, size in sizes.items()}
         for name, weight in wanted["weights"].items():
             torch.testing.assert_close(found["weights"][name], weight, rtol=1e-4, atol=1e-6)
-    share = 0.5 if pattern == "2:4" else 0.6
+    share = 0.5 if pattern.startswith("2:4") else 0.6
     assert sum(wanted["kept"].values()) == pytest.approx(share * sum(sizes.values()), rel=0.03)
 
 
@@ -114,9 +117,9 @@ def test_the_same_heads_by_backpropagation(ranks: Ranks):
     check_units(ranks, "llama", "heads", "gate", "backprop")
 
 
-def _few_rows(backend: Backend, criterion: str) -> tuple[str, str]:
+def _few_rows(backend: Backend, criterion: str, room: float) -> tuple[str, str]:
     """One micro-batch: most ranks have nothing to look at, and still take part in every sum."""
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion)
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, gram_gib=room)
     setting = tiny.setting("llama", backend, count=1)
     masks = sparsify(setting, setting.anatomy.targets, options)
     channels = PruneConfig(pattern="channels", sparsity=0.15, multiple_of=8)
@@ -124,10 +127,10 @@ def _few_rows(backend: Backend, criterion: str) -> tuple[str, str]:
     return masks.fingerprint(setting.model, backend), kept.fingerprint()
 
 
-@pytest.mark.parametrize("criterion", ["wanda", "taylor", "obs"])
-def test_fewer_micro_batches_than_ranks(ranks: Ranks, criterion: str):
-    wanted = _few_rows(make_backend(DistributedConfig()), criterion)
-    assert ranks.call(_few_rows, criterion) == [wanted] * ranks.size
+@pytest.mark.parametrize("criterion, room", [("wanda", 16.0), ("taylor", 16.0), ("obs", 16.0), ("obs", 0.0)])
+def test_fewer_micro_batches_than_ranks(ranks: Ranks, criterion: str, room: float):
+    wanted = _few_rows(make_backend(DistributedConfig()), criterion, room)
+    assert ranks.call(_few_rows, criterion, room) == [wanted] * ranks.size
 
 
 # -- zeros stay zero -------------------------------------------------------------------------------------------------------

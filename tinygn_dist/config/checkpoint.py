@@ -14,7 +14,8 @@ class CheckpointConfig(Section):
     """optimizer steps from one checkpoint to the next, the first right after the compression; 0 writes one only when the
     run is asked to stop (SIGTERM)"""
     statistics_every: int = Field(0, ge=0)
-    """micro-batches from one saving of the statistics that weights are scored by to the next; 0 for none"""
+    """micro-batches from one saving of the statistics that weights are scored by to the next; 0 for none. Not where
+    layers are solved in groups (prune.gram_gib)"""
     dir: str | None = None
     """folder, seen by every rank; by default the output folder's name with .checkpoints behind it"""
     keep: int = Field(2, ge=1)

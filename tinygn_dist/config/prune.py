@@ -60,6 +60,10 @@ class PruneConfig(Section):
     passes: int | None = Field(None, ge=1)
     """criterion obs: in how many passes the zeros are reached, each measured on the model that the last one left; by default
     as many as it takes that none removes more than half of what is there (one up to 50 %, two up to 75 %)"""
+    gram_gib: float = Field(16, ge=0)
+    """criterion obs: room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs).
+    Where those of all layers do not fit, groups of layers that do are solved one after another, each measured on what the
+    compressed layers before it give (about two forwards more); 0: one layer at a time"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)

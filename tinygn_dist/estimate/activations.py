@@ -6,7 +6,7 @@ own, over the tokens routed to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ class Read(NamedTuple):
     tokens: torch.Tensor | None
 
 
+Weigh = Callable[[str, torch.Tensor], torch.Tensor]
+"""(target's name, (n,) positions of real tokens in the flattened micro-batch) -> (n,) fp32"""
+
+
 @dataclass
 class InputMoments:
     """moments: this rank's sums, by source. source_of: target -> the target whose name the shared sum carries."""
@@ -51,7 +55,7 @@ def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) ->
     sums of squares. The caller reduces them, to every rank or to the one that needs them."""
     found = InputMoments()
     inputs: dict[str, Read] = {}
-    hooks = _input_hooks(setting.bare, targets, inputs)
+    hooks = input_hooks(setting.bare, targets, inputs)
     mine = setting.backend.share(setting.batches)
     with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
         for batch, real in mine:
@@ -59,7 +63,7 @@ def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) ->
             inputs.clear()
             setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
             if real:
-                _add(found, inputs, real_tokens(batch), full)
+                add_inputs(found, inputs, real_tokens(batch), full)
             advance()
     complete(found, setting)
     return found
@@ -96,7 +100,7 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return sums, tokens
 
 
-def _input_hooks(
+def input_hooks(
     bare: nn.Module, targets: Sequence[Target], inputs: dict[str, Read]
 ) -> list[tuple[nn.Module, ModelHook]]:
     """One hook per module, which puts what each target reads into `inputs`."""
@@ -133,17 +137,23 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
     return seen
 
 
-def _add(found: InputMoments, inputs: dict[str, Read], mask: torch.Tensor | None, full: bool) -> None:
+def add_inputs(
+    found: InputMoments, inputs: dict[str, Read], mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
+) -> None:
+    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every target's sum, and no sum is
+    shared."""
     sources: dict[int, str] = {}
     for name, (hidden, tokens) in inputs.items():
-        source = sources.setdefault(id(hidden), name)  # `inputs` keeps every tensor alive, so ids are unique
+        source = name if weigh else sources.setdefault(id(hidden), name)  # `inputs` keeps every tensor alive
         found.source_of.setdefault(name, source)
         if source != name:
             continue
         rows = hidden.flatten(0, -2).float()
+        tokens = torch.arange(len(rows), device=rows.device) if tokens is None else tokens
         if mask is not None:
-            rows = rows[mask if tokens is None else mask[tokens]]
-        found.moments.add(name, gram(rows) if full else rows.square().sum(0))
+            rows, tokens = rows[mask[tokens]], tokens[mask[tokens]]
+        weights = weigh(name, tokens) if weigh else None
+        found.moments.add(name, gram(rows, weights) if full else rows.square().sum(0))
 
 
 def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:

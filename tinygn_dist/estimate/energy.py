@@ -10,9 +10,9 @@ of a whole layer by forward passes alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,35 +53,97 @@ def coarse(values: torch.Tensor) -> torch.Tensor:
 def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> LossMoments:
     """Sums over this rank's batches by one backward pass per micro-batch, without any weight gradient. plain: how much
     every token weighs beside its energy, whose mean is 1."""
-    found, inputs = LossMoments(), {}
+    found = LossMoments()
     for target in targets:
         out, num_inputs = target.shape
         found.grams.reserve(target.name, (num_inputs, num_inputs), setting.backend.device)
         found.rows.reserve(target.name, (out,), setting.backend.device)
+
+    def seen(name: str, gone: Arrived) -> None:
+        found.grams.add(name, gram(gone.rows, token_weights(gone.squared.mean(1), plain)))
+        found.rows.add(name, gone.row_energy())
+
+    _each_gradient(setting, targets, seen)
+    return found
+
+
+class TokenWeights:
+    """What every token of this rank's micro-batches weighs in the Hessian of every target, kept from the model that it was
+    measured on until the Gram matrices of a target's layer are summed: two bytes for each, on the CPU.
+
+    rows: as of `LossMoments`, not yet reduced.
+    """
+
+    def __init__(self, setting: Setting, targets: Sequence[Target], plain: float) -> None:
+        """One backward pass per micro-batch, with no sum larger than a row of a target."""
+        self.rows, self._unknown = Moments(), plain + 1
+        self._held: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        for target in targets:
+            self.rows.reserve(target.name, (target.shape[0],), setting.backend.device)
+
+        def seen(name: str, gone: Arrived) -> None:
+            weights = token_weights(gone.squared.mean(1), plain).bfloat16().cpu()  # exact, see `coarse`
+            self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
+            self.rows.add(name, gone.row_energy())
+
+        _each_gradient(setting, targets, seen)
+
+    def of(self, name: str, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`. tokens: (n,) ascending
+        positions in the flattened micro-batch. Tokens that did not reach an expert before weigh what the mean one does."""
+        if (name, number) not in self._held:  # no gradient came there
+            return torch.ones(len(tokens), device=tokens.device)
+        weights, before = self._held[name, number]
+        weights = weights.to(tokens.device).float()
+        if before is None:
+            return weights
+        found = weights.new_full((len(tokens),), self._unknown)
+        if len(before):
+            before = before.to(tokens.device, tokens.dtype)
+            place = torch.searchsorted(before, tokens).clamp(max=len(before) - 1)
+            found = torch.where(before[place] == tokens, weights[place], found)
+        return found
+
+
+class Arrived(NamedTuple):
+    """A gradient at a target's output in one micro-batch. number: which of this rank's. rows: (n, in) fp32 real rows that the
+    target read. squared: (n, out) fp32 squared gradients. tokens: (n,) positions in the flattened micro-batch of what an
+    expert read, None elsewhere: all that are real."""
+
+    number: int
+    rows: torch.Tensor
+    squared: torch.Tensor
+    tokens: torch.Tensor | None
+
+    def row_energy(self) -> torch.Tensor:
+        return self.squared.t() @ self.rows.square().sum(1)
+
+
+def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[str, Arrived], None]) -> None:
+    """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts."""
+    inputs: dict[str, torch.Tensor] = {}
     mask: torch.Tensor | None = None
-    counts = True
+    number, counts, wanted = 0, True, {target.name for target in targets}
 
     def linear(name: str) -> Observer:
-        def seen(hidden: torch.Tensor, output: Any) -> None:
+        def forward(hidden: torch.Tensor, output: Any) -> None:
             inputs[name] = hidden.detach()
-            output.register_hook(lambda grad: arrived(name, inputs.pop(name), grad, mask))
+            output.register_hook(lambda grad: arrived(name, inputs.pop(name), grad, None))
 
-        return Observer(seen, output=True)
+        return Observer(forward, output=True)
 
     def fused(module: str) -> ExpertGradients:
-        def seen(leaf: str, expert: int, x: torch.Tensor, dy: torch.Tensor, tokens: torch.Tensor) -> None:
-            name = f"{module}.{leaf}[{expert}]"
-            if name in found.grams:
-                arrived(name, x, dy, None if mask is None else mask[tokens])
+        def backward(leaf: str, expert: int, x: torch.Tensor, dy: torch.Tensor, tokens: torch.Tensor) -> None:
+            if (name := f"{module}.{leaf}[{expert}]") in wanted:
+                arrived(name, x, dy, tokens)
 
-        return ExpertGradients(seen)
+        return ExpertGradients(backward)
 
-    def arrived(name: str, hidden: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None) -> None:
-        if not counts:
-            return
-        rows, squared = _rows(hidden, mask), _rows(grad, mask).square()
-        found.grams.add(name, gram(rows, token_weights(squared.mean(1), plain)))
-        found.rows.add(name, squared.t() @ rows.square().sum(1))
+    def arrived(name: str, hidden: torch.Tensor, grad: torch.Tensor, tokens: torch.Tensor | None) -> None:
+        if counts:
+            real = mask if mask is None or tokens is None else mask[tokens]
+            places = tokens if tokens is None or real is None else tokens[real]
+            seen(name, Arrived(number, _rows(hidden, real), _rows(grad, real).square(), places))
 
     hooks = [
         (setting.bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
@@ -90,14 +152,13 @@ def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> L
     hooks.append((setting.bare.get_input_embeddings(), _StartOfGraph()))
     mine = setting.backend.share(setting.batches)
     with gradients_of(setting.bare, ()), attached(hooks), setting.progress.bar("gradient energy", len(mine)) as step:
-        for batch, real in mine:
-            counts = real
+        for place, (batch, real) in enumerate(mine):
+            number, counts = place, real
             batch = setting.on_device(batch)
             mask = real_tokens(batch)
             setting.objective(setting.model, batch).total.sum().backward()
             inputs.clear()  # of targets that no gradient reached
             step()
-    return found
 
 
 def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
