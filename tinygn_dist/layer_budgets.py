@@ -1,4 +1,5 @@
-"""How many weights each layer loses: budgets between equal shares and one global cut of the saliency in units of loss.
+"""How many weights each layer loses: budgets between equal shares and one global cut of the saliency in units of loss, or
+by the layers' outliers.
 
 The saliency is right to second order at the model it was measured on, which the compressed one is not, so the best budgets
 lie on the way. How far depends on the model; `best_of` tries, equal shares included, and compares held-out losses.
@@ -7,7 +8,7 @@ lie on the way. How far depends on the model; `best_of` tries, equal shares incl
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.energy import coarse
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.layer_statistics import LayerStatistics
+from tinygn_dist.layer_statistics import LayerStatistics, has_budgets
 from tinygn_dist.solve import obs
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,9 @@ Masks = dict[str, torch.Tensor]
 
 
 def shares(options: PruneConfig) -> Sequence[float]:
-    """How far to go towards the global cut; several to try."""
+    """How far to go towards the global cut of the saliency; several to try."""
+    if not has_budgets(options):
+        return (0.0,)
     if options.scope == "global":
         return (1.0,)
     return CANDIDATES if options.allocation == "auto" else (options.allocation,)
@@ -98,6 +101,43 @@ def allocate(
         return {}
     pruned = blend(going, sizes, below_cut(tallies[tallies.any(1)], going).tolist(), share)
     return {target.name: count for target, count in zip(competing, pruned, strict=True)}
+
+
+def by_outliers(
+    setting: Setting, targets: Sequence[Target], scores: Mapping[str, torch.Tensor], options: PruneConfig
+) -> dict[str, int]:
+    """How many entries of each target go by OWL (Yin et al. 2024). An outlier is a score of Wanda, |w| ||x||, above
+    `owl_outliers` times its layer's mean; from the layer with the smallest share of them to the one with the largest, density
+    rises evenly by twice `owl_spread`, around the mean that is asked for. Matrices of one layer are alike.
+
+    scores: of Wanda, shaped like this rank's shards. Where twice the spread is more than what goes or stays in all, it is that.
+    """
+    sum_over_shards = setting.backend.sum_over_shards
+    layers = sorted({target.layer for target in targets})
+    row_of = {target.name: layers.index(target.layer) for target in targets}
+    sums, above = (torch.zeros(len(layers), dtype=kind) for kind in (torch.float64, torch.int64))
+    sizes = torch.zeros(len(layers), dtype=torch.float64)
+    for target in targets:
+        sums[row_of[target.name]] += float(scores[target.name].double().sum())
+        sizes[row_of[target.name]] += target.numel
+    limits = options.owl_outliers * sum_over_shards(sums) / sizes
+    for target in targets:
+        row = row_of[target.name]
+        above[row] += int((scores[target.name].double() > limits[row]).sum())
+    density = outlier_densities(sum_over_shards(above) / sizes, sizes, 1 - options.sparsity, options.owl_spread)
+    numbers = [target.numel for target in targets]
+    wanted = [t.numel * (1 - float(density[row_of[t.name]])) for t in targets]
+    counts = blend(sum(numbers) - num_kept(sum(numbers), options.sparsity), numbers, wanted, 1.0)
+    return {target.name: count for target, count in zip(targets, counts, strict=True)}
+
+
+def outlier_densities(outliers: torch.Tensor, sizes: torch.Tensor, density: float, spread: float) -> torch.Tensor:
+    """(layers,) fp64 densities whose mean, weighted by the layers' sizes, is `density`. outliers: (layers,) shares."""
+    reach = outliers.max() - outliers.min()
+    if reach == 0:
+        return torch.full_like(outliers, density)
+    steps = (outliers - outliers.min()) / reach * min(2 * spread, density, 1 - density)
+    return density + steps - (steps * sizes).sum() / sizes.sum()
 
 
 _SHIFT, _BINS = 19, 1 << 12

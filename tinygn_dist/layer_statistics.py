@@ -95,8 +95,9 @@ def loss_aware(options: PruneConfig) -> bool:
 
 
 def has_budgets(options: PruneConfig) -> bool:
-    """Whether layers share one number of zeros, which asks for the energies of their rows."""
-    return options.nm is None and options.scope in ("auto", "global")
+    """Whether layers compete for their zeros by what they cost in loss, which asks for the energies of their rows."""
+    shared = options.scope == "global" or (options.scope == "auto" and options.allocation not in (0, "owl"))
+    return options.nm is None and shared
 
 
 class _AtOnce:

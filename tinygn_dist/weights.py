@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,12 +18,12 @@ from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
-from tinygn_dist.layer_statistics import LayerStatistics, has_budgets, layer_groups, measure
+from tinygn_dist.layer_statistics import LayerStatistics, layer_groups, measure
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
 from tinygn_dist.selection import check_nm, choose_masks
-from tinygn_dist.solve import least_squares, obs
+from tinygn_dist.solve import layer
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
@@ -75,12 +75,12 @@ def _choose(
     """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the
     whole model competes, scores of another scale would empty them or spare them."""
 
-    def masks(among: Sequence[Target], within: str) -> dict[str, torch.Tensor]:
+    def masks(among: Sequence[Target], within: str, sparsity: float = options.sparsity) -> dict[str, torch.Tensor]:
         return choose_masks(
             setting.model,
             among,
             scores,
-            sparsity=options.sparsity,
+            sparsity=sparsity,
             scope=within,
             nm=options.nm,
             backend=setting.backend,
@@ -91,6 +91,9 @@ def _choose(
     _warn_unreached(alone.values())
     for name, target in alone.items():
         scores[name] = score.magnitude(setting.backend.shard(setting.model, target).weight)
+    if options.allocation == "owl":
+        going = _outlier_budgets(setting, targets, options)
+        return {n: m for t in targets for n, m in masks([t], scope, going[t.name] / t.numel).items()}
     together = [target for target in targets if scope != "global" or target.name not in alone]
     apart = list(alone.values()) if scope == "global" else []
     return {k: m for among, s in ((together, scope), (apart, "layer")) if among for k, m in masks(among, s).items()}
@@ -158,40 +161,44 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver, at the budgets asked for or at the best of several."""
-    shares: Sequence[float] = (0.0,)
-    if has_budgets(options):
-        shares = layer_budgets.shares(options)
+    shares = layer_budgets.shares(options)
     held_out: Setting | None = None
     if len(shares) > 1:
         setting, held_out = setting.split(options.probe_samples)
     measured = measure(setting, targets, options)
-    if held_out is None:
-        return _solved(setting, targets, measured, options, shares[0])
-    return layer_budgets.best_of(
-        shares, held_out, targets, lambda share: _solved(setting, targets, measured, options, share)
-    )
+
+    def solved(share: float) -> dict[str, torch.Tensor]:
+        pruned = {target.name: _num_pruned(target, options) for target in targets}
+        if options.allocation == "owl":
+            pruned = _outlier_budgets(setting, targets, options)
+        elif share > 0:
+            pruned |= layer_budgets.allocate(setting, targets, measured, options, share)
+        return _solved(setting, measured, options, pruned)
+
+    return layer_budgets.best_of(shares, held_out, targets, solved) if held_out else solved(shares[0])
+
+
+def _outlier_budgets(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, int]:
+    return layer_budgets.by_outliers(setting, targets, _scores(setting, targets, "wanda", options.seed), options)
 
 
 def _solved(
-    setting: Setting, targets: Sequence[Target], measured: LayerStatistics, options: PruneConfig, share: float
+    setting: Setting, measured: LayerStatistics, options: PruneConfig, pruned: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Whole rows of each target are solved by one rank."""
-    backend = setting.backend
-    pruned = {target.name: _num_pruned(target, options) for target in targets}
-    if share > 0:
-        pruned |= layer_budgets.allocate(setting, targets, measured, options, share)
+    """Whole rows of each target are solved by one rank. pruned: how many entries of each target go."""
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
-        unreached = _is_unreached(job)
-        if unreached:  # with the identity the solver keeps the largest
+        if _is_unreached(job):  # with the identity the solver keeps the largest
             hessian = torch.eye(len(hessian), device=hessian.device)
             _warn_unreached(job.targets)
         for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
-            solved = obs.prune(
+            solved = layer.solve(
                 weight,
                 hessian,
                 pruned[target.name],
+                solver=options.solver,
+                refine=options.refine,
                 nm=options.nm,
                 per_row=options.scope == "row",
                 row_energy=layer_budgets.loss_per_error(job, index),
@@ -199,15 +206,21 @@ def _solved(
             )
             if solved.damping > options.damping:
                 log.warning("%s: damping raised to %g to factorise its Hessian", target.name, solved.damping)
-            fitted = least_squares.refit_masked(
-                weight, solved.weight, solved.keep, hessian, options.refine, solved.damping
-            )
-            results.append((fitted, solved.keep))
+            results.append((solved.weight, solved.keep))
+            job.outcome = (job.outcome or 0) + (solved.solver == "admm")
         return results
 
     masks: dict[str, torch.Tensor] = {}
+    better = 0
     for jobs in measured.jobs(solving=True):
-        masks |= backend.map_targets(setting.model, jobs, solve)
+        for job in jobs:
+            job.outcome = None
+        masks |= setting.backend.map_targets(setting.model, jobs, solve)
+        better += sum(job.outcome for job in jobs)
+    if options.solver == "admm":
+        setting.notes.append(
+            f"ADMM's mask had the smaller error on {better} of {len(masks)} weights, the sweep's on the rest"
+        )
     return masks
 
 

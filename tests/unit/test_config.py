@@ -188,8 +188,24 @@ def test_low_rank_training_and_offloaded_weights_do_not_go_together(where: str):
 def test_allocation_is_a_share_or_auto(value: object):
     for good in (0, 0.5, 1, "0.25", "auto"):
         load_config(None, MODEL | {"prune.allocation": good})
-    with pytest.raises(UserError, match="prune.allocation: got .*, accepted: 0 .* to 1 .*, or auto"):
+    with pytest.raises(UserError, match="prune.allocation: got .*, accepted: 0 .* to 1 .*, auto or owl"):
         load_config(None, MODEL | {"prune.allocation": value})
+
+
+@pytest.mark.parametrize("more", [{"pattern": "2:4"}, {"pattern": "channels"}, {"scope": "global"}], ids=str)
+def test_owl_is_for_layers_that_may_differ(more: dict):
+    asked = {"prune.pattern": "unstructured", "prune.allocation": "owl"}
+    load_config(None, MODEL | asked)
+    with pytest.raises(UserError, match="allocation owl gives every layer a number of zeros, got pattern .*, accepted"):
+        load_config(None, MODEL | asked | {f"prune.{key}": value for key, value in more.items()})
+
+
+@pytest.mark.parametrize("more", [{"pattern": "channels"}, {"criterion": "wanda"}], ids=str)
+def test_admm_is_a_solver_of_weights(more: dict):
+    asked = {"prune.pattern": "2:4", "prune.solver": "admm"}
+    load_config(None, MODEL | asked)
+    with pytest.raises(UserError, match="solver admm solves weights of criterion obs, got pattern"):
+        load_config(None, MODEL | asked | {f"prune.{key}": value for key, value in more.items()})
 
 
 def test_auto_allocation_needs_something_to_hold_out():

@@ -62,11 +62,11 @@ def test_budgets_see_all_layers_of_the_dense_model(options: PruneConfig) -> None
 
 
 # -- inputs from what is compressed ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(family: str) -> None:
     """Against whole forwards of a second model, whose layers are solved one after the other by hand."""
     options = IN_GROUPS.model_copy(update=FORWARD | {"allocation": 0.0})
-    setting, by_hand = tiny.setting(family), tiny.setting(family)
+    setting, by_hand = (tiny.setting(family, count=6, size=4, length=12) for _ in range(2))
     weights.sparsify(setting, setting.anatomy.targets, options)
     for layer in range(setting.anatomy.num_layers):
         targets = [target for target in by_hand.anatomy.targets if target.layer == layer]
@@ -74,10 +74,15 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
             weight = target.matrix(by_hand.bare.get_parameter(target.parameter).data)
             solved = obs.prune(weight, gram.float(), round(0.5 * target.numel), row_energy=torch.ones(len(weight)))
             weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
-    for name, wanted in by_hand.bare.state_dict().items():
-        found = setting.bare.state_dict()[name]
-        assert torch.equal(found == 0, wanted == 0), name
-        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=2e-3)
+    at_once = tiny.setting(family, count=6, size=4, length=12)
+    weights.sparsify(at_once, at_once.anatomy.targets, options.model_copy(update={"gram_gib": 16.0}))
+    apart = []
+    for target in by_hand.anatomy.targets:  # rounding of a near-singular Gram matrix may flip a tie
+        wanted, found, other = (s.bare.get_parameter(target.parameter).detach() for s in (by_hand, setting, at_once))
+        assert int(((found == 0) != (wanted == 0)).sum()) <= 0.005 * target.numel, target.name
+        assert float((found - wanted).norm()) <= 0.05 * float(wanted.norm()), target.name
+        apart.append(float((other - wanted).norm() / wanted.norm()))
+    assert max(apart) > 0.1  # the test can fail
 
 
 def _grams(setting: Setting, targets: list[Target]) -> list[torch.Tensor]:

@@ -51,9 +51,15 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
     weights (taylor, fisher, and the loss-aware weights of obs)"""
-    allocation: float | Literal["auto"] = 0.75
+    allocation: float | Literal["auto", "owl"] = 0.75
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
-    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken"""
+    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; owl, for any
+    criterion: layers with more outliers keep more"""
+    owl_outliers: float = Field(5.0, gt=1)
+    """allocation owl: a weight is an outlier where |w| ||x|| is more than so many times its layer's mean"""
+    owl_spread: float = Field(0.08, gt=0, lt=0.5)
+    """allocation owl: how far from the mean a layer's density may be; twice that lie between the layers with the fewest and
+    the most outliers"""
     output_samples: int = Field(2, ge=1)
     """criterion obs without backprop: calibration sequences on which each layer's output is moved to learn how much the loss
     listens to it; one partial forward each per weight matrix"""
@@ -64,6 +70,9 @@ class PruneConfig(Section):
     """criterion obs: room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs).
     Where those of all layers do not fit, groups of layers that do are solved one after another, each measured on what the
     compressed layers before it give (about two forwards more); 0: one layer at a time"""
+    solver: Literal["obs", "admm"] = "obs"
+    """criterion obs: the sweep of SparseGPT, or also ADMM (ALPS), which finds mask and weights together in several times the
+    time, and for each weight the one with the smaller error"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
     probe_samples: int = Field(8, ge=1)
@@ -127,11 +136,11 @@ class PruneConfig(Section):
     @classmethod
     def _share_or_auto(cls, value: Any) -> Any:
         try:
-            if value == "auto" or 0 <= float(value) <= 1:
+            if value in ("auto", "owl") or 0 <= float(value) <= 1:
                 return value
         except (TypeError, ValueError):
             pass
-        raise ValueError(f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), or auto; try 0.75")
+        raise ValueError(f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), auto or owl; try 0.75")
 
     @field_validator("target")
     @classmethod
@@ -155,6 +164,15 @@ class PruneConfig(Section):
             raise ValueError(
                 f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
                 + ", ".join(allowed)
+            )
+        if self.allocation == "owl" and (self.pattern != "unstructured" or self.scope == "global"):
+            raise ValueError(
+                f"allocation owl gives every layer a number of zeros, got pattern {self.pattern} and scope {self.scope}, "
+                "accepted: pattern unstructured, scope auto, layer or row"
+            )
+        if self.solver == "admm" and (self.unit_kinds or self.criterion not in ("auto", "obs")):
+            raise ValueError(
+                f"solver admm solves weights of criterion obs, got pattern {self.pattern} and criterion {self.criterion}"
             )
         if self.criterion in ("taylor", "fisher", "gblm") and self.estimator == "finite-difference":
             raise ValueError(

@@ -95,12 +95,12 @@ def prune(
             saliency = block.square() / upper.diagonal().square()
             if row_energy is not None:
                 saliency *= row_energy[:, None]
-            keep[:, start:stop] = _drop_lowest(saliency, quota_here)
+            keep[:, start:stop] = drop_lowest(saliency, quota_here)
         for column in range(size):
             if nm is not None and column % nm[1] == 0:
                 group = slice(column, column + nm[1])
                 saliency = block[:, group].square() / upper.diagonal()[group].square()
-                keep[:, start + column : start + column + nm[1]] = _keep_n(saliency, nm[0])
+                keep[:, start + column : start + column + nm[1]] = keep_n_of_m(saliency, nm[0])
             kept = keep[:, start + column]
             error = block[:, column].masked_fill(kept, 0) / upper[column, column]
             errors[:, column] = error
@@ -124,7 +124,7 @@ def _row_quotas(num_pruned: int, rows: int, sizes: Sequence[int]) -> list[list[i
     return [list(block) for block in zip(*by_row, strict=True)]
 
 
-def _drop_lowest(saliency: torch.Tensor, num_pruned: int | list[int]) -> torch.Tensor:
+def drop_lowest(saliency: torch.Tensor, num_pruned: int | list[int]) -> torch.Tensor:
     """Keep mask with exactly num_pruned False, or that many False in each row."""
     if isinstance(num_pruned, int):
         order = saliency.flatten().argsort(stable=True)
@@ -135,6 +135,7 @@ def _drop_lowest(saliency: torch.Tensor, num_pruned: int | list[int]) -> torch.T
     return rank >= torch.tensor(num_pruned, device=saliency.device)[:, None]
 
 
-def _keep_n(saliency: torch.Tensor, n: int) -> torch.Tensor:
+def keep_n_of_m(saliency: torch.Tensor, n: int) -> torch.Tensor:
+    """Mask of the n largest in each row of (groups, m)."""
     rank = saliency.argsort(dim=1, descending=True, stable=True).argsort(1)
     return rank < n
