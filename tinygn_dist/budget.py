@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 
 def num_kept(total: int, sparsity: float) -> int:
@@ -104,35 +105,80 @@ class UnitSizes:
         return max(0, getattr(self, kind) - least)
 
 
-def mixes(sizes: UnitSizes, sparsity: float, kinds: Sequence[str], multiple_of: int) -> Iterator[Mix]:
-    """Every mix of the allowed kinds that removes at least round(sparsity * layers' parameters), with no unit to
-    spare: for each number of layers and heads the fewest channels (kept at a multiple of `multiple_of`) or experts that
-    reach it.
+@dataclass(frozen=True)
+class Latency:
+    """Measured seconds of one forward of a model whose `layers` layers are alike.
+
+    rest: everything but the layers. layer: one whole layer. heads, channels: one layer by how many KV groups or channels
+    it keeps, the other kind whole; at a few counts, the full one and the least among them, linear in between. What heads
+    and channels save is added: attention and feed-forward run one after the other.
+    """
+
+    layers: int
+    rest: float
+    layer: float
+    heads: Mapping[int, float] = field(default_factory=dict)
+    channels: Mapping[int, float] = field(default_factory=dict)
+
+    def removed_seconds(self, mix: Mix) -> float:
+        """Seconds that go with a mix."""
+        inner = 0.0
+        for gone, table in ((mix.heads, self.heads), (mix.channels, self.channels)):
+            if gone:
+                inner += self.layer - _between(table, max(table) - gone)
+        return mix.layers * self.layer + (self.layers - mix.layers) * inner
+
+    @property
+    def total_seconds(self) -> float:
+        return self.rest + self.layers * self.layer
+
+
+def _between(table: Mapping[int, float], count: int) -> float:
+    """The value at a count, on the line between its measured neighbours."""
+    counts = sorted(table)
+    high = max(1, min(bisect_left(counts, count), len(counts) - 1))
+    below, above = counts[high - 1], counts[high]
+    return table[below] + (table[above] - table[below]) * (count - below) / (above - below)
+
+
+def mixes(
+    sizes: UnitSizes, sparsity: float, kinds: Sequence[str], multiple_of: int, latency: Latency | None = None
+) -> Iterator[Mix]:
+    """Every mix of the allowed kinds that removes at least round(sparsity * layers' parameters), or this share of a
+    latency, with no unit to spare: for each number of layers and heads the fewest channels (kept at a multiple of
+    `multiple_of`) or experts that reach it.
 
     A mix leaves at least one layer, head and channel block, and the experts a router needs; where nothing reaches the
     target the iterator is empty.
     """
-    target = round(sparsity * sizes.total_params)
+    removed, target = sizes.removed_params, float(round(sparsity * sizes.total_params))
+    if latency is not None:
+        removed, target = latency.removed_seconds, (sparsity - 1e-9) * latency.total_seconds
     max_layers = sizes.most("layers") if "layers" in kinds else 0
     max_heads = sizes.most("heads") if "heads" in kinds else 0
     for layers in range(max_layers + 1):
         for heads in range(max_heads + 1):
             for inner in _feed_forward_steps(sizes, kinds, multiple_of):
                 mix = replace(inner, layers=layers, heads=heads)
-                if sizes.removed_params(mix) >= target:
+                if removed(mix) >= target:
                     yield mix
                     break
-            if sizes.removed_params(Mix(layers, heads)) >= target:
+            if removed(Mix(layers, heads)) >= target:
                 break
-        if sizes.removed_params(Mix(layers)) >= target:
+        if removed(Mix(layers)) >= target:
             return
+
+
+def channel_step(channels: int, multiple_of: int) -> int:
+    """Kept channel counts are multiples of this, below the full width."""
+    return min(multiple_of, max(1, channels // 2))
 
 
 def _feed_forward_steps(sizes: UnitSizes, kinds: Sequence[str], multiple_of: int) -> Iterator[Mix]:
     """Fewest first. A layer has channels or experts, not both."""
     yield Mix()
     if "channels" in kinds:
-        step = min(multiple_of, max(1, sizes.channels // 2))
+        step = channel_step(sizes.channels, multiple_of)
         largest = (sizes.channels - 1) // step * step  # kept counts: multiples of step below the full width
         for kept in range(largest, 0, -step):
             yield Mix(channels=sizes.channels - kept)

@@ -15,6 +15,7 @@ from torch import nn
 from tinygn_dist import calibration, export, weights
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import make_backend
+from tinygn_dist.budget import Mix
 from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
@@ -25,7 +26,8 @@ from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.resume import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.shrink import smaller_config, smaller_origin
-from tinygn_dist.units import plan_mixes, remove_units
+from tinygn_dist.target import meet_target
+from tinygn_dist.units import dense_params, plan_mixes, remove_units
 
 _STATE = "tinygn"
 """folder of ours inside a checkpoint that somebody else writes"""
@@ -79,7 +81,12 @@ class Compressor:
                 f"pattern {prune.pattern} with a model in {type(model).__name__}; compress the plain model first, and wrap the "
                 "smaller one"
             )
-        mixes = plan_mixes(self._anatomy, prune) if prune.unit_kinds else []
+        if prune.asks_latency:
+            raise UserError(f"prune.target {prune.target} is for `tinygn compress`; use params=, bytes= or flops= here")
+        mixes: list[Mix] = []
+        if prune.unit_kinds:
+            prune = meet_target(prune, self._anatomy, skeleton, dense_params(self._anatomy))
+            mixes = plan_mixes(self._anatomy, prune)
         self._targets: tuple[Target, ...] = ()
         if not mixes:
             self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)

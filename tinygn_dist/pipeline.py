@@ -23,6 +23,7 @@ from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
+from tinygn_dist.latency import LatencyTarget
 from tinygn_dist.objective import Batch, add_reference, objective_of
 from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
@@ -49,6 +50,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     backend.agree(config.fingerprint(), "the config")
     with backend.together("checking the request"):
         run.check()
+    run.measure_costs()
 
     with export.only_writer(run.destination, backend):
         run.every_stage()
@@ -70,6 +72,7 @@ class _Run(TrainingStage):
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.masks: GradualMasks | None = None
+        self.latency: LatencyTarget | None = None
         self.teacher: nn.Module | TeacherCache | None = None
         self.course, self.round = Course(), 0
         self.protected = config.prune.protect
@@ -128,7 +131,7 @@ class _Run(TrainingStage):
             self.cut = filters if self.anatomy.of_kind("filters") else units
             asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
             self.config = config = config.model_copy(update={"prune": asked})
-            self.mixes = self.cut.plan_mixes(self.anatomy, config.prune)
+            self.mixes = [] if asked.asks_latency else self.cut.plan_mixes(self.anatomy, asked)
             self.dense_params = self.cut.dense_params(self.anatomy)
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
@@ -144,6 +147,13 @@ class _Run(TrainingStage):
             refuse_unfinished(self.checkpoint_folder)
         self.objective = objective_of(self.source.task)
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
+
+    def measure_costs(self) -> None:
+        """Where a latency is asked for: what layers cost on this device, and the mixes that meet the target by that."""
+        if self.config.prune.asks_latency:
+            self.latency = LatencyTarget(self.source, self.config, self.anatomy, self.backend)
+            with self.backend.together("checking the request"):
+                self.mixes = units.plan_mixes(self.anatomy, self.config.prune, self.latency.table)
 
     def load(self) -> None:
         self.model, self.dtypes = placed(self.source, self.backend)
@@ -190,6 +200,9 @@ class _Run(TrainingStage):
                 setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name)))
 
     def evaluate_before(self) -> None:
+        if self.latency:
+            self.report.latency = self.latency.figures
+            self.latency.time("dense", self.model)
         self.report.before = self.quality(self.model) | self.size | {"speed": self.speed(self.model)}
 
     def remove_units(self, number: int = 0) -> None:
@@ -275,6 +288,8 @@ class _Run(TrainingStage):
             self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
+            if self.latency:
+                self.latency.time("smaller", reloaded)
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
             cpu = self.backend.everyone(self.cpu_seconds)

@@ -36,6 +36,8 @@ class Report:
     """the selections before the last one, each by index in the model it was made of"""
     parameters: dict[str, Any] = field(default_factory=dict)
     """all parameters accounted for: pruned, kept and why"""
+    latency: dict[str, Any] = field(default_factory=dict)
+    """of a target latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
     recovery: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -71,6 +73,9 @@ class Report:
                 if self.recovery:
                     rows.append((f"{name} before recovery", "", _number(self.compressed[key])))
                 rows.append((name, _number(self.before[key]), _number(self.after[key])))
+        if "smaller_seconds" in self.latency:
+            seconds = (f"{self.latency[f'{which}_seconds'] * 1e3:.4g}" for which in ("dense", "smaller"))
+            rows.append((f"latency of {self.latency['timed']}, ms", *seconds))
         for key, name in (
             ("prefill_tokens_per_second", "prefill tokens/s"),
             ("decode_tokens_per_second", "decode tokens/s"),
@@ -81,8 +86,10 @@ class Report:
         return rows
 
     def asked(self) -> str:
-        """The pattern, with its sparsity where it has one."""
+        """The pattern, with its target or sparsity where it has one."""
         prune = self.recipe["prune"]
+        if prune["target"]:
+            return f"{prune['pattern']} {prune['target']}"
         return prune["pattern"] if ":" in prune["pattern"] else f"{prune['pattern']} {prune['sparsity']:.0%}"
 
     def print(self, console: Console | None = None) -> None:

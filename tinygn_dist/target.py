@@ -1,5 +1,5 @@
 """What `--target params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share of
-its removable layers' parameters that has to go."""
+its removable layers' parameters that has to go. `latency=0.8` stays what it is, a share of what `latency.py` measures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from torch import nn
 from tinygn_dist.anatomy import Anatomy
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
+
+_UNEVEN_COST = {
+    "experts": "tokens visit as many experts as before however many there are",
+    "filters": "a filter costs more the larger its feature map",
+}
 
 
 def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> PruneConfig:
@@ -19,15 +24,13 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
     if options.target is None:
         return options
     measure, _, share = options.target.partition("=")
-    cost = {"params": anatomy.total_params, "bytes": anatomy.total_params, "flops": _multiplied(anatomy, skeleton)}[
-        measure
-    ]
-    if measure == "flops" and anatomy.of_kind("experts"):
-        raise UserError(
-            "target flops: tokens visit as many experts as before however many there are; use params or bytes"
-        )
-    if measure == "flops" and anatomy.of_kind("filters"):
-        raise UserError("target flops: a filter costs more the larger its feature map; use params or bytes")
+    if measure in ("flops", "latency"):
+        for kind, reason in _UNEVEN_COST.items():
+            if anatomy.of_kind(kind):
+                raise UserError(f"target {measure}: {reason}; use params or bytes")
+    if measure == "latency":
+        return options.model_copy(update={"sparsity": 1 - float(share)})
+    cost = _multiplied(anatomy, skeleton) if measure == "flops" else anatomy.total_params
     sparsity = (1 - float(share)) * cost / dense_params
     if sparsity >= 1:
         raise UserError(

@@ -17,7 +17,7 @@ import torch
 
 from tinygn_dist.anatomy import Anatomy, UnitGroup
 from tinygn_dist.backends.pieces import Job
-from tinygn_dist.budget import Mix, UnitSizes, mixes
+from tinygn_dist.budget import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import InputMoments, input_moments
@@ -74,8 +74,9 @@ def unit_sizes(anatomy: Anatomy) -> UnitSizes:
     return UnitSizes(anatomy.num_layers, sparse_params, *inner, experts[0].least, len(dense), max(dense, default=0))
 
 
-def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
-    """The mixes that reach the asked sparsity. UserError, before weights load, when none does."""
+def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None = None) -> list[Mix]:
+    """The mixes that reach the asked sparsity, a share of the layers' parameters or of a measured latency. UserError,
+    before weights load, when none does."""
     kinds, sizes = options.unit_kinds, unit_sizes(anatomy)
     if options.pattern in anatomy.fixed:
         others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
@@ -89,8 +90,13 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
         raise UserError("prune.protect keeps whole layers; other units are cut evenly in all, so use --pattern layers")
     if options.counts is not None:
         return [_fixed_mix(sizes, options)]
-    found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of))
+    found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of, latency))
     found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
+    if not found and latency:
+        raise UserError(
+            f"{options.pattern} cannot reach {options.target}: of {latency.total_seconds:.3g} s measured, "
+            f"{latency.rest / latency.total_seconds:.0%} lie outside the layers ({_told(sizes)}); ask for more"
+        )
     if not found:
         raise UserError(
             f"{options.pattern} cannot remove {options.sparsity:.0%} of the layers' {sizes.total_params:,} parameters "

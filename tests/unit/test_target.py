@@ -47,7 +47,7 @@ def test_unreachable_targets_say_what_can_be_asked():
     "asked, part",
     [
         (dict(target="params"), "such as params=0.8"),
-        (dict(target="latency=0.7"), "accepted: params=, bytes= or flops="),
+        (dict(target="seconds=0.7"), "accepted: params=, bytes=, flops= or latency="),
         (dict(target="params=1.5"), "such as params=0.8"),
         (dict(target="params=0.5", pattern="2:4"), "stores zeros densely"),
         (dict(target="params=0.5", counts={"channels": 3}), "has counts"),

@@ -73,6 +73,11 @@ class Config(Section):
             )
         if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
+        if prune.asks_latency and (schedule.kind != "one-shot" or self.distributed.offload != "none"):
+            raise ValueError(
+                f"prune.target {prune.target} with schedule.kind {schedule.kind} and distributed.offload "
+                f"{self.distributed.offload}, accepted: one-shot and none; use params="
+            )
         batches = -(-self.data.num_samples // self.data.micro_batch)
         if prune.allocation == "auto" and batches < 2:
             raise ValueError(

@@ -28,8 +28,9 @@ class PruneConfig(Section):
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
     target: str | None = None
-    """of units, instead of sparsity: params=0.8, bytes=0.8 or flops=0.8, the share of the whole model that stays (flops: per
-    token, without attention scores)"""
+    """of units, instead of sparsity: params=0.8, bytes=0.8, flops=0.8 or latency=0.8, the share of the whole model that stays
+    (flops: per token, without attention scores; latency: measured on this device before weights load, one forward of
+    evaluate.batch_size x evaluate.prefill_tokens)"""
     criterion: Literal[
         "auto",
         "magnitude",
@@ -147,9 +148,11 @@ class PruneConfig(Section):
     def _known_target(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        found = re.fullmatch(r"(params|bytes|flops)=(0?\.\d+|1|1\.0)", value)
+        found = re.fullmatch(r"(params|bytes|flops|latency)=(0?\.\d+|1|1\.0)", value)
         if not found or float(found[2]) == 0:
-            raise ValueError(f"got {value!r}, accepted: params=, bytes= or flops= and what stays, such as params=0.8")
+            raise ValueError(
+                f"got {value!r}, accepted: params=, bytes=, flops= or latency= and what stays, such as params=0.8"
+            )
         return value
 
     @model_validator(mode="after")
@@ -180,6 +183,10 @@ class PruneConfig(Section):
                 "error about d/K for K probes of d weights); use estimator backprop, or criterion obs"
             )
         return self
+
+    @property
+    def asks_latency(self) -> bool:
+        return bool(self.target) and self.target.startswith("latency")
 
     @property
     def nm(self) -> NM | None:

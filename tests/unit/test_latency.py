@@ -1,0 +1,152 @@
+"""--target latency: allocation from an injected table of costs with a known optimum. Nothing here is timed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from tests.pipeline.conftest import report_of
+from tests.unit.family_cases import WIDTH, auto_class, build, on_meta
+from tinygn_dist import compress, latency, units
+from tinygn_dist.budget import Latency, Mix, UnitSizes, mixes
+from tinygn_dist.config import EvaluateConfig, PruneConfig, load_config
+from tinygn_dist.errors import UserError
+from tinygn_dist.target import meet_target
+
+TABLE = Latency(layers=4, rest=20.0, layer=20.0, heads={1: 15.0, 2: 20.0}, channels={8: 10.0, 24: 16.0, 48: 20.0})
+"""of a dense model that takes 100 seconds: 7/12 of a second per channel below 24, 1/6 above"""
+
+
+@pytest.mark.parametrize(
+    ("mix", "gone"),
+    [
+        (Mix(), 0),
+        (Mix(layers=1), 20),
+        (Mix(heads=1), 4 * 5),
+        (Mix(channels=24), 4 * 4),
+        (Mix(channels=12), 4 * 2),  # half-way between 48 and 24
+        (Mix(channels=32), 4 * 7),  # 16 kept, half-way between 24 and 8
+        (Mix(layers=2, heads=1, channels=40), 2 * 20 + 2 * (5 + 10)),
+    ],
+)
+def test_what_a_mix_saves(mix: Mix, gone: float):
+    assert TABLE.total_seconds == 100
+    assert TABLE.removed_seconds(mix) == pytest.approx(gone)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.28, 0.3, 0.5, 0.7])
+def test_mixes_are_the_cheapest_that_meet_the_latency(share: float):
+    """Against enumeration: for each number of layers and heads the fewest channels, and none where fewer heads or layers
+    alone were enough."""
+    sizes = UnitSizes(layers=4, layer_params=1, heads=2, head_params=1, channels=48, channel_params=1)
+    wanted, expected = 100 * share - 1e-6, set()
+    for layers, heads in itertools.product(range(4), range(2)):
+        fits = [c for c in (0, 8, 16, 24, 32, 40) if TABLE.removed_seconds(Mix(layers, heads, c)) >= wanted]
+        spare = (layers and TABLE.removed_seconds(Mix(layers - 1)) >= wanted) or (
+            heads and TABLE.removed_seconds(Mix(layers, heads - 1)) >= wanted
+        )
+        if fits and not spare:
+            expected.add(Mix(layers, heads, min(fits)))
+    assert expected
+    assert set(mixes(sizes, share, ("layers", "heads", "channels"), 8, TABLE)) == expected
+
+
+def test_the_table_is_measured_on_smaller_models_of_the_class(monkeypatch):
+    """Seconds are counted instead of taken: so many per parameter inside the layers, 7 outside."""
+    seen = []
+
+    def count(model, layers_path, batch, device):
+        assert model(**batch).logits.shape[:2] == (2, 10)
+        seen.append(model.config)
+        inside = sum(p.numel() for p in model.get_submodule(layers_path).parameters())
+        return float(inside), inside + 7.0
+
+    monkeypatch.setattr(latency, "_least_in_layers", count)
+    anatomy, model = on_meta("qwen3", num_hidden_layers=6), build("qwen3", num_hidden_layers=6)
+    batch = latency.inputs_of(model.config, "causal-lm", EvaluateConfig(batch_size=2, prefill_tokens=10))
+    table = latency.cost_table(
+        lambda config: auto_class(config).from_config(config),
+        model.config,
+        anatomy,
+        PruneConfig(pattern="units", multiple_of=16),
+        batch,
+        torch.device("cpu"),
+    )
+    layer, head, channel = anatomy.layer_params[0], *(anatomy.of_kind(k)[0].unit_params for k in ("heads", "channels"))
+    assert table.layers == 6 and table.layer == layer and table.rest == 7
+    assert table.heads == {2: layer, 1: layer - head}
+    assert table.channels == {n: layer - (WIDTH - n) * channel for n in (16, 32, WIDTH)}
+    assert {config.num_hidden_layers for config in seen} == {4}
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (6, WIDTH)
+
+
+def test_stamps_enclose_the_layers_of_every_forward(monkeypatch):
+    """A clock that counts its own readings: the layers are read between the two readings of the whole."""
+    readings = itertools.count()
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(readings)))
+    model = build("llama")
+    batch = latency.inputs_of(model.config, "causal-lm", EvaluateConfig(prefill_tokens=8))
+    inside, whole = latency._least_in_layers(model, "model.layers", batch, torch.device("cpu"))
+    assert (inside, whole) == (1, 3) and next(readings) == 2 + 4 * 7  # the warm-up is not timed
+    assert not model.model.layers[0]._forward_pre_hooks and not model.model.layers[-1]._forward_hooks
+
+
+def test_images_and_positions_bound_what_is_timed():
+    config = build("vit").config
+    assert latency.inputs_of(config, "image-classification", EvaluateConfig(batch_size=3))["pixel_values"].shape == (
+        (3, 3, 8, 8)
+    )
+    words = latency.inputs_of(build("roberta").config, "sequence-classification", EvaluateConfig(prefill_tokens=256))
+    assert words["input_ids"].shape == (1, 62)
+    assert latency.told(words) == "1 x 62 tokens"
+
+
+def test_a_run_meets_the_table_and_reports_both_seconds(monkeypatch, saved_model, tmp_path):
+    """Of 80 seconds of 3 layers 24 must go: 32 channels save 3 * 7, 40 save 3 * 10: so 40 go."""
+    monkeypatch.setattr(latency, "cost_table", lambda *_: replace(TABLE, layers=3))
+    asked = {"model.name": str(saved_model("llama")), "output.dir": str(tmp_path / "out")}
+    asked |= {"prune.pattern": "channels", "prune.target": "latency=0.7", "prune.multiple_of": 8}
+    asked |= {"data.seq_len": 16, "data.num_samples": 2, "data.eval_samples": 1, "evaluate.latency": False}
+    report = compress(load_config(None, asked))
+    assert all(len(units) == 8 for units in report.selection["kept"]["channels"].values())
+    told = report_of(tmp_path / "out")["latency"]
+    assert told["ratio"] == pytest.approx(told["smaller_seconds"] / told["dense_seconds"]) and told["dense_seconds"] > 0
+    assert told["table"]["layer"] == 20 and told["timed"] == "1 x 126 tokens"
+    assert "latency of 1 x 126 tokens" in report.to_markdown() and report.asked() == "channels latency=0.7"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked", "reason"),
+    [
+        ("mixtral", dict(pattern="experts", target="latency=0.8"), "tokens visit as many experts"),
+        ("llama", dict(pattern="channels", target="latency=0.5", multiple_of=8), "of 100 s measured, 20% lie outside"),
+    ],
+)
+def test_what_cannot_be_reached_is_refused_before_weights(model_type: str, asked: dict, reason: str):
+    anatomy = on_meta(model_type)
+    with pytest.raises(UserError, match=reason):
+        options = meet_target(PruneConfig(**asked), anatomy, None, units.dense_params(anatomy))
+        units.plan_mixes(anatomy, options, TABLE)
+
+
+def _table_of_rank(backend) -> Latency:
+    """What a rank holds when each would have measured something else."""
+    config = load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"})
+    source = SimpleNamespace(config=build("llama").config, task="causal-lm", options=config.model, gguf_file=None)
+    with patch.object(latency, "cost_table", lambda *_: replace(TABLE, rest=20.0 + backend.rank)):
+        return latency.LatencyTarget(source, config, on_meta("llama"), backend).table
+
+
+def test_every_rank_uses_the_main_ranks_table(process_groups):
+    assert process_groups(2).call(_table_of_rank) == [TABLE, TABLE]
+
+
+@pytest.mark.parametrize("more", [{"schedule.kind": "iterative", "recover.steps": 9}, {"distributed.offload": "cpu"}])
+def test_one_measured_step_only(more: dict):
+    with pytest.raises(UserError, match="accepted: one-shot and none"):
+        load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"} | more)
