@@ -8,13 +8,13 @@ least `removed` others surely are. Every round doubles the sequences of those th
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from tinygn_dist import score
-from tinygn_dist.estimate.probes import Probe, measure
+from tinygn_dist.estimate.probes import Measured, Probe, measure
 from tinygn_dist.estimate.setting import Setting, batch_size
 
 WIDTH = 2.0
@@ -55,11 +55,11 @@ class Standing:
 
 def race(
     setting: Setting, probes: Sequence[Probe], contests: Sequence[Contest], *, without: Sequence[int] = (),
-    limit: Limit | None = None,
+    limit: Limit | None = None, look: Callable[..., Measured] = measure,
 ) -> Standing:  # fmt: skip
     """Probe until every contest is settled, the sequences are used up, or the limit is reached (after at least one
     round). Without contests everything is probed on all sequences. The same on any number of ranks, unless a deadline
-    ends it."""
+    ends it. look: what measures (or replays what was measured before)."""
     limit = limit or Limit()
     count, sizes = len(probes), [batch_size(batch) for batch in setting.batches]
     mean, error = torch.zeros(count, dtype=torch.float64), torch.full((count,), torch.inf, dtype=torch.float64)
@@ -67,9 +67,7 @@ def race(
     differences, counts = torch.zeros(count, sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes)).double()
     active, done, forwards = list(range(count)), 0, 0
     for upto in _rounds(sizes) if contests or limit != Limit() else [len(sizes)]:
-        seen = measure(
-            replace(setting, batches=setting.batches[done:upto]), [probes[i] for i in active], without=without
-        )
+        seen = look(replace(setting, batches=setting.batches[done:upto]), [probes[i] for i in active], without=without)
         span = slice(sum(sizes[:done]), sum(sizes[:upto]))
         differences[active, span], counts[span] = seen.differences, seen.counts
         forwards, done = forwards + seen.forwards, upto
