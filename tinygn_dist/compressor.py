@@ -19,7 +19,7 @@ from tinygn_dist.budget import Mix
 from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, objective_of
@@ -204,4 +204,5 @@ class Compressor:
     def _setting(self, model: nn.Module, batches: list[Batch]) -> Setting:
         if self._task == "feature-extraction":
             batches = add_reference(model, batches)
-        return Setting(model, self._anatomy, objective_of(self._task), batches, self.backend, self._progress)
+        costs, objective = costs_of(self.config.prune), objective_of(self._task)
+        return Setting(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 IGNORED = -100
+AT_ONCE = 1 << 22
+"""logits whose softmax is taken at once where no gradient is asked"""
 Batch = dict[str, torch.Tensor]
 
 
@@ -52,12 +54,23 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 def causal_lm(model: nn.Module, batch: Batch) -> Losses:
     """Cross-entropy of each next token. labels: (batch, seq) int64, IGNORED where a token does not count."""
     logits = model(**model_inputs(batch), use_cache=False).logits
-    return token_losses(logits[:, :-1], batch["labels"][:, 1:])
+    # the last token predicts nothing: shifting the labels spares a copy of all logits but its own
+    return token_losses(logits, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED))
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
-    """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence."""
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence.
+
+    Without gradients some tokens at a time: beside the logits, which outweigh all layers' activations, the whole would
+    take as much again for their softmax (and as much again for bf16 logits in fp32).
+    """
+    rows, wanted = logits.flatten(0, 1), labels.flatten()
+    step = len(rows) if logits.requires_grad else max(1, AT_ONCE // rows.shape[1])
+    parts = [
+        F.cross_entropy(part.float(), label, ignore_index=IGNORED, reduction="none")
+        for part, label in zip(rows.split(step), wanted.split(step), strict=True)
+    ]
+    flat = torch.cat(parts)
     return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1), flat)
 
 

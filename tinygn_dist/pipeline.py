@@ -20,7 +20,7 @@ from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
-from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.latency import LatencyTarget
@@ -303,7 +303,10 @@ class _Run(TrainingStage):
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
-        return Setting(model, self.anatomy, self.objective, batches, self.backend, self.progress, self.report.notes)
+        costs = costs_of(self.config.prune)
+        return Setting(
+            model, self.anatomy, self.objective, batches, self.backend, self.progress, self.report.notes, costs=costs
+        )
 
     def quality(self, model: nn.Module) -> dict[str, float]:
         return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")

@@ -155,6 +155,12 @@ class Recovery:
                 advance()
         self.ended(InTraining(model, None, course))
         course.probed = {"step": asdict(training.step_taken), "learning_rate": training.rate}
+        if training.rate is None:
+            log.warning(
+                "no step lowers the loss measurably after %d steps: the weights stayed where they were; raise recover.steps, "
+                "batch_size and directions, or set learning_rate",
+                course.step,
+            )
         if masks:
             wrong = masks.masks.violations(model, self.backend)
             assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
@@ -194,6 +200,11 @@ def check_training(options: RecoverConfig, targets: Sequence[Target], backend: B
     if options.batch_size % backend.num_ranks:
         ranks = backend.num_ranks
         raise UserError(f"recover.batch_size {options.batch_size} on {ranks} ranks; accepted: a multiple of {ranks}")
+    if options.forward_only and options.train == "norms-and-biases" and backend.splits_weights:
+        raise UserError(
+            f"recover.optimizer {options.optimizer} with train norms-and-biases where ranks hold pieces of weights; accepted: "
+            "train all, or one process, DDP, ZeRO-1 or ZeRO-2"
+        )
     if options.train == "lora":
         check_targets(targets)
         if backend.splits_weights:

@@ -24,8 +24,11 @@ from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.experts import output_mass
 from tinygn_dist.estimate.gates import gate_derivatives
+from tinygn_dist.estimate.memory import settled
 from tinygn_dist.estimate.probes import Probe
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.subsets import effects_together
+from tinygn_dist.unit_statistics import column_energies, unit_magnitude
 
 log = logging.getLogger(__name__)
 REPROBED = 4
@@ -59,6 +62,8 @@ def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: Inpu
     matrices of the groups' outputs, read by the criteria activation and removal of channels.
     """
     scores = UnitScores()
+    if options.criterion == "gate":  # the only one that has a choice
+        options = settled(setting, options)
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
         if criterion == "removal":
@@ -150,10 +155,10 @@ def _group_scores(
         case "activation":
             values = [
                 score.unit_sums(energy, group.output_width)
-                for group, energy in zip(groups, _column_energies(setting, groups, moments), strict=True)
+                for group, energy in zip(groups, column_energies(setting, groups, moments), strict=True)
             ]
         case "magnitude":
-            values = [_unit_magnitude(setting, group) for group in groups]
+            values = [unit_magnitude(setting, group) for group in groups]
         case "random":
             values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
         case _:
@@ -178,12 +183,12 @@ def _removal(
     at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
     of_filters = groups[0].kind == "filters"
     if of_filters:
-        orders = [_unit_magnitude(setting, group).argsort(stable=True) for group in groups]
+        orders = [unit_magnitude(setting, group).argsort(stable=True) for group in groups]
         blocks = [list(order.split(max(1, len(order) // MANY))) for order in orders]
     elif groups[0].num_units <= MANY or groups[0].router:
         blocks = [list(torch.arange(group.num_units).split(1)) for group in groups]
     else:
-        energies = _column_energies(setting, groups, moments)
+        energies = column_energies(setting, groups, moments)
         blocks = [list(energy.argsort(stable=True).cpu().split(options.probe_channels)) for energy in energies]
     asked = [
         Probe(group.layer, group, tuple(block.tolist()))
@@ -196,6 +201,8 @@ def _removal(
         for start, parts in zip(starts, blocks, strict=False)
     ]
     mean, error = _raced(scores, setting, asked, [] if of_filters else contests, options)
+    if options.probe_subsets and not of_filters:
+        mean, error = _together(scores, setting, asked, contests, (mean, error), options)
     for probe, value, deviation in zip(asked, mean.tolist(), error.tolist(), strict=True):
         row = _row(probe.group.kind, probe.layer, "removal", value, deviation)
         scores.table.append(row | {"unit": probe.units[0], "units": len(probe.units)})
@@ -227,6 +234,27 @@ def _raced(
     return found.mean, found.error
 
 
+def _together(
+    scores: UnitScores,
+    setting: Setting,
+    asked: Sequence[Probe],
+    contests: Sequence[Contest],
+    alone: tuple[torch.Tensor, torch.Tensor],
+    options: PruneConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same units by their part in the losses of random subsets, as many as the budget leaves."""
+    count = options.probe_subsets
+    if options.probe_forwards is not None:
+        count = min(count, (options.probe_forwards - scores.forwards) // len(setting.batches))
+    if count < 2:
+        log.warning("prune.probe_forwards %d left nothing for prune.probe_subsets", options.probe_forwards)
+        return alone
+    found = effects_together(setting, asked, contests, alone[0], count, seed=options.seed)
+    scores.forwards += found.forwards
+    scores.exhaustive += found.forwards
+    return found.mean, found.error
+
+
 def _share_among_units(losses: torch.Tensor, blocks: Sequence[torch.Tensor], num_units: int) -> torch.Tensor:
     """One score per unit, in units of loss: its part of its block's."""
     value = torch.empty(num_units, dtype=torch.float64)
@@ -249,7 +277,8 @@ def _gates(
     if options.estimator != "backprop" and groups[0].num_units > MANY:
         raise UserError(
             f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} are too "
-            "many for finite differences: use --estimator backprop, or criterion obs, removal or activation"
+            "many for finite differences: use --estimator backprop, where a smaller data.micro_batch or data.seq_len makes it "
+            "fit, or criterion obs, removal or activation"
         )
     derivatives, counts = _gate_grads(scores, setting, list(probes.single_units(groups)), options)
     return list(score.second_order(derivatives, counts).split([group.num_units for group in groups]))
@@ -271,33 +300,6 @@ def _gate_grads(
         scores.steps.append({"kind": group.kind if group else "layers", "layer": layer, **asdict(step)})
     log.info("gate derivatives: %d partial forwards, %d gates at a kink", found.forwards, len(found.kinked))
     return found.slopes, found.counts
-
-
-def _column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
-    """||W_:,j||^2 sum x_j^2 of every input feature of the groups' outputs, over the data of all ranks."""
-    assert moments is not None
-    targets = [setting.anatomy.target_of(group.output) for group in groups]
-    diagonals = [moments.moments.sum(moments.of(target)).diagonal().clone() for target in targets]
-    setting.backend.sum_over_data(diagonals)
-    energies = []
-    for target, diagonal in zip(targets, diagonals, strict=True):
-        weight = setting.backend.shard(setting.model, target).weight
-        weight = target.matrix(setting.backend.gather(setting.model, target, weight))
-        energies.append(score.column_energy(weight, diagonal.float()))
-    return energies
-
-
-def _unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:
-    """(units,) sums of squares of every parameter that goes with a unit."""
-    total = torch.zeros(group.num_units, dtype=torch.float64)
-    parameters = {name for name, _ in setting.bare.named_parameters()}
-    for piece in group.slices:
-        if piece.tensor not in parameters:  # a buffer
-            continue
-        squares = setting.backend.whole(setting.model, piece.tensor).double().square().movedim(piece.dim, 0)
-        own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
-        total += score.unit_sums(own, piece.width).cpu()
-    return total
 
 
 def _warn_unreached(groups: Sequence[UnitGroup], reached: Sequence[torch.Tensor]) -> None:

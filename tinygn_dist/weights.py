@@ -16,9 +16,10 @@ from tinygn_dist.config import NM, PruneConfig
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
+from tinygn_dist.estimate.memory import settled
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
-from tinygn_dist.layer_statistics import LayerStatistics, layer_groups, measure
+from tinygn_dist.layer_statistics import LayerStatistics, gram_gib, layer_groups, measure
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
@@ -42,6 +43,8 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept)."""
     criterion = "obs" if options.criterion == "auto" else options.criterion
     if criterion == "obs":
+        held = round(min(gram_gib(targets), options.gram_gib) * 2**30)
+        options = settled(setting, options, held)
         for asked in solver_passes(options):
             masks = _solve(setting, targets, asked)
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,22 +14,22 @@ from torch import nn
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
+from tinygn_dist.descent_rate import RateSearch
 from tinygn_dist.estimate import step_size
 from tinygn_dist.estimate.step_size import Step
 from tinygn_dist.estimate.weight_probes import RESOLUTION, WeightProbes
 from tinygn_dist.objective import Batch, Objective
 from tinygn_dist.optim import MOMENTUM, ZerothOrder
+from tinygn_dist.selection import choose_masks
 
 log = logging.getLogger(__name__)
-_LARGEST_CHANGE = 0.02
-"""of a weight in one step, relative to the rms of its matrix"""
 
 
 class ForwardOnly:
     """One training of a model's targets on their kept weights. The model is in eval mode: every loss is a difference, so
     nothing random may happen in the forward.
 
-    Memory: the model, a copy of its targets while a direction is probed, and one (Nesterov) or two (Adam) more.
+    Memory: the model, a copy of what moves while a direction is probed, and one (Nesterov) or two (Adam) more.
     """
 
     def __init__(
@@ -40,6 +42,10 @@ class ForwardOnly:
         backend: Backend,
     ) -> None:
         self.model, self.objective, self.options, self.backend = model, objective, options, backend
+        if options.train == "norms-and-biases":
+            targets, keep = vectors(backend.unwrap(model)), {}
+        elif options.moving < 1:
+            keep = largest(model, targets, keep, options.moving, backend)
         self.probes = WeightProbes(model, targets, keep, backend, options.seed)
         by_name = {target.name: target for target in targets}
         self.optimizer = ZerothOrder(
@@ -50,47 +56,91 @@ class ForwardOnly:
         )
         self.step_taken: Step | None = None
         self.rate = options.learning_rate
+        """None until it is measured: the weights stay where they are"""
+        self.search = RateSearch()
 
     def step(self, batch: Sequence[Batch], number: int, factor: float) -> tuple[float, int]:
         """Step `number` of the training on a batch; factor: on the learning rate. Returns the mean loss per token and the
-        tokens, over all ranks."""
+        tokens, over all ranks. The first steps measure the rate, unless one is given."""
         count = self.options.directions
         if self.step_taken is None:
             self.step_taken = self._measure(batch)
+        if self.rate is None and self.search.looking:
+            return self._look(batch)
         parts = [batch[index::count] for index in range(count)]
         seen = self.probes.slopes(self.objective, parts, number * count, self.step_taken.value)
         if self.rate is None:
-            self.rate = self._measure_rate(batch, seen.slopes)
-        changes = self.optimizer.step(number * count, seen.slopes.tolist(), self.rate * factor)
+            self.search.history.append((number * count, seen.slopes.tolist()))
+        else:
+            self._move(self.optimizer.step(number * count, seen.slopes.tolist(), self.rate * factor))
+        return float(seen.losses.mean()), seen.tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers alone: with the weights, all that a training goes on from."""
+        step = None if self.step_taken is None else asdict(self.step_taken)
+        return {"step": step, "rate": self.rate, "search": self.search.state_dict()} | self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step_taken = None if state["step"] is None else Step(**state["step"])
+        self.rate = state["rate"]
+        self.search.load_state_dict(state["search"])
+        self.optimizer.load_state_dict(state)
+
+    def _move(self, changes: dict[str, torch.Tensor]) -> None:
+        """changes: relative to each target's rms."""
         for target in self.probes.targets:
             weight = self.backend.shard(self.model, target).weight
             change = changes.pop(target.name).mul_(self.probes.scales[target.name])
             self.backend.write(self.model, target, weight + change.to(weight.dtype))
-        return float(seen.losses.mean()), seen.tokens
 
     def _measure(self, batch: Sequence[Batch]) -> Step:
         if self.options.probe_step is not None:
             return step_size.given(self.options.probe_step)
         resolution = RESOLUTION * torch.finfo(torch.float32).eps  # weights train in fp32
         direction = -1  # none of the training's
-        step = step_size.run(
-            step_size.search("central", resolution),
-            lambda steps: self.probes.losses(self.objective, batch, direction, steps),
-        )
+
+        def mean_losses(steps: Sequence[float]) -> list[float]:
+            totals, counts = self.probes.losses(self.objective, batch, direction, steps)
+            return (totals.sum(1) / counts.sum()).tolist()
+
+        step = step_size.run(step_size.search("central", resolution), mean_losses)
         log.info("weight probes: relative step %.2g after %d forwards (%s)", step.value, step.evaluations, step.limit)
         return step
 
-    def _measure_rate(self, batch: Sequence[Batch], slopes: torch.Tensor) -> float:
-        """Half of the rate at which a step of plain descent lowers the loss most, K / tr H: noise of K directions costs
-        rate^2 |g|^2 tr H / 2K, and the second derivative along a random direction is tr H on average."""
-        h = self.step_taken.value
-        down, here, up = self.probes.losses(self.objective, batch, -1, [-h, 0.0, h])
-        bend, count = abs(up - 2 * here + down) / h**2, self.options.directions
-        size = float(slopes.square().mean().sqrt())  # about |g|
-        rate = min(0.5 * count / max(bend, 1e-12), _LARGEST_CHANGE * math.sqrt(count) / max(size, 1e-12))
-        if self.options.optimizer == "zo-adam":  # which divides by about |g| / sqrt K
-            rate *= size / math.sqrt(count)
-        elif self.options.optimizer == "zo-nesterov":  # which adds up about ten steps
-            rate *= 1 - MOMENTUM
-        log.info("learning rate %.2g from a curvature of %.3g and slopes of %.3g", rate, bend, size)
+    def _look(self, batch: Sequence[Batch]) -> tuple[float, int]:
+        """What the directions so far do together on a new batch; where that settles the rate, the weights go there."""
+        found, totals, counts = self.search.look(self.probes, self.objective, batch, self.step_taken.value)
+        if found is not None:
+            total, _ = self.search.sum_of(self.probes)
+            self._move({name: shard.mul_(-found * self.search.gathered) for name, shard in total.items()})
+            self.rate = self._for_the_rule(found * self.options.directions)
+            log.info("learning rate %.2g", self.rate)
+            self.search = RateSearch()
+        return float(totals.sum() / counts.sum()), int(counts.sum())
+
+    def _for_the_rule(self, rate: float) -> float:
+        """From the rate of plain descent."""
+        slopes = torch.tensor([slope for _, some in self.search.history for slope in some])
+        if self.options.optimizer == "zo-adam":  # which divides by the estimate's rms
+            return rate * float(slopes.square().mean().sqrt()) / math.sqrt(self.options.directions)
+        if self.options.optimizer == "zo-nesterov":  # which adds up about ten steps
+            return rate * (1 - MOMENTUM)
         return rate
+
+
+def vectors(bare: nn.Module) -> list[Target]:
+    """Every parameter of one dimension (norms and biases) as a target of one column."""
+    return [
+        Target(name, name.rpartition(".")[0], -1, (parameter.numel(), 1), 1)
+        for name, parameter in bare.named_parameters()
+        if parameter.dim() == 1
+    ]
+
+
+def largest(
+    model: nn.Module, targets: Sequence[Target], keep: Mapping[str, torch.Tensor], share: float, backend: Backend
+) -> dict[str, torch.Tensor]:
+    """Masks of the kept weights among the largest `share` of each matrix."""
+    sizes = {target.name: backend.shard(model, target).weight.float().abs() for target in targets}
+    moving = choose_masks(model, targets, sizes, sparsity=1 - share, scope="layer", nm=None, backend=backend)
+    return {name: mask & keep[name] if name in keep else mask for name, mask in moving.items()}

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from tests import plain, tiny
+from tinygn_dist.estimate import restart
 from tinygn_dist.estimate.activations import block_influence, input_moments
 from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
 from tinygn_dist.estimate.gates import gate_derivatives
-from tinygn_dist.estimate.probes import Probe, measure, single_units
+from tinygn_dist.estimate.probes import Probe, measure, single_units, together
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
-from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.setting import ProbeCosts, Setting
 from tinygn_dist.objective import model_inputs
 
 ALL = tuple(tiny.CONFIGS)
@@ -137,6 +138,52 @@ def test_probes_without_reuse_see_the_same(settings, family: str):
         handle.remove()
     assert ran[0] == len(setting.batches) * (3 + 2 + 3 + 3)
     assert torch.equal(whole.differences, measure(setting, asked).differences)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
+def test_units_that_go_together(settings, family: str):
+    """Channels of two layers, and a layer with channels of another, against models with all of it taken out."""
+    setting = settings(family)
+    groups = setting.anatomy.of_kind("channels")
+    first, last = Probe(0, groups[0], (1, 2, 9)), Probe(2, groups[2], (4, 5))
+    seen = measure(setting, [together([last, first]), together([Probe(1), first]), first])
+    base = plain.total_losses(setting.model, setting.batches, family)
+    both = plain.without_units(setting.model, family, "channels", {0: [1, 2, 9], 2: [4, 5]})
+    torch.testing.assert_close(
+        seen.differences[0], plain.total_losses(both, setting.batches, family) - base, rtol=1e-4, atol=2e-4
+    )
+    short = plain.without_layers(plain.without_units(setting.model, family, "channels", {0: [1, 2, 9]}), family, [1])
+    torch.testing.assert_close(
+        seen.differences[1], plain.total_losses(short, setting.batches, family) - base, rtol=1e-4, atol=2e-4
+    )
+    assert (seen.differences[0] - seen.differences[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "vit", "bert"])
+def test_settings_that_share_a_forward_see_the_same(settings, family: str):
+    """Seven units and three layer gates: in forwards of their own, and four to a forward (which then are fewer)."""
+    setting, forwards = settings(family), [0]
+    group = setting.anatomy.of_kind("channels")[1]
+    asked = [Probe(1, group, (i, i + 9)) for i in range(7)] + [Probe(1)] + [Probe(2, factor=f) for f in (0.5, 0.9, 1.1)]
+    alone = measure(setting, asked)
+    handle = setting.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    shared = measure(replace(setting, costs=ProbeCosts(together=4)), asked)
+    handle.remove()
+    assert forwards[0] == len(setting.batches) * (1 + 2 + 1 + 1) and shared.forwards == alone.forwards
+    torch.testing.assert_close(shared.differences, alone.differences, rtol=1e-4, atol=2e-4)
+    assert alone.differences.abs().min(1).values.max() > 1e-3
+
+
+def test_cached_inputs_beyond_their_room_wait_in_files(settings, monkeypatch: pytest.MonkeyPatch):
+    """A layer's input is 2 x 10 x 32 fp32 = 2,560 bytes: with room for one, two of the three go to files."""
+    setting, files = settings("llama"), []
+    plain_file = restart._in_a_file
+    monkeypatch.setattr(restart, "_in_a_file", lambda hidden: files.append(hidden.shape) or plain_file(hidden))
+    asked = [Probe(layer) for layer in range(3)]
+    few = measure(replace(setting, costs=ProbeCosts(cache_bytes=2_600)), asked)
+    assert len(files) == 2 * len(setting.batches)
+    assert torch.equal(few.differences, measure(setting, asked).differences)
+    assert len(files) == 2 * len(setting.batches)
 
 
 # -- derivatives ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
+from tinygn_dist import objective
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.distill import student_losses
 from tinygn_dist.objective import (
@@ -25,7 +26,10 @@ def padded_to(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Te
     return {k: F.pad(v, (0, length - v.shape[1]), value=fill[k]) for k, v in batch.items()}
 
 
-def test_token_losses_are_the_plain_cross_entropy_per_sequence():
+@pytest.mark.parametrize("at_once", [1, 14, 1000])
+def test_token_losses_are_the_plain_cross_entropy_per_sequence(monkeypatch, at_once: int):
+    """Also when the logits of one, two or all tokens are taken at once."""
+    monkeypatch.setattr(objective, "AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(2, 5, 7, generator=generator), torch.randint(7, (2, 5), generator=generator)
     labels[1, 3:] = IGNORED

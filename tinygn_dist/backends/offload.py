@@ -30,6 +30,7 @@ from tinygn_dist.zeros import keep_only_
 class Offloaded(Backend):
     """Every forward fetches one block of the model after the other, in estimation and training alike."""
 
+    weights_wait = True
     _training = False
     """whether gradients go to the optimizer"""
 

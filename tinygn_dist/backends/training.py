@@ -52,6 +52,8 @@ class Training(ABC):
     # -- what backends say -------------------------------------------------------------------------------------------
     wrappers: tuple[type[nn.Module], ...] = ()
     """what this backend puts around a model in training"""
+    weights_wait = False
+    """whether weights are fetched to the device for each forward"""
 
     def running(self, model: nn.Module) -> nn.Module:
         """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do not."""

@@ -50,8 +50,8 @@ class PruneConfig(Section):
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
-    """where derivatives come from: forward passes only, or backpropagation; auto: forward only for units, backprop for
-    weights (taylor, fisher, and the loss-aware weights of obs)"""
+    """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in memory, else
+    forward only (the report says which and why); criteria taylor, fisher and gblm always backpropagate, removal never"""
     allocation: float | Literal["auto", "owl"] = 0.75
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
     of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; owl, for any
@@ -80,10 +80,19 @@ class PruneConfig(Section):
     """calibration sequences each probe is measured on"""
     probe_adaptive: bool = False
     """measure removal probes on more sequences only where it is still open what goes"""
+    probe_subsets: int = Field(0, ge=0)
+    """after the removal probes of heads, channels and experts, the loss without so many random subsets as large as what goes
+    in all layers together, and a regression on who was in them: units that stand in for each other look free one at a time"""
     probe_forwards: int | None = Field(None, ge=1)
     """stop probing after about this many forwards (of one micro-batch each, over all ranks) and choose by what is known"""
     probe_minutes: float | None = Field(None, gt=0)
     """the same after so many minutes; the result then depends on the speed of the machines"""
+    probe_together: int = Field(1, ge=1)
+    """gate settings of one layer in one forward, each with a copy of the micro-batch: faster where a micro-batch leaves the
+    device idle, for so many times its activations"""
+    probe_cache_gib: float | None = Field(None, gt=0)
+    """most memory, on the device and once more on the CPU, for the layer inputs that probes restart from; the rest waits in files
+    (in TMPDIR); no limit by default"""
     probe_step: float | None = Field(None, gt=0, lt=1)
     """step of a gate derivative (a gate is 1); by default measured for each group of units from the loss's noise and
     curvature"""
@@ -110,7 +119,7 @@ class PruneConfig(Section):
     damping: float = Field(0.01, gt=0, lt=1)
     """added to the Hessian's diagonal, as a fraction of its mean"""
     seed: int = Field(0, ge=0)
-    """for criterion random"""
+    """for criterion random and for probe_subsets"""
 
     @field_validator("pattern")
     @classmethod

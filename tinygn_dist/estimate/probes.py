@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from accelerate.hooks import ModelHook
+from torch import nn
 
 from tinygn_dist.anatomy import UnitGroup
 from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gates
@@ -23,7 +25,8 @@ from tinygn_dist.objective import Batch
 
 @dataclass(frozen=True)
 class Probe:
-    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself.
+    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself. also: what else is changed at
+    the same time, in this layer or later ones (see `together`).
 
     Factor 0 is removal: experts are then taken from the router, which shares their tokens out among the others.
     """
@@ -32,6 +35,22 @@ class Probe:
     group: UnitGroup | None = None
     units: tuple[int, ...] = ()
     factor: float = 0.0
+    also: tuple[Probe, ...] = ()
+
+    @property
+    def removes_layer(self) -> bool:
+        return self.group is None and self.factor == 0
+
+    @property
+    def may_share(self) -> bool:
+        """Whether other settings of the same gates fit into its forward: each sequence then has factors of its own."""
+        return not self.also and not self.removes_layer and not (self.group and self.group.router and self.factor == 0)
+
+
+def together(probes: Iterable[Probe]) -> Probe:
+    """One probe of all these changes at once."""
+    first, *others = sorted(probes, key=lambda probe: probe.layer)
+    return replace(first, also=tuple(others))
 
 
 @dataclass(frozen=True)
@@ -58,13 +77,14 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
     base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
     layers = [layer for layer in range(setting.anatomy.num_layers) if layer not in without]
-    parts = _num_parts(setting, len(probes))
+    shared = list(_chunks(probes, setting.costs.together))
+    parts = _num_parts(setting, len(shared))
     work = [(batch, sum(sizes[:i]), part) for i, batch in enumerate(setting.batches) for part in range(parts)]
     mine = setting.backend.share(work)
-    with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(probes) // parts) as advance:
+    with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(shared) // parts) as advance:
         for (batch, start, part), real in mine:
             batch = setting.on_device(batch)
-            cache = PrefixCache() if reuse else None
+            cache = PrefixCache(setting.costs.cache_bytes) if reuse else None
             with (
                 cache.recording(setting.bare, setting.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(setting.bare, setting.anatomy, layers),
@@ -73,10 +93,10 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
             span = slice(start, start + len(plain.total))
             if real and part == 0:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
-            for index in range(part, len(probes), parts):
-                total = _probed(setting, batch, layers, cache, probes[index])
+            for indices in shared[part::parts]:
+                total = _probed(setting, batch, layers, cache, [probes[index] for index in indices])
                 if real:
-                    differences[index, span] = (total - plain.total).cpu()
+                    differences[indices, span] = (total - plain.total).cpu()
                 advance()
     setting.backend.sum_over_data([differences, base, counts])
     return Measured(differences, counts, base, len(probes) * len(setting.batches))
@@ -97,28 +117,59 @@ def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
             yield Probe(group.layer, group, (unit,))
 
 
+def _chunks(probes: Sequence[Probe], most: int) -> Iterator[list[int]]:
+    """Indices of neighbouring probes that go into one forward."""
+    chunk: list[int] = []
+    for index, probe in enumerate(probes):
+        before = probes[chunk[-1]] if chunk else None
+        fits = before and before.may_share and probe.may_share
+        if chunk and not (fits and len(chunk) < most and (before.layer, before.group) == (probe.layer, probe.group)):
+            yield chunk
+            chunk = []
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
 def _probed(
-    setting: Setting, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probe: Probe
+    setting: Setting, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probes: Sequence[Probe]
 ) -> torch.Tensor:
-    """(batch,) fp64 summed losses with the probe's gates set."""
-    start = (cache, probe.layer) if cache else None
-    left = [layer for layer in layers if layer >= probe.layer or not cache]
-    if probe.group is None and probe.factor == 0:
-        left.remove(probe.layer)
-        gated = contextlib.nullcontext()
-    else:
-        gated = _gated(setting, probe)
-    with gated, running_layers(setting.bare, setting.anatomy, left, start):
-        return setting.objective(setting.model, batch).total
+    """(probes, batch) fp64 summed losses with each probe's gates set, from one forward. Several are of one place."""
+    times, first = len(probes), probes[0].layer
+    parts = [probes, *([part] for part in probes[0].also)]
+    gone = {part[0].layer for part in parts if part[0].removes_layer}
+    left = [layer for layer in layers if layer not in gone and (layer >= first or not cache)]
+    if times > 1:
+        batch = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
+    start = (cache, first) if cache else None
+    gated = [part for part in parts if not part[0].removes_layer]
+    with (
+        _gated(setting, gated, batch_size(batch) // times),
+        running_layers(setting.bare, setting.anatomy, left, start, times),
+    ):
+        return setting.objective(setting.model, batch).total.view(times, -1)
 
 
-def _gated(setting: Setting, probe: Probe) -> contextlib.AbstractContextManager[None]:
-    device = setting.backend.device
-    if probe.group is None:
-        layer = setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{probe.layer}")
-        return attached([(layer, LayerGate(torch.tensor(probe.factor, dtype=torch.float64, device=device)))])
-    if probe.group.router and probe.factor == 0:
-        return routed_to(setting.bare, {probe.group: sorted(set(range(probe.group.num_units)) - set(probe.units))})
-    factors = torch.ones(probe.group.num_units, dtype=torch.float64, device=device)
-    factors[list(probe.units)] = probe.factor
-    return attached(unit_gates(setting.bare, probe.group, factors))
+@contextlib.contextmanager
+def _gated(setting: Setting, parts: Sequence[Sequence[Probe]], size: int) -> Iterator[None]:
+    """Every part's gates; a part of several probes of one place sets them for `size` sequences each."""
+    device, bare = setting.backend.device, setting.bare
+    hooks: list[tuple[nn.Module, ModelHook]] = []
+    factors: dict[UnitGroup, torch.Tensor] = {}
+    kept: dict[UnitGroup, set[int]] = {}
+    for part in parts:
+        group, each = part[0].group, torch.tensor([p.factor for p in part], dtype=torch.float64, device=device)
+        if group is None:
+            layer = bare.get_submodule(f"{setting.anatomy.layers_path}.{part[0].layer}")
+            hooks.append((layer, LayerGate(each[0] if len(part) == 1 else each.repeat_interleave(size))))
+        elif group.router and part[0].factor == 0:
+            kept.setdefault(group, set(range(group.num_units))).difference_update(part[0].units)
+        else:
+            ones = torch.ones(len(part), group.num_units, dtype=torch.float64, device=device)
+            gates = factors.setdefault(group, ones)
+            for row, probe in zip(gates, part, strict=True):
+                row[list(probe.units)] = probe.factor
+    for group, gates in factors.items():
+        hooks += unit_gates(bare, group, gates[0] if len(gates) == 1 else gates.repeat_interleave(size, 0))
+    with attached(hooks), routed_to(bare, {group: sorted(units) for group, units in kept.items()}):
+        yield

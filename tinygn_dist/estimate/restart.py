@@ -8,6 +8,8 @@ replaced by the wanted ones, with a stand-in that hands over the cached hidden s
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,15 +17,15 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Anatomy
-from tinygn_dist.estimate.hooks import Observer, attached, with_first
+from tinygn_dist.estimate.hooks import Observer, attached
 
 
 class _Handover(nn.Module):
     """Stands where the skipped layers were and returns the cached input of the first layer that runs."""
 
-    def __init__(self, hidden: torch.Tensor, shape_of: Any, like: nn.Module) -> None:
+    def __init__(self, hidden: torch.Tensor, rest: tuple | None, like: nn.Module) -> None:
         super().__init__()
-        self._output = with_first(shape_of, hidden)
+        self._output = hidden if rest is None else (hidden, *rest)
         self._like = (like,)  # in a tuple, so that the layer is not registered twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,17 +39,40 @@ class _Handover(nn.Module):
 
 
 class PrefixCache:
-    """The input of every layer for one micro-batch, recorded during a plain forward."""
+    """The input of every layer for one micro-batch, recorded during a plain forward.
 
-    def __init__(self) -> None:
+    room: bytes of inputs kept where the layers run; further ones wait in CPU memory, as many bytes again, and the rest, or
+    on a CPU all of the rest, in files without a name that are gone with the cache (in TMPDIR).
+    """
+
+    def __init__(self, room: float = float("inf")) -> None:
         self.inputs: dict[int, torch.Tensor] = {}
         self.output_like: Any = None
+        self._rooms = {"device": room, "cpu": room}
+        self._device: torch.device | None = None
+
+    def keep(self, layer: int, hidden: torch.Tensor) -> None:
+        self._device = hidden.device
+        size = hidden.numel() * hidden.element_size()
+        places = ["device"] if hidden.device.type == "cpu" else ["device", "cpu"]
+        place = next((place for place in places if self._rooms[place] >= size), "file")
+        if place == "file":
+            self.inputs[layer] = _in_a_file(hidden)
+        else:
+            self._rooms[place] -= size
+            self.inputs[layer] = hidden if place == "device" else hidden.cpu()
+
+    def at(self, layer: int, times: int = 1) -> torch.Tensor:
+        """A layer's input where it was recorded, its sequences `times` times one after the other."""
+        hidden = self.inputs[layer].to(self._device)
+        return hidden if times == 1 else hidden.repeat(times, *[1] * (hidden.dim() - 1))
 
     @contextlib.contextmanager
     def recording(self, model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
         def observer(layer: int) -> Observer:
             def seen(hidden: torch.Tensor, output: Any) -> None:
-                self.inputs[layer], self.output_like = hidden.detach(), output
+                self.keep(layer, hidden.detach())
+                self.output_like = output[1:] if isinstance(output, tuple) else None
 
             return Observer(seen, output=True)
 
@@ -56,12 +81,24 @@ class PrefixCache:
             yield
 
 
+def _in_a_file(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose memory is a mapped file: the system writes it out, and takes the pages back when it needs room."""
+    with tempfile.NamedTemporaryFile() as file:
+        os.posix_fallocate(file.fileno(), 0, tensor.numel() * tensor.element_size())  # a full disk says so here
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
+
+
 @contextlib.contextmanager
 def running_layers(
-    model: nn.Module, anatomy: Anatomy, layers: Sequence[int], start: tuple[PrefixCache, int] | None = None
+    model: nn.Module,
+    anatomy: Anatomy,
+    layers: Sequence[int],
+    start: tuple[PrefixCache, int] | None = None,
+    times: int = 1,
 ) -> Iterator[None]:
     """Inside the context the model's forward runs only `layers`, in order; with start=(cache, l), from layer l's
-    cached input. Everything is put back afterwards."""
+    cached input, of which a micro-batch is given `times` times. Everything is put back afterwards."""
     if not anatomy.layers_path:  # a convolutional net always runs whole
         yield
         return
@@ -71,7 +108,7 @@ def running_layers(
     wanted, types = [everything[layer] for layer in layers], list(layers)
     if start is not None:
         cache, layer = start
-        wanted.insert(0, _Handover(cache.inputs[layer], cache.output_like, everything[layer]))
+        wanted.insert(0, _Handover(cache.at(layer, times), cache.output_like, everything[layer]))
         types.insert(0, layer)
     changed = (anatomy.family.depth, "layer_types", "use_cache")
     saved = {key: getattr(config, key) for key in changed if hasattr(config, key)}

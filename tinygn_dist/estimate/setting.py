@@ -10,9 +10,19 @@ from torch import nn
 
 from tinygn_dist.anatomy import Anatomy
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.objective import Batch, Objective
 from tinygn_dist.progress import Progress
+
+
+@dataclass(frozen=True)
+class ProbeCosts:
+    """What probes may take. together: settings of one layer's gates in one forward. cache_bytes: layer inputs that are kept
+    where the layers run, and again in CPU memory; the rest wait in files."""
+
+    together: int = 1
+    cache_bytes: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Setting:
     notes: list[str] = field(default_factory=list)
     parts: Any = None
     """gathering.Parts where statistics are saved on the way"""
+    costs: ProbeCosts = ProbeCosts()
 
     @property
     def bare(self) -> nn.Module:
@@ -63,3 +74,9 @@ class Setting:
 
 def batch_size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
+
+
+def costs_of(options: PruneConfig) -> ProbeCosts:
+    """As configured."""
+    room = float("inf") if options.probe_cache_gib is None else options.probe_cache_gib * 2**30
+    return ProbeCosts(options.probe_together, room)

@@ -26,6 +26,9 @@ RESOLUTION = 2.0
 """a step below this many times a dtype's epsilon leaves many weights where they are: in bf16 an eighth of them at 0.015
 rms, a third at 0.005"""
 
+Direction = int | Mapping[str, torch.Tensor]
+"""the number of a direction of signs, or a tensor for each target, shaped like this rank's shard"""
+
 
 @dataclass(frozen=True)
 class Slopes:
@@ -58,7 +61,7 @@ class WeightProbes:
         return found.masked_fill_(~self.keep[target.name], 0) if target.name in self.keep else found
 
     @contextlib.contextmanager
-    def along(self, direction: int) -> Iterator[Callable[[float], None]]:
+    def along(self, direction: Direction) -> Iterator[Callable[[float], None]]:
         """Inside, `move(t)` puts the weights at relative step t of a direction; afterwards they are as before, bit for
         bit."""
         before = {t.name: self.backend.shard(self.model, t).weight.clone() for t in self.targets}
@@ -66,8 +69,8 @@ class WeightProbes:
         def move(t: float) -> None:
             for target in self.targets:
                 weight = before[target.name]
-                up = self.signs(target, direction).to(torch.promote_types(weight.dtype, torch.float32))
-                moved = up.mul_(t * self.scales[target.name]).add_(weight)
+                up = self._of(target, direction).to(torch.promote_types(weight.dtype, torch.float32))
+                moved = up.mul(t * self.scales[target.name]).add_(weight)
                 self.backend.write(self.model, target, moved.to(weight.dtype))
 
         try:
@@ -100,19 +103,25 @@ class WeightProbes:
         return Slopes((up - down) / (2 * step * each), (up + down) / (2 * each), int(each.sum()))
 
     def losses(
-        self, objective: Objective, batch: Sequence[Batch], direction: int, steps: Sequence[float]
-    ) -> list[float]:
-        """Mean loss per token of the sequences at relative steps of one direction. Every rank gets all of them."""
-        sums = torch.zeros(len(steps), 2, dtype=torch.float64)
+        self, objective: Objective, batch: Sequence[Batch], direction: Direction, steps: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(steps, sequences) fp64 summed losses at relative steps of one direction, and (sequences,) tokens. Every rank gets
+        all of them."""
+        totals = torch.zeros(len(steps), len(batch), dtype=torch.float64)
+        counts = torch.zeros(len(batch), dtype=torch.float64)
+        mine = self.backend.share(list(enumerate(batch)))
         with self.along(direction) as move:
-            for row, t in zip(sums, steps, strict=True):
+            for row, t in zip(totals, steps, strict=True):
                 move(t)
-                for sequence, real in self.backend.share(batch):
+                for (position, sequence), real in mine:
                     total, count = self._loss(objective, sequence)
                     if real:
-                        row += torch.tensor([total, count], dtype=torch.float64)
-        self.backend.sum_over_data([sums])
-        return (sums[:, 0] / sums[:, 1]).tolist()
+                        row[position], counts[position] = total, count
+        self.backend.sum_over_data([totals, counts])
+        return totals, counts
+
+    def _of(self, target: Target, direction: Direction) -> torch.Tensor:
+        return self.signs(target, direction) if isinstance(direction, int) else direction[target.name]
 
     def _loss(self, objective: Objective, batch: Batch) -> tuple[float, int]:
         with torch.no_grad():
