@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.estimate.hooks import Observer, attached, first, with_first
+from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import Batch, last_logits_only, model_inputs
@@ -36,8 +36,8 @@ def run_layers(
     doing = f"layers {layers[0]} to {layers[-1]}"
     with torch.no_grad(), attached(hooks), setting.progress.bar(doing, len(mine)) as advance:
         for number, (batch, real) in enumerate(mine):
-            batch, end = setting.on_device(batch), PrefixCache()
-            start = (_on_device(setting, starts[number]), layers[0]) if starts else None
+            batch, end = setting.on_device(batch), PrefixCache(device_room=0)
+            start = (starts[number], layers[0]) if starts else None
             recording = attached([(last, Observer(_into(end, layers.stop), output=True))])
             with running_layers(setting.bare, setting.anatomy, layers, start), recording:
                 setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
@@ -50,14 +50,6 @@ def run_layers(
 
 def _into(end: PrefixCache, layer: int) -> Callable[[torch.Tensor, Any], None]:
     def seen(_: torch.Tensor, output: Any) -> None:
-        hidden = first(output)
-        end.inputs[layer], end.output_like = hidden.cpu(), with_first(output, hidden[:0])
+        end.keep(layer, first(output), output)
 
     return seen
-
-
-def _on_device(setting: Setting, cache: PrefixCache) -> PrefixCache:
-    moved = PrefixCache()
-    moved.inputs = {layer: hidden.to(setting.backend.device) for layer, hidden in cache.inputs.items()}
-    moved.output_like = cache.output_like
-    return moved

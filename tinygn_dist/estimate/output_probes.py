@@ -40,7 +40,7 @@ def output_energies(setting: Setting, targets: Sequence[Target], seed: int = 0) 
     mine = setting.backend.share(list(enumerate(setting.batches)))
     with torch.no_grad(), setting.progress.bar("output probes", len(mine) * len(targets)) as advance:
         for (number, batch), real in mine:
-            batch, cache = setting.on_device(batch), PrefixCache(setting.costs.cache_bytes)
+            batch, cache = setting.on_device(batch), PrefixCache(setting.costs.cache_bytes, setting.costs.cache_bytes)
             with cache.recording(setting.bare, setting.anatomy, layers):
                 plain = setting.objective(setting.model, batch).each
             for index, target in enumerate(targets):

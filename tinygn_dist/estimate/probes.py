@@ -84,7 +84,7 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
     with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(shared) // parts) as advance:
         for (batch, start, part), real in mine:
             batch = setting.on_device(batch)
-            cache = PrefixCache(setting.costs.cache_bytes) if reuse else None
+            cache = PrefixCache(setting.costs.cache_bytes, setting.costs.cache_bytes) if reuse else None
             with (
                 cache.recording(setting.bare, setting.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(setting.bare, setting.anatomy, layers),

@@ -41,22 +41,24 @@ class _Handover(nn.Module):
 class PrefixCache:
     """The input of every layer for one micro-batch, recorded during a plain forward.
 
-    room: bytes of inputs kept where the layers run; further ones wait in CPU memory, as many bytes again, and the rest, or
-    on a CPU all of the rest, in files without a name that are gone with the cache (in TMPDIR).
+    device_room, cpu_room: bytes of inputs kept where the layers run and in CPU memory (which is where the layers run on a CPU);
+    the rest waits in files without a name (in TMPDIR) that are gone with the cache.
     """
 
-    def __init__(self, room: float = float("inf")) -> None:
+    def __init__(self, device_room: float = float("inf"), cpu_room: float = float("inf")) -> None:
         self.inputs: dict[int, torch.Tensor] = {}
-        self.output_like: Any = None
-        self._rooms = {"device": room, "cpu": room}
+        self.output_rest: tuple | None = None
+        """what layers return behind their hidden states; None where they return those alone"""
+        self._rooms = {"device": device_room, "cpu": cpu_room}
         self._device: torch.device | None = None
 
-    def keep(self, layer: int, hidden: torch.Tensor) -> None:
-        self._device = hidden.device
+    def keep(self, layer: int, hidden: torch.Tensor, output: Any) -> None:
+        """The input of a layer, and what some layer returned."""
+        self._device, self.output_rest = hidden.device, output[1:] if isinstance(output, tuple) else None
         size = hidden.numel() * hidden.element_size()
-        places = ["device"] if hidden.device.type == "cpu" else ["device", "cpu"]
-        place = next((place for place in places if self._rooms[place] >= size), "file")
-        if place == "file":
+        places = ["cpu"] if hidden.device.type == "cpu" else ["device", "cpu"]
+        place = next((place for place in places if self._rooms[place] >= size), None)
+        if place is None:
             self.inputs[layer] = _in_a_file(hidden)
         else:
             self._rooms[place] -= size
@@ -71,8 +73,7 @@ class PrefixCache:
     def recording(self, model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
         def observer(layer: int) -> Observer:
             def seen(hidden: torch.Tensor, output: Any) -> None:
-                self.keep(layer, hidden.detach())
-                self.output_like = output[1:] if isinstance(output, tuple) else None
+                self.keep(layer, hidden.detach(), output)
 
             return Observer(seen, output=True)
 
@@ -108,7 +109,7 @@ def running_layers(
     wanted, types = [everything[layer] for layer in layers], list(layers)
     if start is not None:
         cache, layer = start
-        wanted.insert(0, _Handover(cache.at(layer, times), cache.output_like, everything[layer]))
+        wanted.insert(0, _Handover(cache.at(layer, times), cache.output_rest, everything[layer]))
         types.insert(0, layer)
     changed = (anatomy.family.depth, "layer_types", "use_cache")
     saved = {key: getattr(config, key) for key in changed if hasattr(config, key)}
