@@ -144,7 +144,7 @@ def test_auto_allocation_is_the_best_on_held_out_loss() -> None:
     best = min(losses, key=losses.__getitem__)
     assert len(set(losses.values())) == len(CANDIDATES)
     assert tiny.same_bits(tiny.state_bytes(setting.bare), states[best])
-    assert setting.notes[0].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in setting.notes[0]
+    assert setting.notes[-1].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in setting.notes[-1]
     for target in setting.anatomy.targets:
         weight = setting.bare.get_parameter(target.parameter)
         assert not weight[~masks.by_name[target.name]].any()
