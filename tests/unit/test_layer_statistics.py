@@ -172,7 +172,8 @@ def test_a_layer_runs_twice_for_the_solver_and_once_for_budgets() -> None:
     calls = [0, 0, 0]
     for index, layer in enumerate(setting.bare.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    weights.sparsify(setting, setting.anatomy.targets, IN_GROUPS)
+    options = IN_GROUPS.model_copy(update={"estimator": "backprop"})  # auto takes a forward to measure what fits
+    weights.sparsify(setting, setting.anatomy.targets, options)
     count = len(setting.batches)
     assert calls == [4 * count, 4 * count, 3 * count]
     assert "prune.gram_gib 0" in setting.notes[0] and "3 groups" in setting.notes[0]
