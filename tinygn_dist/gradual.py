@@ -7,7 +7,7 @@ batches and skipped steps do not count. At an update the model is scored where i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
 from tinygn_dist.config import PruneConfig, ScheduleConfig
+from tinygn_dist.dense_weights import Best, DenseWeights
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.setting import Setting
@@ -75,11 +76,13 @@ class GradualMasks:
         """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
-        self.step_statistics: Movement | Consensus | None = None
+        self.step_statistics: Movement | Consensus | DenseWeights | None = None
         if schedule.kind == "admm":
             self.step_statistics = Consensus(targets, setting.backend, schedule.penalty)
         elif schedule.criterion == "movement":
             self.step_statistics = Movement(targets, setting.backend)
+        elif schedule.regrow == "top-kast":
+            self.step_statistics = DenseWeights(setting.model, targets, setting.backend, schedule.explore)
         asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
             self.masks = sparsify(setting, targets, asked)
@@ -87,6 +90,13 @@ class GradualMasks:
             self.masks = self._all(targets)
         if going_on is not None:
             self.load_state(going_on)
+        elif isinstance(self.step_statistics, DenseWeights):
+            self.step_statistics.explore_beside(self.masks.by_name, plan.levels[0], self._largest(setting))
+
+    @property
+    def knows_before_training(self) -> bool:
+        """Whether there is something about the weights to save before the first step."""
+        return isinstance(self.step_statistics, DenseWeights)
 
     def _all(self, targets: Sequence[Target]) -> Masks:
         shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
@@ -108,12 +118,13 @@ class GradualMasks:
 
         if self.steps == 0:
             self._track(self._count(self._setting, self.masks))
-        held = [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
+        held: list[Any] = []
         if self.step_statistics and self.steps < self.plan.updates[-1]:
             held += self.step_statistics.attach(model, optimizers)
             if isinstance(self.step_statistics, Consensus):
                 with backend.paused(model) as bare:
                     self._project(replace(self._setting, model=bare), optimizers[0])
+        held += [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
         return [*held, backend.after_step(model, optimizers[0], stepped)]
 
     def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
@@ -125,6 +136,8 @@ class GradualMasks:
             with torch.no_grad():
                 for target in targets:
                     changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
+                    if isinstance(self.step_statistics, DenseWeights):
+                        continue  # they trained before, and train on
                     for optimizer in optimizers:
                         backend.clear_state(bare, optimizer, target, changed)
             self.masks.by_name.update(chosen.by_name)
@@ -160,6 +173,11 @@ class GradualMasks:
             for name, keep in self.masks.by_name.items():  # a weight that is zero has stopped moving
                 scores[name].masked_fill_(~keep, -_ABOVE_ALL)
             return Masks(targets, self._best(setting, scores, asked))
+        if isinstance(self.step_statistics, DenseWeights):
+            largest = self._largest(setting)
+            return Masks(
+                targets, self.step_statistics.choose(setting.model, self.masks.by_name, asked.sparsity, largest)
+            )
         asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})
@@ -175,8 +193,11 @@ class GradualMasks:
             lambda scores: self._best(setting, scores, at_sparsity(self._prune, self.plan.levels[-1])),
         )
 
+    def _largest(self, setting: Setting) -> Best:
+        return lambda scores, sparsity: self._best(setting, scores, self._prune, sparsity)
+
     def _best(
-        self, setting: Setting, scores: dict[str, torch.Tensor], asked: PruneConfig, sparsity: float | None = None
+        self, setting: Setting, scores: Mapping[str, torch.Tensor], asked: PruneConfig, sparsity: float | None = None
     ) -> dict[str, torch.Tensor]:
         """Masks of the largest scores; sparsity: instead of the one asked for."""
         return choose_masks(

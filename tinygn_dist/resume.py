@@ -33,9 +33,7 @@ from tinygn_dist.schedule import Plan
 
 log = logging.getLogger(__name__)
 
-
 _NOT_OF_TRAINING = ("mask", "buffer", "random", "step_statistics")  # kinds of tensors that no optimizer's state has
-
 _KEPT_OF_REPORT = ("before", "compressed", "selection", "earlier_rounds", "parameters", "notes")
 
 
@@ -136,8 +134,9 @@ class Resumable:
             write_weights(writer, self.model, now, self.backend)
             if self.masks:
                 write_masks(writer, self.masks.masks, self.model, self.backend)
-            if self.masks and now is not None:
-                write_step_statistics(writer, self.masks, now.model, now.optimizer, self.backend)
+            if self.masks and (now or self.masks.knows_before_training):
+                model, optimizer = (now.model, now.optimizer) if now else (self.model, None)
+                write_step_statistics(writer, self.masks, model, optimizer, self.backend)
             writer.facts |= {
                 "course": asdict(self.course),
                 "round": self.round,
@@ -160,10 +159,10 @@ class Resumable:
         """Take over what was saved from training, if it was; a best model that is no longer there is forgotten: the
         evaluations that replaced it come again."""
         resumed = self.saved is not None and self.saved.facts["in_training"]
+        if self.saved is not None and self.masks and (resumed or self.masks.knows_before_training):
+            read_step_statistics(self.saved, self.masks, now.model, now.optimizer)
         if resumed:
             read_training(self.saved, now, self.backend)
-            if self.masks:
-                read_step_statistics(self.saved, self.masks, now.model, now.optimizer)
             if self.course.best is not None and not self.best.keep_only(step_name(self.course.best)):
                 self.course.best = None
         self.saved = None

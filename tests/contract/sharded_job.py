@@ -310,8 +310,8 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
 
 def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
     """A run that is stopped twice ends bit by bit as one that was not; returns the losses, which all backends share."""
-    found = {}
-    for name, schedule in (("cubic", {"kind": "cubic"}), ("movement", {"kind": "linear", "criterion": "movement"})):
+    found, schedules = {}, {"cubic": {"kind": "cubic"}, "movement": {"kind": "linear", "criterion": "movement"}}
+    for name, schedule in (schedules | {"top-kast": {"regrow": "top-kast"}}).items():
         done = {}
         for way in ("whole", "parts"):
             output = folder / f"stopped-{name}-{way}"

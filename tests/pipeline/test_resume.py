@@ -43,6 +43,7 @@ CASES = {
     },
     "admm": {"prune.pattern": "2:4", "schedule.kind": "admm", "schedule.penalty": 0.5},
     "regrown": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "gradient"},
+    "top-kast": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "top-kast"},
     "one-shot, bf16": {"prune.pattern": "2:4", "model.dtype": "bfloat16"},
     "units": {"prune.pattern": "channels", "prune.sparsity": 0.3, "schedule.kind": "iterative", "schedule.every": 3},
     "lora": {"prune.pattern": "2:4", "prune.criterion": "magnitude", "recover.train": "lora"},

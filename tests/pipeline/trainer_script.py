@@ -1,8 +1,10 @@
 """A fine-tuning script with transformers.Trainer as users have them; the lines marked with # + are what compression
-adds. More words: `resume`, `best`."""
+adds. More words: `resume`, `best`; `fsdp`, `zero2`, `zero3` (asked for in TrainingArguments); `sft` (TRL's SFTTrainer)."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -18,9 +20,28 @@ rows = []
 for number in range(32):
     ids = torch.randint(3, 128, (12,), generator=torch.Generator().manual_seed(number))
     rows.append({"input_ids": ids, "labels": ids})
-best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True} if "best" in words else {}
-with sharding_on_cpu():
-    arguments = TrainingArguments(
+make_arguments, make_trainer = TrainingArguments, Trainer
+if "sft" in words:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    make_arguments, make_trainer = SFTConfig, SFTTrainer
+    rows = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
+best = {}
+if "best" in words:  # the highest loss, so that it is neither the first model nor the last
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+sharding = {}
+if "fsdp" in words:
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+for stage in {"zero2", "zero3"} & set(words):
+    configs = Path(__file__).parents[2] / "configs/deepspeed"
+    engine = json.loads((configs / f"{stage}.json").read_text(encoding="utf-8"))
+    engine |= {name: "auto" for name in ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu")}
+    engine |= {"gradient_clipping": 1.0}
+    sharding = {"deepspeed": engine}
+asked_here = "FSDP" if "fsdp" in sharding else "DEEPSPEED" if sharding else sharding_asked()
+with sharding_on_cpu(asked_here):
+    arguments = make_arguments(
         output_dir=out,
         max_steps=8,
         save_steps=2,
@@ -33,13 +54,16 @@ with sharding_on_cpu():
         report_to=[],
         disable_tqdm=True,
         save_only_model=False,
-        use_cpu=sharding_asked() is None,
+        use_cpu=asked_here is None,
+        bf16=False,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         dataloader_pin_memory=False,
         **best,
+        **sharding,
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], processing_class=tokenizer)
+    few = rows.select(range(4)) if "sft" in words else rows[:4]
+    trainer = make_trainer(model, arguments, train_dataset=rows, eval_dataset=few, processing_class=tokenizer)
 asked = {"model.name": folder, "data.name": data, "data.seq_len": 32, "data.num_samples": 4}
 asked |= {"prune.pattern": "unstructured", "prune.sparsity": 0.5, "prune.criterion": "magnitude"}
 asked |= {"schedule.kind": "linear", "schedule.first": 0.2, "schedule.every": 2}
@@ -47,10 +71,15 @@ callback = TinyGNCallback(load_config(overrides=asked), trainer)  # +
 trainer.add_callback(callback)  # +
 trainer.train(resume_from_checkpoint="resume" in words)
 
-masks = callback.compressor.masks
-print("ranks", arguments.world_size, "history", [(update.step, round(update.sparsity, 2)) for update in masks.history])
-print("logged", [round(seen["sparsity"], 2) for seen in trainer.state.log_history if "sparsity" in seen])
-print("best", trainer.state.best_model_checkpoint)
+masks, state = callback.compressor.masks, trainer.state
+told = [f"backend {type(callback.compressor.backend).__name__} ranks {arguments.world_size}"]
+told += [f"history {[(update.step, round(update.sparsity, 2)) for update in masks.history]}"]
+told += [f"logged {[round(seen['sparsity'], 2) for seen in state.log_history if 'sparsity' in seen]}"]
+if "best" in words:
+    now = trainer.evaluate()["eval_loss"]
+    told += [f"best {state.best_model_checkpoint} loss {state.best_metric} now {now}"]
+if trainer.is_world_process_zero():
+    print("\n".join(told), flush=True)
 whole = callback.compressor.backend.full_tensors(callback.compressor._model)
 state = {name: tensor.detach().cpu().clone() for name, tensor in whole}
 if trainer.is_world_process_zero():

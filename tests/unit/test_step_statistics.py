@@ -1,4 +1,4 @@
-"""Movement and ADMM against plain loops over one matrix at a time."""
+"""Movement, ADMM and Top-KAST against plain loops over one matrix at a time."""
 
 from __future__ import annotations
 
@@ -88,12 +88,62 @@ def test_admm_is_the_plain_algorithm(backend: Backend, pattern: str):
     assert [update.sparsity for update in masks.history] == pytest.approx([0, 0, 0.5], abs=1e-3)
 
 
+def test_movement_at_one_threshold_for_all_matrices(backend: Backend):
+    """Scope global: what soft movement's fixed threshold does, with the threshold that leaves the asked number."""
+    prune = HALF.model_copy(update={"scope": "global"})
+    schedule = ScheduleConfig(kind="linear", criterion="movement", every=4, first=0.0, freeze=0.6)
+    before, aims, masks, _ = run(backend, schedule, prune)
+    scores = {}
+    for name, weight in before.items():
+        scores[name] = torch.zeros_like(weight)
+        for _ in range(4):
+            gradient = weight - aims[name]
+            scores[name] -= weight * gradient
+            weight = weight - RATE * gradient
+    count = sum(score.numel() for score in scores.values())
+    threshold = torch.cat([score.flatten() for score in scores.values()]).kthvalue(round(0.5 * count)).values
+    shares = []
+    for name, score in scores.items():
+        assert torch.equal(masks.masks.by_name[name], score > threshold), name
+        shares.append(float((score > threshold).float().mean()))
+    assert min(shares) < 0.49 and max(shares) > 0.51, "matrices keep different shares"
+
+
+@pytest.mark.parametrize("kind", ["one-shot", "linear"])
+def test_top_kast_is_the_plain_algorithm(backend: Backend, kind: str):
+    """theta trains where it is among the largest 1 - s + explore, on the gradient at the largest 1 - s of it."""
+    schedule = ScheduleConfig(kind=kind, regrow="top-kast", explore=0.2, every=3, first=0.3, freeze=0.2)
+    before, aims, masks, model = run(backend, schedule)
+    assert [update.step for update in masks.history] == [3, 6, 9]
+    levels = [0.5] * 4 if kind == "one-shot" else [0.3, 0.3 + 0.2 / 3, 0.3 + 0.4 / 3, 0.5]
+    outside = regrown = 0
+    for name in list(before)[:3]:
+        theta, forward = before[name].clone(), torch.ones_like(before[name], dtype=torch.bool)
+        for step in range(STEPS):
+            if step in (0, 3, 6, 9):
+                gone = ~forward
+                forward = largest(theta.abs(), levels[step // 3])
+                backward = largest(theta.abs(), levels[step // 3] - 0.2)
+                regrown += int((gone & forward).sum())
+            alpha = theta * forward
+            outside += int((~backward).sum())
+            if step < 9:
+                theta = theta - RATE * (alpha - aims[name]) * backward
+            else:
+                theta = (alpha - RATE * (alpha - aims[name])) * forward
+        assert torch.equal(masks.masks.by_name[name], forward), name
+        torch.testing.assert_close(model.get_parameter(name).detach(), theta, rtol=1e-5, atol=1e-7)
+    assert outside and regrown, "the test has weights that do not train, and some that come back"
+    assert not masks.step_statistics.values
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
         ({"schedule": {"criterion": "movement"}}, "summed up in training"),
         ({"schedule": {"kind": "admm", "criterion": "obs"}}, "leave both at their defaults"),
         ({"schedule": {"kind": "admm"}, "prune": {"pattern": "heads"}}, "use iterative"),
+        ({"schedule": {"regrow": "top-kast"}, "recover": {"train": "norms-and-biases"}}, "looks at how matrices train"),
         ({"schedule": {"kind": "admm"}, "recover": {"train": "norms-and-biases"}}, "looks at how matrices train"),
     ],
 )

@@ -26,10 +26,11 @@ def sharding_asked() -> str | None:
 
 
 @contextlib.contextmanager
-def sharding_on_cpu() -> Iterator[None]:
+def sharding_on_cpu(asked: str | None = None) -> Iterator[None]:
     """Inside, an Accelerator built for a launch that asks for FSDP or DeepSpeed really shards on a machine without a
-    GPU. Does nothing on other machines and launches."""
-    asked = sharding_asked()
+    GPU. Does nothing on other machines and launches. asked: FSDP or DEEPSPEED, where the launcher does not say it but the
+    caller's own Accelerator or TrainingArguments."""
+    asked = asked or sharding_asked()
     if asked is None or torch.cuda.is_available() or int(os.environ.get("LOCAL_RANK", -1)) == -1:
         yield
         return

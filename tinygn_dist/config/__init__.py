@@ -115,9 +115,10 @@ class Config(Section):
             raise ValueError(
                 f"recover.optimizer {recover.optimizer} keeps its masks, {told}; use adamw, sgd or nesterov"
             )
-        if recover.train != "all" and (schedule.kind == "admm" or schedule.criterion == "movement"):
+        looks = schedule.kind == "admm" or schedule.criterion == "movement" or schedule.regrow == "top-kast"
+        if recover.train != "all" and looks:
             raise ValueError(
-                f"schedule.kind {schedule.kind} with criterion {schedule.criterion} looks at how matrices train, and "
+                f"schedule.kind {schedule.kind} with criterion {schedule.criterion} and regrow {schedule.regrow} looks at how matrices train, and "
                 f"recover.train {recover.train} leaves them alone; use all"
             )
         if recover.train == "lora":

@@ -26,11 +26,14 @@ class ScheduleConfig(Section):
     by the sum of weight times gradient over all steps so far"""
     penalty: float = Field(0.01, gt=0)
     """of kind admm: strength of the pull, added to the clipped gradient"""
-    regrow: Literal["none", "gradient", "random"] = "none"
-    """let zeroed weights come back at each update in place of the smallest kept ones, where the loss has the largest
-    gradient (RigL) or at random (SET)"""
+    regrow: Literal["none", "gradient", "random", "top-kast"] = "none"
+    """let zeroed weights come back at each update in place of the smallest kept ones: where the loss has the largest
+    gradient (RigL), at random (SET), or those whose dense values, which train on beside the model, have become larger
+    (top-kast; one more fp32 number per weight)"""
     swap: float = Field(0.3, gt=0, lt=1)
     """share of the kept weights that an update swaps when regrowing; gradient: decays to 0 at the last update"""
+    explore: float = Field(0.1, gt=0, lt=1)
+    """of regrow top-kast: share of all weights, the largest of the zeroed ones, that train on beside the model"""
 
     @model_validator(mode="after")
     def _fits(self) -> ScheduleConfig:
