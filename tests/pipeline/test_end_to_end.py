@@ -28,6 +28,7 @@ AUTO = {
 PATTERNS = {
     "unstructured": ("--pattern=unstructured", "--sparsity=0.5"),
     "2:4": ("--pattern=2:4",),
+    "4:8": ("--pattern=4:8", "--prune.gram_gib=0"),
     "layers": ("--pattern=layers", "--sparsity=0.3"),
     "heads": ("--pattern=heads", "--sparsity=0.1"),
     "channels": ("--pattern=channels", "--sparsity=0.2"),
@@ -55,7 +56,7 @@ def check(folder: Path, family: str, pattern: str) -> dict[str, Any]:
     total = sum(p.numel() for p in dense.parameters())
     count = sum(t.numel() for t in tensors.values())
     zeros = sum(int((t == 0).sum()) for t in tensors.values())
-    masked = pattern in ("unstructured", "2:4")
+    masked = pattern in ("unstructured", "2:4", "4:8")
     assert report["before"]["num_params"] == total
     assert report["after"]["num_params"] == count == sum(p.numel() for p in model.parameters())
     assert report["after"]["bytes"] == sum(f.stat().st_size for f in folder.glob("*.safetensors"))
@@ -71,6 +72,9 @@ def check(folder: Path, family: str, pattern: str) -> dict[str, Any]:
         assert parameters["set_to_zero"] == gone == parameters["targeted"] // 2
         assert parameters["targeted"] + parameters["kept_by_pattern"] + parameters["kept_not_a_layer_matrix"] == total
         assert report["sparsity"]["targeted_weights"] >= 0.5
+        if ":" in pattern:
+            n, m = map(int, pattern.split(":"))
+            assert all(int((t.view(-1, m) != 0).sum(1).max()) <= n for t in targets.values())
         assert count == total and not any(torch.signbit(t[t == 0]).any() for t in targets.values())
     else:
         assert parameters["removed"] + parameters["kept"] == total and parameters["kept"] == count < total
