@@ -16,7 +16,7 @@ import torch
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.pieces import Job
 from tinygn_dist.budget import blend, num_kept
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import DEFAULT_SHARE, PruneConfig
 from tinygn_dist.estimate.energy import coarse
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
@@ -34,6 +34,8 @@ def shares(options: PruneConfig) -> Sequence[float]:
         return (0.0,)
     if options.scope == "global":
         return (1.0,)
+    if options.allocation == "search":
+        return (DEFAULT_SHARE,)
     return CANDIDATES if options.allocation == "auto" else (options.allocation,)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from tinygn_dist import layer_budgets, score
+from tinygn_dist import layer_budgets, level_search, score
 from tinygn_dist.anatomy import Anatomy, Target
 from tinygn_dist.backends.pieces import Job, Shard
 from tinygn_dist.budget import num_kept
-from tinygn_dist.config import NM, PruneConfig
+from tinygn_dist.config import DEFAULT_SHARE, NM, PruneConfig
+from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import InputMoments, input_moments
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
@@ -35,8 +36,13 @@ def check(anatomy: Anatomy, targets: Sequence[Target], options: PruneConfig) -> 
     """UserError, before anything is computed, for what cannot be done with these weights."""
     if options.nm:
         check_nm(targets, options.nm.m)
-    if options.criterion in ("auto", "obs"):
-        layer_groups(anatomy, targets, options.gram_gib)
+    if options.criterion not in ("auto", "obs"):
+        return
+    if len(layer_groups(anatomy, targets, options.gram_gib)) > 1 and options.allocation == "search":
+        raise UserError(
+            f"allocation search solves all layers from one measurement, whose Gram matrices take {gram_gib(targets):.3g} GiB; "
+            f"raise prune.gram_gib ({options.gram_gib:g}), or use allocation auto"
+        )
 
 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
@@ -59,7 +65,8 @@ def solver_passes(options: PruneConfig) -> list[PruneConfig]:
     or as it takes that no pass removes more than half."""
     final = 1 - options.nm.n / options.nm.m if options.nm else options.sparsity
     count = options.passes or max(1, math.ceil(math.log2(1 / (1 - final)) - 1e-9))
-    on_the_way = [at_sparsity(options, sparsity_between("iterative", 0.0, final, k / count)) for k in range(1, count)]
+    plain = options if options.allocation != "search" else options.model_copy(update={"allocation": DEFAULT_SHARE})
+    on_the_way = [at_sparsity(plain, sparsity_between("iterative", 0.0, final, k / count)) for k in range(1, count)]
     steps = [*filter(None, on_the_way), options]
     return list({(step.pattern, step.sparsity): step for step in steps}.values())  # N:M has few steps
 
@@ -164,21 +171,27 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
 
 def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver, at the budgets asked for or at the best of several."""
-    shares = layer_budgets.shares(options)
+    shares, searches = layer_budgets.shares(options), options.allocation == "search"
     held_out: Setting | None = None
-    if len(shares) > 1:
-        setting, held_out = setting.split(options.probe_samples)
+    if searches or len(shares) > 1:
+        setting, held_out = setting.split(options.search_samples if searches else options.probe_samples)
     measured = measure(setting, targets, options)
 
-    def solved(share: float) -> dict[str, torch.Tensor]:
+    def budgets(share: float) -> dict[str, int]:
         pruned = {target.name: _num_pruned(target, options) for target in targets}
         if options.allocation == "owl":
-            pruned = _outlier_budgets(setting, targets, options)
-        elif share > 0:
-            pruned |= layer_budgets.allocate(setting, targets, measured, options, share)
+            return _outlier_budgets(setting, targets, options)
+        return pruned | (layer_budgets.allocate(setting, targets, measured, options, share) if share > 0 else {})
+
+    def solved(pruned: Mapping[str, int]) -> dict[str, torch.Tensor]:
         return _solved(setting, measured, options, pruned)
 
-    return layer_budgets.best_of(shares, held_out, targets, solved) if held_out else solved(shares[0])
+    if searches:
+        asked = dict(generations=options.search_generations, seed=options.seed)
+        return level_search.search(held_out, targets, budgets(shares[0]), solved, **asked)
+    if held_out:
+        return layer_budgets.best_of(shares, held_out, targets, lambda share: solved(budgets(share)))
+    return solved(budgets(shares[0]))
 
 
 def _outlier_budgets(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, int]:

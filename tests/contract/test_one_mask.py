@@ -23,16 +23,18 @@ from tinygn_dist.weights import sparsify
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}
 PATTERNS = {**SCOPES, "2:4": ("2:4", "auto")}
+MORE = {"owl": {"allocation": "owl"}, "admm": {"solver": "admm"}}
+MORE["search"] = {"allocation": "search", "search_generations": 2, "search_samples": 4}
 IN_GROUPS = {"in groups": ("unstructured", "auto"), "2:4 in groups": ("2:4", "auto")}
-CASES = [("obs", pattern) for pattern in IN_GROUPS]
+CASES = [("obs", pattern) for pattern in (*IN_GROUPS, *MORE)]
 CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs", "random") for p in PATTERNS]
 
 
 def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[str, Any]:
     setting = tiny.setting(family, backend, count=5)
-    name, scope = (PATTERNS | IN_GROUPS)[pattern]
-    room = {"gram_gib": 0} if pattern in IN_GROUPS else {}
-    options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **room)
+    name, scope = (PATTERNS | IN_GROUPS).get(pattern, ("unstructured", "auto"))
+    more = {"gram_gib": 0} if pattern in IN_GROUPS else MORE.get(pattern, {})
+    options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **more)
     masks = sparsify(setting, setting.anatomy.targets, options)
     state = plain.full_state(backend, setting.model)
     return {

@@ -186,9 +186,9 @@ def test_low_rank_training_and_offloaded_weights_do_not_go_together(where: str):
 
 @pytest.mark.parametrize("value", [2, -0.1, "half", "nan", None])
 def test_allocation_is_a_share_or_auto(value: object):
-    for good in (0, 0.5, 1, "0.25", "auto"):
-        load_config(None, MODEL | {"prune.allocation": good})
-    with pytest.raises(UserError, match="prune.allocation: got .*, accepted: 0 .* to 1 .*, auto or owl"):
+    for good in (0, 0.5, 1, "0.25", "auto", "search"):
+        load_config(None, MODEL | {"prune.pattern": "unstructured", "prune.allocation": good})
+    with pytest.raises(UserError, match="prune.allocation: got .*, accepted: 0 .* to 1 .*, auto, search or owl"):
         load_config(None, MODEL | {"prune.allocation": value})
 
 
@@ -198,6 +198,18 @@ def test_owl_is_for_layers_that_may_differ(more: dict):
     load_config(None, MODEL | asked)
     with pytest.raises(UserError, match="allocation owl gives every layer a number of zeros, got pattern .*, accepted"):
         load_config(None, MODEL | asked | {f"prune.{key}": value for key, value in more.items()})
+
+
+@pytest.mark.parametrize("more", [{"pattern": "2:4"}, {"scope": "row"}, {"criterion": "wanda"}], ids=str)
+def test_search_is_for_the_solver(more: dict):
+    asked = {"prune.pattern": "unstructured", "prune.allocation": "search"}
+    load_config(None, MODEL | asked)
+    with pytest.raises(
+        UserError, match="allocation search is for criterion obs, got pattern .*, accepted: pattern unst"
+    ):
+        load_config(None, MODEL | asked | {f"prune.{key}": value for key, value in more.items()})
+    with pytest.raises(UserError, match="search with 3 micro-batches of calibration data, accepted: 4 or more"):
+        load_config(None, MODEL | asked | {"data.num_samples": 3, "data.micro_batch": 1})
 
 
 @pytest.mark.parametrize("more", [{"pattern": "channels"}, {"criterion": "wanda"}], ids=str)
@@ -211,7 +223,7 @@ def test_admm_is_a_solver_of_weights(more: dict):
 def test_auto_allocation_needs_something_to_hold_out():
     asked = {"prune.allocation": "auto", "data.num_samples": 4}
     load_config(None, MODEL | asked | {"data.micro_batch": 3})
-    with pytest.raises(UserError, match="with 1 micro-batch of calibration data, accepted: two or more"):
+    with pytest.raises(UserError, match="auto with 1 micro-batches of calibration data, accepted: 2 or more"):
         load_config(None, MODEL | asked | {"data.micro_batch": 4})
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import model_validator
 
 from tinygn_dist.config.checkpoint import CheckpointConfig
-from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.prune import DEFAULT_SHARE, NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
 from tinygn_dist.config.schedule import ScheduleConfig
@@ -24,6 +24,7 @@ from tinygn_dist.config.section import Section, make
 from tinygn_dist.errors import UserError
 
 __all__ = [
+    "DEFAULT_SHARE",
     "NM",
     "UNIT_CRITERIA",
     "UNIT_KINDS",
@@ -79,10 +80,11 @@ class Config(Section):
                 f"{self.distributed.offload}, accepted: one-shot and none; use params="
             )
         batches = -(-self.data.num_samples // self.data.micro_batch)
-        if prune.allocation == "auto" and batches < 2:
+        needed = {"auto": 2, "search": 4}.get(prune.allocation, 1)
+        if batches < needed:
             raise ValueError(
-                f"prune.allocation auto with {batches} micro-batch of calibration data, accepted: two or more, as some are held "
-                "out; raise data.num_samples or lower data.micro_batch"
+                f"prune.allocation {prune.allocation} with {batches} micro-batches of calibration data, accepted: {needed} or "
+                "more, as some are held out; raise data.num_samples or lower data.micro_batch"
             )
         self._training_fits()
         return self

@@ -14,6 +14,9 @@ WEIGHT_CRITERIA = ("magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
 
+DEFAULT_SHARE = 0.75
+
+
 class NM(NamedTuple):
     """N:M sparsity: `n` weights kept of every `m` consecutive ones along the input dimension."""
 
@@ -52,10 +55,15 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in memory, else
     forward only (the report says which and why); criteria taylor, fisher and gblm always backpropagate, removal never"""
-    allocation: float | Literal["auto", "owl"] = 0.75
+    allocation: float | Literal["auto", "owl", "search"] = DEFAULT_SHARE
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
-    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; owl, for any
-    criterion: layers with more outliers keep more"""
+    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; search: from
+    0.75 on, zeros are moved between weights where that brings the model closer to the dense one; owl, for any criterion: layers
+    with more outliers keep more"""
+    search_generations: int = Field(20, ge=1)
+    """allocation search: rounds of eight candidates each"""
+    search_samples: int = Field(16, ge=2)
+    """allocation search: calibration sequences held out, half to choose and half to check the choice"""
     owl_outliers: float = Field(5.0, gt=1)
     """allocation owl: a weight is an outlier where |w| ||x|| is more than so many times its layer's mean"""
     owl_spread: float = Field(0.08, gt=0, lt=0.5)
@@ -146,11 +154,13 @@ class PruneConfig(Section):
     @classmethod
     def _share_or_auto(cls, value: Any) -> Any:
         try:
-            if value in ("auto", "owl") or 0 <= float(value) <= 1:
+            if value in ("auto", "owl", "search") or 0 <= float(value) <= 1:
                 return value
         except (TypeError, ValueError):
             pass
-        raise ValueError(f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), auto or owl; try 0.75")
+        raise ValueError(
+            f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), auto, search or owl; try 0.75"
+        )
 
     @field_validator("target")
     @classmethod
@@ -181,6 +191,12 @@ class PruneConfig(Section):
             raise ValueError(
                 f"allocation owl gives every layer a number of zeros, got pattern {self.pattern} and scope {self.scope}, "
                 "accepted: pattern unstructured, scope auto, layer or row"
+            )
+        solves = self.criterion in ("auto", "obs") and self.scope == "auto"
+        if self.allocation == "search" and (self.pattern != "unstructured" or not solves):
+            raise ValueError(
+                f"allocation search is for criterion obs, got pattern {self.pattern}, criterion {self.criterion} and scope "
+                f"{self.scope}, accepted: pattern unstructured, criterion auto or obs, scope auto"
             )
         if self.solver == "admm" and (self.unit_kinds or self.criterion not in ("auto", "obs")):
             raise ValueError(
