@@ -92,7 +92,8 @@ def _activated(module: nn.Module, up: torch.Tensor) -> torch.Tensor:
 
 
 def _normed(module: nn.Module, out: torch.Tensor) -> torch.Tensor:
-    return module.post_expert_norm(out) if module.has_post_expert_norm else out
+    has_norm = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 has no such experts
+    return module.post_expert_norm(out) if has_norm else out
 
 
 def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
