@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -29,8 +30,23 @@ Masks = dict[str, torch.Tensor]
 Levels = dict[str, int]
 
 
+class HeldOut(NamedTuple):
+    """Sequences that choose, a quarter of those, and the sequences that check; their loss is the divergence from the model
+    that was there when they were held out."""
+
+    few: Setting
+    choosing: Setting
+    checking: Setting
+
+
+def hold_out(setting: Setting) -> HeldOut:
+    choosing, checking = setting.split(sum(map(batch_size, setting.batches)) // 2)
+    few = choosing.first(max(1, sum(map(batch_size, choosing.batches)) // 4))
+    return HeldOut(from_dense(few), from_dense(choosing), from_dense(checking))
+
+
 def search(
-    held_out: Setting,
+    held_out: HeldOut,
     targets: Sequence[Target],
     start: Mapping[str, int],
     solve: Callable[[Mapping[str, int]], Masks],
@@ -43,10 +59,8 @@ def search(
     start: how many entries of each target go at level 0. solve(such counts): writes the solved weights over those that are
     there now, returns their masks. On each rank 2 * REACH + 2 copies of its pieces of the weights are held on the CPU.
     """
-    library = _Library(held_out, targets, start, solve)
-    choosing, checking = held_out.split(sum(map(batch_size, held_out.batches)) // 2)
-    few = from_dense(choosing.first(max(1, sum(map(batch_size, choosing.batches)) // 4)))
-    choosing, checking = from_dense(choosing), from_dense(checking)
+    few, choosing, checking = held_out
+    library = _Library(choosing, targets, start, solve)
     draw, parent = random.Random(seed), dict.fromkeys(start, 0)
     first = best = library.loss(parent, choosing)
     for _ in range(generations):
@@ -65,7 +79,7 @@ def search(
     if after >= before:
         note, parent = f"{note}: not taken", dict.fromkeys(start, 0)
     log.info(note)
-    held_out.notes.append(note)
+    choosing.notes.append(note)
     library.write(parent)
     return library.masks(parent)
 
@@ -75,17 +89,17 @@ class _Library:
 
     def __init__(
         self,
-        held_out: Setting,
+        setting: Setting,
         targets: Sequence[Target],
         start: Mapping[str, int],
         solve: Callable[[Mapping[str, int]], Masks],
     ) -> None:
-        self._backend, self._model = held_out.backend, held_out.model
+        self._backend, self._model = setting.backend, setting.model
         self._targets = {target.name: target for target in targets}
         self._weights: dict[tuple[str, int], torch.Tensor] = {}
         self._masks: dict[tuple[str, int], torch.Tensor] = {}
         self._written: Levels = {}
-        dense = {name: self._piece(target).cpu() for name, target in self._targets.items()}
+        before = {name: self._piece(target).cpu() for name, target in self._targets.items()}
         for level in range(-REACH, REACH + 1):
             counts = {n: count + level * _step(self._targets[n]) for n, count in start.items()}
             there = {n for n, count in counts.items() if 0 <= count <= self._targets[n].numel}
@@ -94,7 +108,7 @@ class _Library:
                 if name in there:
                     self._weights[name, level] = self._piece(target).cpu()
                     self._masks[name, level] = masks[name].cpu()
-                self._write(target, dense[name])
+                self._write(target, before[name])
 
     def switched(self, levels: Levels, draw: random.Random) -> Levels:
         """One to three pairs of weights of one size each, one of which loses more and the other less; mostly one."""

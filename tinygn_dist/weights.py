@@ -21,6 +21,7 @@ from tinygn_dist.estimate.memory import settled
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
 from tinygn_dist.layer_statistics import LayerStatistics, gram_gib, layer_groups, measure
+from tinygn_dist.level_search import HeldOut
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
 from tinygn_dist.schedule import sparsity_between
@@ -51,8 +52,12 @@ def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) 
     if criterion == "obs":
         held = round(min(gram_gib(targets), options.gram_gib) * 2**30)
         options = settled(setting, options, held)
+        held_out = None
+        if options.allocation == "search":  # the dense model is what it compares with, in the last pass too
+            setting, rest = setting.split(options.search_samples)
+            held_out = level_search.hold_out(rest)
         for asked in solver_passes(options):
-            masks = _solve(setting, targets, asked)
+            masks = _solve(setting, targets, asked, held_out)
     else:
         masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
     chosen = Masks(targets, masks)
@@ -169,12 +174,14 @@ def _warn_unreached(targets: Iterable[Target]) -> None:
         log.warning("no calibration token reached experts %s of %s: they are pruned by magnitude", never, module)
 
 
-def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
-    """Masks and updates by the layer solver, at the budgets asked for or at the best of several."""
-    shares, searches = layer_budgets.shares(options), options.allocation == "search"
-    held_out: Setting | None = None
-    if searches or len(shares) > 1:
-        setting, held_out = setting.split(options.search_samples if searches else options.probe_samples)
+def _solve(
+    setting: Setting, targets: Sequence[Target], options: PruneConfig, held_out: HeldOut | None
+) -> dict[str, torch.Tensor]:
+    """Masks and updates by the layer solver, at the budgets asked for or at the best of several. held_out: for a search."""
+    shares = layer_budgets.shares(options)
+    trial: Setting | None = None
+    if len(shares) > 1:
+        setting, trial = setting.split(options.probe_samples)
     measured = measure(setting, targets, options)
 
     def budgets(share: float) -> dict[str, int]:
@@ -186,11 +193,11 @@ def _solve(setting: Setting, targets: Sequence[Target], options: PruneConfig) ->
     def solved(pruned: Mapping[str, int]) -> dict[str, torch.Tensor]:
         return _solved(setting, measured, options, pruned)
 
-    if searches:
+    if options.allocation == "search":
         asked = dict(generations=options.search_generations, seed=options.seed)
         return level_search.search(held_out, targets, budgets(shares[0]), solved, **asked)
-    if held_out:
-        return layer_budgets.best_of(shares, held_out, targets, lambda share: solved(budgets(share)))
+    if trial:
+        return layer_budgets.best_of(shares, trial, targets, lambda share: solved(budgets(share)))
     return solved(budgets(shares[0]))
 
 

@@ -162,3 +162,12 @@ def test_inverse_factor_is_a_factor_of_the_inverse():
     wanted = (hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(8).double()).inverse()
     torch.testing.assert_close((upper.t() @ upper).double(), wanted, rtol=1e-3, atol=1e-6)
     assert used == 0.01 and torch.equal(upper, upper.triu())
+
+
+@pytest.mark.parametrize("num_pruned", [0, 1, 7, 500, 999, 1000])
+def test_the_lowest_go_and_of_equals_the_first(num_pruned: int):
+    """As a stable sort of everything would have it."""
+    saliency = torch.randint(0, 9, (20, 50), generator=torch.Generator().manual_seed(0)).float()
+    wanted = torch.ones(1000, dtype=torch.bool)
+    wanted[saliency.flatten().argsort(stable=True)[:num_pruned]] = False
+    assert torch.equal(obs.drop_lowest(saliency, num_pruned), wanted.view(20, 50))

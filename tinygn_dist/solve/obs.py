@@ -127,9 +127,13 @@ def _row_quotas(num_pruned: int, rows: int, sizes: Sequence[int]) -> list[list[i
 def drop_lowest(saliency: torch.Tensor, num_pruned: int | list[int]) -> torch.Tensor:
     """Keep mask with exactly num_pruned False, or that many False in each row."""
     if isinstance(num_pruned, int):
-        order = saliency.flatten().argsort(stable=True)
-        keep = torch.ones(saliency.numel(), dtype=torch.bool, device=saliency.device)
-        keep[order[:num_pruned]] = False
+        flat = saliency.flatten()
+        keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+        if num_pruned:
+            last = flat.topk(num_pruned, largest=False, sorted=False).values.max()
+            keep = flat > last
+            ties = (flat == last).nonzero()[:, 0]  # the first of them go
+            keep[ties[num_pruned - int((flat < last).sum()) :]] = True
         return keep.view_as(saliency)
     rank = saliency.argsort(dim=1, stable=True).argsort(1)
     return rank >= torch.tensor(num_pruned, device=saliency.device)[:, None]
