@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.estimate.adaptive import Contest, race
-from tinygn_dist.estimate.probes import Probe, single_units
+from tinygn_dist.estimate.probes import Probe, measure, single_units
+from tinygn_dist.estimate.setting import ProbeCosts
+from tinygn_dist.estimate.subsets import effects_together
 from tinygn_dist.zeroth_order import ForwardOnly
 
 
@@ -29,6 +33,37 @@ def test_ranks_take_different_directions_and_end_with_the_same_weights(process_g
     for other_losses, other_digest, other_forwards in process_groups(2).call(descend):
         assert other_losses == losses and other_digest == digest and other_forwards == forwards // 2
     assert torch.tensor(losses).isfinite().all()
+
+
+def search(backend: Backend) -> tuple[str, float]:
+    """The numbers of a training whose first steps measure its rate, and a digest of the weights."""
+    setting = tiny.setting("llama", backend, count=4, size=1)
+    options = RecoverConfig(optimizer="zo-sgd", directions=4, batch_size=4, probe_step=2**-8)
+    training = ForwardOnly(setting.model, setting.anatomy.targets, {}, setting.objective, options, backend)
+    for number in range(14):
+        training.step(setting.batches, number, 1.0)
+    digest = sum(float(p.detach().double().sin().sum()) for p in setting.model.parameters())
+    return repr(training.state_dict()), digest
+
+
+def test_ranks_find_the_rate_of_one_process(process_groups, backend):
+    """On the sequences it has seen, the sum of the directions goes down: a rate is found and the weights move."""
+    told, digest = search(backend)
+    assert "'rate': None" not in told and "'history': [(" in told
+    assert process_groups(2).call(search) == [(told, digest)] * 2
+
+
+def subsets(backend: Backend) -> list[list[float]]:
+    """Losses without random subsets of heads, and of gate settings that share forwards, with little room for inputs."""
+    setting = replace(tiny.setting("llama", backend, count=3, size=1), costs=ProbeCosts(together=2, cache_bytes=3000))
+    heads = list(single_units(setting.anatomy.of_kind("heads")))
+    contests = [Contest((i, i + 1), 1) for i in (0, 2, 4)]
+    found = effects_together(setting, heads, contests, torch.zeros(6, dtype=torch.float64), 5)
+    return [found.mean.tolist(), *measure(setting, heads).differences.tolist()]
+
+
+def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
+    assert process_groups(2).call(subsets) == [subsets(backend)] * 2
 
 
 def probe(backend: Backend) -> tuple[list[float], list[int], int]:
