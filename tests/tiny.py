@@ -183,10 +183,12 @@ def smaller_state(state: dict[str, torch.Tensor], anatomy: Anatomy, kept: KeptUn
     cut = Cut(anatomy, kept, {name: tensor.shape for name, tensor in state.items()})
     small = {}
     for name, tensor in state.items():
-        layer = re.match(rf"{re.escape(anatomy.layers_path)}\.(\d+)\.", name)
-        if layer and int(layer[1]) not in kept.layers:
-            continue
-        new = f"{anatomy.layers_path}.{kept.layers.index(int(layer[1]))}.{name[layer.end() :]}" if layer else name
-        assert cut.source(new) == name
-        small[new] = cut.of(name, tensor)
+        new = name
+        for stack in anatomy.stacks:
+            own = [layer - stack.first for layer in kept.layers if 0 <= layer - stack.first < stack.num]
+            if layer := re.match(rf"{re.escape(stack.path)}\.(\d+)\.", name):
+                new = f"{stack.path}.{own.index(int(layer[1]))}.{name[layer.end() :]}" if int(layer[1]) in own else None
+        if new:
+            assert cut.source(new) == name
+            small[new] = cut.of(name, tensor)
     return small

@@ -18,60 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from tinygn_dist.dependencies import spaces
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.families import Family, Part, family_of, fixed_units, supported
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight matrix that can be masked.
-
-    `parameter` is its parameter's name without wrapper prefixes, `module` the module that holds it, `shape` is
-    (out, in) whatever the storage, `input_dim` the storage dim along which inputs lie (1 for Linear, 0 for GPT-2's
-    Conv1D). `index` is None where the matrix is the whole parameter, else which matrix of a 3-D parameter (an expert).
-    """
-
-    parameter: str
-    module: str
-    layer: int
-    shape: tuple[int, int]
-    input_dim: int
-    index: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Unique among targets."""
-        return self.parameter if self.index is None else f"{self.parameter}[{self.index}]"
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        return self.shape if self.input_dim == 1 else self.shape[::-1]
-
-    @property
-    def start(self) -> int:
-        """Index of the target's first element in its flattened parameter; it ends `numel` later."""
-        return (self.index or 0) * self.numel
-
-    def within(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The target as stored, a view into its whole parameter (or the parameter's gradient)."""
-        return parameter if self.index is None else parameter[self.index]
-
-    def matrix(self, stored: torch.Tensor) -> torch.Tensor:
-        """(out, in) view of the target as stored; in-place edits reach it."""
-        return stored if self.input_dim == 1 else stored.t()
-
-    def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
-        """values (in,), one per input feature, laid out like `piece`: a run of the stored elements from `offset` on."""
-        values = values.to(piece.device)
-        if self.input_dim == 1 and piece.dim() == 2:
-            return values.expand(piece.shape)
-        width = self.stored_shape[1]
-        first, last = offset // width, -(-(offset + piece.numel()) // width)
-        one_each = values.repeat(last - first) if self.input_dim == 1 else values[first:last].repeat_interleave(width)
-        start = offset - first * width
-        return one_each[start : start + piece.numel()].view(piece.shape)
+from tinygn_dist.stacks import Stack, find_stacks, layer_of
+from tinygn_dist.targets import Target, find_targets, input_features
 
 
 @dataclass(frozen=True)
@@ -114,7 +62,7 @@ class UnitGroup:
 @dataclass(frozen=True)
 class Anatomy:
     family: Family | None
-    layers_path: str
+    stacks: tuple[Stack, ...]
     layer_params: tuple[int, ...]
     groups: tuple[UnitGroup, ...]
     targets: tuple[Target, ...]
@@ -128,6 +76,25 @@ class Anatomy:
     @property
     def num_layers(self) -> int:
         return len(self.layer_params)
+
+    @property
+    def layers_path(self) -> str:
+        """The list of layers; nothing where there is none, or several."""
+        return self.stacks[0].path if len(self.stacks) == 1 else ""
+
+    def path_of(self, layer: int) -> str:
+        """The module of a layer."""
+        stack = next(stack for stack in self.stacks if layer in stack.layers)
+        return f"{stack.path}.{layer - stack.first}"
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that a module or parameter lies in, if any."""
+        return layer_of(self.stacks, name)
+
+    @property
+    def lasting(self) -> frozenset[int]:
+        """Layers that stay: of several stacks each keeps its first, which in T5 holds the position bias of all."""
+        return frozenset(stack.first for stack in self.stacks) if len(self.stacks) > 1 else frozenset()
 
     def of_kind(self, kind: str) -> tuple[UnitGroup, ...]:
         """The unit groups of one kind, in layer order."""
@@ -167,11 +134,12 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     family = family_of(model_type)
     if family is None and needs_units:
         raise Refused(f"units of model type {model_type!r} cannot be removed, supported: {supported()}")
-    layers_path = _layers_path(model, family) if family and family.layers else ""
-    layers = model.get_submodule(layers_path) if layers_path else ()
+    stacks = find_stacks(model, family) if family and family.layers else ()
+    layers = [layer for stack in stacks for layer in model.get_submodule(stack.path)]
     groups = []
-    for index in range(len(layers)):
-        groups += _unit_groups(model, family, index, f"{layers_path}.{index}.")
+    for stack in stacks:
+        for index in range(stack.num):
+            groups += _unit_groups(model, family, stack.first + index, f"{stack.path}.{index}.")
     if family and family.filters:
         groups += _filter_groups(model, family)
     layer_params = tuple(sum(p.numel() for p in layer.parameters()) for layer in layers)
@@ -182,12 +150,17 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
             f"{len(layers) - len(sparse)} of its {len(layers)} layers have no experts, so what goes with a layer depends on "
             "which one it is, and their positions are part of its config"
         )
+    if len(stacks) > 1:
+        fixed["layers"] = (
+            f"layers of its {len(stacks)} stacks differ in size, so what goes with a number of parameters depends on which "
+            "ones go; say how many with prune.counts"
+        )
     return Anatomy(
         family=family,
-        layers_path=layers_path,
+        stacks=stacks,
         layer_params=layer_params,
         groups=tuple(groups),
-        targets=tuple(_targets(model, layers_path)),
+        targets=tuple(find_targets(model, stacks)),
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
         total_params=sum(p.numel() for p in model.parameters()),
         fixed=fixed,
@@ -195,18 +168,9 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     )
 
 
-def input_features(module: nn.Module) -> int:
-    """Features a Linear or Conv1D reads."""
-    return module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-
-
-def _layers_path(model: nn.Module, family: Family) -> str:
-    layers = model.base_model.get_submodule(family.layers)
-    return next(name for name, module in model.named_modules() if module is layers)
-
-
 def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> Iterator[UnitGroup]:
-    config, attention, ffn, experts = model.config, family.attention, family.feed_forward, family.experts
+    config, attention, experts = model.config, family.attention, family.experts
+    ffn = next((f for f in family.feed_forwards if all(_has_module(model, prefix + p.path) for p in f.inputs)), None)
     if attention and "heads" not in fixed_units(family, config):
         num_groups = getattr(config, attention.num_kv_heads)
         per_group = getattr(config, attention.num_heads) // num_groups
@@ -238,8 +202,11 @@ def _filter_groups(model: nn.Module, family: Family) -> Iterator[UnitGroup]:
 
 
 def _has_module(model: nn.Module, path: str) -> bool:
-    parent, _, leaf = path.rpartition(".")
-    return hasattr(model.get_submodule(parent), leaf)
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _rows(model: nn.Module, prefix: str, part: Part, num_units: int) -> Iterator[Slice]:
@@ -267,44 +234,3 @@ def _fed_by(model: nn.Module, kind: str, layer: int, num_units: int, slices: lis
 def _params_per_unit(model: nn.Module, slices: Iterable[Slice]) -> int:
     shapes = {piece: model.get_parameter(piece.tensor).shape for piece in slices}
     return sum(piece.width * shape.numel() // shape[piece.dim] for piece, shape in shapes.items())
-
-
-def _targets(model: nn.Module, layers_path: str) -> Iterator[Target]:
-    """Weight matrices inside the layers; of an unknown family, all but the output head. Shared ones once."""
-    seen, head = set(), model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    reached = set()
-    for name, module in model.named_modules():
-        if layers_path and not name.startswith(layers_path + "."):
-            continue
-        layer = int(name.removeprefix(layers_path + ".").split(".")[0]) if layers_path else 0
-        if is_fused_experts(module):
-            for leaf in expert_weights(module):
-                experts, *stored = module.get_parameter(leaf).shape
-                reached.add(f"{name}.{leaf}")
-                input_dim = 0 if module.is_transposed else 1
-                shape = (stored[1 - input_dim], stored[input_dim])
-                yield from (Target(f"{name}.{leaf}", name, layer, shape, input_dim, i) for i in range(experts))
-        elif isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen and module is not head:
-            seen.add(id(module.weight))
-            stored = tuple(module.weight.shape)
-            input_dim = 1 if isinstance(module, nn.Linear) else 0
-            yield Target(f"{name}.weight", name, layer, (stored[1 - input_dim], stored[input_dim]), input_dim)
-    missed = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and n not in reached]
-    if missed:
-        raise Refused(
-            f"{missed[0]} is a fused expert tensor whose layout {type(model).__name__} does not declare; accepted: Linear, "
-            "Conv1D, and experts classes made by transformers' use_experts_implementation"
-        )
-    if not seen and not reached:
-        raise Refused(f"model type {model.config.model_type!r} has no Linear or Conv1D weight to prune")
-
-
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds all experts of a layer in 3-D parameters and says how they are stored: transformers'
-    `use_experts_implementation` leaves these marks on every such class."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
-
-
-def expert_weights(module: nn.Module) -> tuple[str, str]:
-    """Names of the first and second matrices of a module of fused experts."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"

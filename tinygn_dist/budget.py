@@ -84,10 +84,12 @@ class UnitSizes:
     least_experts: int = 1
     dense_layers: int = 0
     dense_layer_params: int = 0
+    uneven_params: int = 0
+    """of all layers together, where they differ in size: then no number of whole layers reaches a budget"""
 
     def removed_params(self, mix: Mix) -> int:
         """Parameters that go with a mix. Whole layers only where all are alike: which ones go is not known here."""
-        assert not (mix.layers and self.dense_layers)
+        assert not (mix.layers and (self.dense_layers or self.uneven_params))
         in_layer = mix.heads * self.head_params + mix.channels * self.channel_params
         in_sparse = mix.experts * self.expert_params
         left = self.layers - mix.layers
@@ -95,12 +97,15 @@ class UnitSizes:
 
     @property
     def total_params(self) -> int:
-        return (self.layers - self.dense_layers) * self.layer_params + self.dense_layers * self.dense_layer_params
+        return (
+            self.uneven_params
+            or (self.layers - self.dense_layers) * self.layer_params + self.dense_layers * self.dense_layer_params
+        )
 
     def most(self, kind: str) -> int:
         """How many units of a kind can go (per layer, for kinds inside layers), so that enough are left."""
         if kind == "layers":
-            return 0 if self.dense_layers else self.layers - 1
+            return 0 if self.dense_layers or self.uneven_params else self.layers - 1
         least = self.least_experts if kind == "experts" else 1
         return max(0, getattr(self, kind) - least)
 

@@ -18,7 +18,7 @@ import torch
 
 from tinygn_dist.config import DataConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.objective import IGNORED, Batch
+from tinygn_dist.objective import IGNORED, Batch, continuation
 from tinygn_dist.rows import Rows, read_rows
 
 log = logging.getLogger(__name__)
@@ -74,9 +74,25 @@ class _Window:
     label: int | None = None
 
 
-def load_splits(options: DataConfig, task: str, processor: Any, train_len: int, rows: Rows | None = None) -> Splits:
+def load_splits(
+    options: DataConfig,
+    task: str,
+    processor: Any,
+    train_len: int,
+    rows: Rows | None = None,
+    start: int = 0,
+) -> Splits:
     """Splits for a task. train_len: tokens per training sequence, 0 for no training. rows: used instead of reading
-    `options.name` (self-generated text)."""
+    `options.name` (self-generated text). start: the token that an encoder-decoder's targets begin with."""
+    if task == "seq2seq-lm":
+        if not options.packing:
+            raise UserError(
+                "data.packing false with an encoder-decoder: text is cut into a source and its continuation; leave it on"
+            )
+        splits = load_text(options, processor, classes=False, train_len=train_len)
+        for name in ("calibration", "evaluation", "training"):
+            setattr(splits, name, [continuation(batch, start) for batch in getattr(splits, name)])
+        return splits
     if task == "image-classification":
         return load_images(options, processor, training=bool(train_len))
     return load_text(options, processor, classes=task == "sequence-classification", train_len=train_len, rows=rows)

@@ -22,7 +22,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
-from tinygn_dist.objective import Batch, add_reference, objective_of
+from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.resume import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.shrink import smaller_config, smaller_origin
@@ -95,7 +95,9 @@ class Compressor:
             raise UserError("data self is for `tinygn compress`; name a dataset")
         with self.backend.together("reading the data"):
             splits = self.backend.main_first(
-                lambda: calibration.load_splits(self.config.data, self._task, processor, 0)
+                lambda: calibration.load_splits(
+                    self.config.data, self._task, processor, 0, start=decoder_start(bare.config)
+                )
             )
         self.backend.agree(splits.fingerprint(), "the data")
         self._batches = splits.calibration

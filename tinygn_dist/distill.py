@@ -19,12 +19,12 @@ def student_losses(
     and h = options.distill_hidden, both 0 without a teacher. Sums over the tokens of each sequence."""
     if task == "feature-extraction":
         return feature_match(model, batch)
-    asked = {"use_cache": False} if task == "causal-lm" else {}
+    asked = {"use_cache": False} if task in ("causal-lm", "seq2seq-lm") else {}
     if teacher is not None and options.distill_hidden:
         asked["output_hidden_states"] = True
     output = model(**model_inputs(batch), **asked)
     logits, labels = by_token(output.logits, task), batch["labels"]
-    labels = labels[:, 1:] if task == "causal-lm" else labels[:, None]
+    labels = labels[:, 1:] if task == "causal-lm" else labels if task == "seq2seq-lm" else labels[:, None]
     own, counts = token_losses(logits, labels), labels != IGNORED
     if teacher is None:
         return own
@@ -49,6 +49,8 @@ def _mixed(own: Losses, away: Losses, options: RecoverConfig) -> Losses:
 
 def by_token(logits: torch.Tensor, task: str) -> torch.Tensor:
     """(batch, positions, classes): those that predict a next token, or the one of a whole sequence or image."""
+    if task == "seq2seq-lm":
+        return logits
     return logits[:, :-1] if task == "causal-lm" else logits[:, None]
 
 

@@ -43,7 +43,7 @@ def mean_loss(setting: Setting, doing: str) -> float:
 def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
     """The figures of a task: loss and perplexity; loss and accuracy; or feature distance."""
     loss = mean_loss(setting, doing)
-    if task == "causal-lm":
+    if task in ("causal-lm", "seq2seq-lm"):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "feature-extraction":
         return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(setting)}

@@ -43,7 +43,8 @@ class FeedForward:
 
     inputs: tuple[Part, ...]
     output: str
-    width: str = "intermediate_size"
+    width: str | tuple[str, ...] = "intermediate_size"
+    """the config's entry, or all its entries, that say how many channels there are"""
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,32 @@ class Filters:
 
 @dataclass(frozen=True)
 class Family:
-    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit kind."""
+    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit kind.
+
+    layers: the list of layers; several where stacks of them run one after the other, and `depth` then has the config's
+    entry for each (a `*` in a path stands for every number, and `depth` for a list with one entry for each). feed_forward:
+    where layers differ, the first description whose modules a layer has holds for it.
+    """
 
     model_types: tuple[str, ...]
-    layers: str
+    layers: str | tuple[str, ...]
     attention: Attention | None = None
-    feed_forward: FeedForward | None = None
+    feed_forward: FeedForward | tuple[FeedForward, ...] | None = None
     experts: Experts | None = None
     filters: Filters | None = None
-    depth: str = "num_hidden_layers"
+    depth: str | tuple[str, ...] = "num_hidden_layers"
     fixed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stacks(self) -> tuple[tuple[str, str], ...]:
+        """(path, depth) of every list of layers."""
+        paths = (self.layers,) if isinstance(self.layers, str) else self.layers
+        depths = (self.depth,) * len(paths) if isinstance(self.depth, str) else self.depth
+        return tuple(zip(paths, depths, strict=True))
+
+    @property
+    def feed_forwards(self) -> tuple[FeedForward, ...]:
+        return self.feed_forward if isinstance(self.feed_forward, tuple) else tuple(filter(None, [self.feed_forward]))
 
 
 def _separate(*paths: str) -> tuple[Part, ...]:
@@ -124,6 +141,17 @@ _GROUPED = Attention(inputs=_SEPARATE_QKV, output="self_attn.o_proj")
 _GATED = FeedForward(inputs=_separate("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj")
 _4H = FeedForward(inputs=_separate("mlp.dense_h_to_4h"), output="mlp.dense_4h_to_h")
 _PHI3_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
+
+_T5_FFN = tuple(
+    FeedForward(
+        _separate(*(f"layer.{at}.DenseReluDense.{name}" for name in names)), f"layer.{at}.DenseReluDense.wo", "d_ff"
+    )
+    for at in (2, 1)  # behind the decoder's cross attention, or where there is none
+    for names in (("wi_0", "wi_1"), ("wi",))  # gated or not
+)
+_SHARED_BIAS = (
+    "the layers of a stack share one position bias per head, so a head would have to go from all of them at once"
+)
 
 FAMILIES = (
     Family(  # gated FFN, head_dim in the config
@@ -207,6 +235,30 @@ FAMILIES = (
         feed_forward=FeedForward(inputs=_separate("mlp.fc1"), output="mlp.fc2"),
         fixed=_derived_head_dim("num_attention_heads"),
     ),
+    Family(
+        model_types=("t5", "mt5"),
+        layers=("encoder.block", "decoder.block"),
+        feed_forward=_T5_FFN,
+        depth=("num_layers", "num_decoder_layers"),
+        fixed={"heads": _SHARED_BIAS},
+    ),
+    Family(
+        model_types=("bart", "mbart"),
+        layers=("encoder.layers", "decoder.layers"),
+        feed_forward=FeedForward(_separate("fc1"), "fc2", width=("encoder_ffn_dim", "decoder_ffn_dim")),
+        depth=("encoder_layers", "decoder_layers"),
+        fixed=_derived_head_dim("encoder_attention_heads", "d_model"),
+    ),
+    Family(
+        model_types=("convnext",),
+        layers="encoder.stages.*.layers",
+        depth="depths",
+        fixed={
+            "heads": "it has no attention",
+            "channels": "its class builds 4 * width channels in every layer whatever the config says",
+            "filters": "layer norms run over all channels of a stage, so each depends on the others",
+        },
+    ),
     Family(model_types=("tinygn_vgg",), layers="", filters=Filters(_resize_vgg, uneven=True), fixed=_ONLY_FILTERS),
     Family(model_types=("resnet",), layers="", filters=Filters(_resize_resnet), fixed=_ONLY_FILTERS),
     Family(
@@ -250,7 +302,7 @@ def fixed_units(family: Family, config: Any) -> dict[str, str]:
     if family.experts is None:
         fixed.setdefault("experts", _NO_EXPERTS)
     if family.filters is None:
-        fixed["filters"] = "it is no convolutional net"
+        fixed.setdefault("filters", "it is no convolutional net")
     if family.attention and (reason := family.attention.fixed_if(config)):
         fixed["heads"] = reason
     return fixed

@@ -20,7 +20,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.families import family_of
-from tinygn_dist.objective import objective_of
+from tinygn_dist.objective import decoder_start, objective_of
 from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.report import REPORT_FILE, Report
@@ -129,7 +129,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
     model, _ = placed(source, backend)
     train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
-    splits = calibration.load_splits(data, source.task, processor, train_len)
+    splits = calibration.load_splits(data, source.task, processor, train_len, start=decoder_start(source.config))
     figures: dict[str, Any] = {
         "num_params": anatomy.total_params,
         "bytes": sum(file.stat().st_size for file in Path(source.path).glob(source.gguf_file or "*.safetensors"))
@@ -160,6 +160,8 @@ def servable(arguments: argparse.Namespace) -> int:
         inputs = processor(["Which engines will take this model, and which will not?"], return_tensors="pt")
     accepted = signature(model.forward).parameters
     tensors = {name: value for name, value in inputs.items() if name in accepted}
+    if source.task == "seq2seq-lm":
+        tensors["decoder_input_ids"] = torch.full((1, 2), decoder_start(source.config))
     found = verdicts(model, source.task, read_anatomy(model, needs_units=False), tensors, source.path)
     if arguments.json:
         print(json.dumps([verdict._asdict() for verdict in found], indent=2))

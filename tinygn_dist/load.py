@@ -22,6 +22,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
@@ -41,6 +42,7 @@ EMBEDDED = {
 }
 _CLASSES = {
     "causal-lm": AutoModelForCausalLM,
+    "seq2seq-lm": AutoModelForSeq2SeqLM,
     "sequence-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
     "feature-extraction": AutoModel,
@@ -251,9 +253,17 @@ def _refuse_pickles(folder: Path) -> None:
 
 def task_of(options: ModelConfig, config: PretrainedConfig) -> str:
     """The asked task, or the one the checkpoint's `architectures` name. Raises Refused for one that is not known."""
+    named = (getattr(config, "architectures", None) or [""])[0]
+    two_stacks = type(config) in AutoModelForSeq2SeqLM._model_mapping and config.is_encoder_decoder
+    if two_stacks and (options.task in ("causal-lm", "feature-extraction") or named.endswith("EncoderModel")):
+        raise Refused(
+            f"{options.name} is an encoder-decoder ({named or config.model_type}), accepted: model.task seq2seq-lm or "
+            "sequence-classification, of a checkpoint with both halves"
+        )
     if options.task != "auto":
         return options.task
-    named = (getattr(config, "architectures", None) or [""])[0]
+    if two_stacks and not named.endswith("ForSequenceClassification"):
+        return "seq2seq-lm"
     for ending, task in (
         ("ForCausalLM", "causal-lm"),
         ("LMHeadModel", "causal-lm"),

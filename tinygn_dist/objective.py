@@ -58,6 +58,21 @@ def causal_lm(model: nn.Module, batch: Batch) -> Losses:
     return token_losses(logits, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED))
 
 
+def decoder_start(config: Any) -> int:
+    """The token that the targets of an encoder-decoder begin with."""
+    named = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
+    return next((token for token in named if token is not None), 0)
+
+
+def continuation(batch: Batch, start: int) -> Batch:
+    """Windows of text cut in two: an encoder-decoder reads the first half and is to write the second (the prefix language
+    modelling of Raffel et al. 2020). batch: (batch, seq) without padding; start: what the targets begin with."""
+    half = batch["input_ids"].shape[1] // 2
+    source, target = batch["input_ids"][:, :half], batch["input_ids"][:, half:]
+    shifted = torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], 1)
+    return {"input_ids": source, "decoder_input_ids": shifted, "labels": target}
+
+
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
     """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence.
 
@@ -72,6 +87,12 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
     ]
     flat = torch.cat(parts)
     return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1), flat)
+
+
+def seq2seq_lm(model: nn.Module, batch: Batch) -> Losses:
+    """Cross-entropy of each target token given the source. labels: (batch, targets) int64; decoder_input_ids: the same,
+    one place later."""
+    return token_losses(model(**model_inputs(batch), use_cache=False).logits, batch["labels"])
 
 
 def classification(model: nn.Module, batch: Batch) -> Losses:
@@ -112,6 +133,7 @@ def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Ten
 def objective_of(task: str) -> Objective:
     return {
         "causal-lm": causal_lm,
+        "seq2seq-lm": seq2seq_lm,
         "sequence-classification": classification,
         "image-classification": classification,
         "feature-extraction": feature_match,

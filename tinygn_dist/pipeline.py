@@ -24,7 +24,7 @@ from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.latency import LatencyTarget
-from tinygn_dist.objective import Batch, add_reference, objective_of
+from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, check_training
@@ -175,7 +175,9 @@ class _Run(TrainingStage):
         train_len = config.recover.seq_len if config.recover.steps else 0
         with self.backend.together("reading the data"):
             self.splits = self.backend.main_first(
-                lambda: calibration.load_splits(config.data, self.source.task, self.processor, train_len, rows)
+                lambda: calibration.load_splits(
+                    config.data, self.source.task, self.processor, train_len, rows, decoder_start(self.source.config)
+                )
             )
         if config.recover.steps and config.recover.evaluate_every:
             self.splits.hold_out(config.recover.evaluate_samples)

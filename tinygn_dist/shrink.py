@@ -7,7 +7,6 @@ relies on (head counts, layer indices) is right by construction, and a config th
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -29,7 +28,8 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
     if family.filters:
         family.filters.resize(small, _widths(anatomy, kept))
         return small
-    setattr(small, family.depth, len(kept.layers))
+    for stack in anatomy.stacks:
+        stack.set_depth(small, len(stack.kept(kept.layers)))
     if kept.heads:
         attention = family.attention
         groups = len(next(iter(kept.heads.values())))
@@ -38,7 +38,8 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
         setattr(small, attention.num_heads, heads // kv_heads * groups)
         setattr(small, attention.num_kv_heads, groups)
     if kept.channels:
-        setattr(small, family.feed_forward.width, len(next(iter(kept.channels.values()))))
+        for entry in _entries_of(family.feed_forwards[0].width):
+            setattr(small, entry, len(next(iter(kept.channels.values()))))
     if kept.experts:
         setattr(small, family.experts.count, len(next(iter(kept.experts.values()))))
     return small
@@ -57,13 +58,19 @@ class Cut:
                 for piece in group.slices:
                     mask = torch.ones(shapes[piece.tensor][piece.dim], dtype=torch.bool)
                     self._keep.setdefault((piece.tensor, piece.dim), mask)[_entries(piece, gone)] = False
-        self._layers, self._path = kept.layers, anatomy.layers_path
-        self._pattern = re.compile(rf"^{re.escape(anatomy.layers_path)}\.(\d+)\.")
+        self._old = {  # path of a layer of the smaller model -> of the dense one
+            f"{stack.path}.{place}": anatomy.path_of(layer)
+            for stack in anatomy.stacks
+            for place, layer in enumerate(stack.kept(kept.layers))
+        }
 
     def source(self, name: str) -> str:
         """The name in the dense model of a tensor of the smaller one."""
-        found = self._pattern.match(name)
-        return f"{self._path}.{self._layers[int(found.group(1))]}.{name[found.end() :]}" if found else name
+        words = name.split(".")
+        for end in range(len(words), 0, -1):
+            if old := self._old.get(".".join(words[:end])):
+                return ".".join([old, *words[end:]])
+        return name
 
     def of(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What is left of a dense tensor, named as in the dense model."""
@@ -104,6 +111,10 @@ def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:
         if piece.dim == 0
     }
     return lambda module: left.get(f"{module}.weight", anatomy.shapes[f"{module}.weight"][0])
+
+
+def _entries_of(width: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (width,) if isinstance(width, str) else width
 
 
 def _entries(piece: Slice, units: Sequence[int]) -> torch.Tensor:

@@ -28,6 +28,10 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
         for kind, reason in _UNEVEN_COST.items():
             if anatomy.of_kind(kind):
                 raise UserError(f"target {measure}: {reason}; use params or bytes")
+        if len(anatomy.stacks) > 1:
+            raise UserError(
+                f"target {measure}: its stacks of layers read different numbers of positions; use params or bytes"
+            )
     if measure == "latency":
         return options.model_copy(update={"sparsity": 1 - float(share)})
     cost = _multiplied(anatomy, skeleton) if measure == "flops" else anatomy.total_params

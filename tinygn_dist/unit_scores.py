@@ -132,7 +132,8 @@ def _order_by_score(scores: UnitScores, setting: Setting, criterion: str, option
 
 
 def _removable(setting: Setting, options: PruneConfig) -> list[int]:
-    return [layer for layer in range(setting.anatomy.num_layers) if layer not in options.protect]
+    stay = {*options.protect, *setting.anatomy.lasting}
+    return [layer for layer in range(setting.anatomy.num_layers) if layer not in stay]
 
 
 def _group_scores(

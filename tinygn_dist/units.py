@@ -66,6 +66,8 @@ def unit_sizes(anatomy: Anatomy) -> UnitSizes:
         facts[kind] = seen.pop() if seen else (0, 0)
     inner = [number for kind in MIXED_KINDS for number in facts[kind]]
     experts = anatomy.of_kind("experts")
+    if len(anatomy.stacks) > 1:
+        return UnitSizes(anatomy.num_layers, 0, *inner, uneven_params=sum(anatomy.layer_params))
     if not experts:
         return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *inner)
     sparse = {group.layer for group in experts}
@@ -78,7 +80,8 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
     """The mixes that reach the asked sparsity, a share of the layers' parameters or of a measured latency. UserError,
     before weights load, when none does."""
     kinds, sizes = options.unit_kinds, unit_sizes(anatomy)
-    if options.pattern in anatomy.fixed:
+    counted = options.counts is not None and len(anatomy.stacks) > 1
+    if options.pattern in anatomy.fixed and not (counted and options.pattern == "layers"):
         others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
@@ -89,7 +92,7 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
     if options.protect and kinds != ("layers",):
         raise UserError("prune.protect keeps whole layers; other units are cut evenly in all, so use --pattern layers")
     if options.counts is not None:
-        return [_fixed_mix(sizes, options)]
+        return [_fixed_mix(sizes, options, anatomy.num_layers - len(anatomy.lasting) if counted else 0)]
     found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of, latency))
     found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
     if not found and latency:
@@ -120,11 +123,13 @@ def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, den
     return plan_mixes(anatomy, options.model_copy(update={"sparsity": left}))
 
 
-def _fixed_mix(sizes: UnitSizes, options: PruneConfig) -> Mix:
+def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
+    """most_layers: how many layers of several stacks may go, which no budget removes."""
     mix = Mix(**options.counts)
     for kind in ("layers", *MIXED_KINDS):
         there, asked = getattr(sizes, kind), getattr(mix, kind)
-        if asked and (kind not in options.unit_kinds or asked > sizes.most(kind)):
+        most = max(most_layers, sizes.most(kind)) if kind == "layers" else sizes.most(kind)
+        if asked and (kind not in options.unit_kinds or asked > most):
             raise UserError(
                 f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which "
                 f"{_ROUTED.format(sizes.least_experts) if kind == 'experts' else 'one stays'}, and pattern "

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 
@@ -22,7 +23,7 @@ from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.budget import Mix
 from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.objective import causal_lm, classification
+from tinygn_dist.objective import causal_lm, classification, continuation, decoder_start, seq2seq_lm
 from tinygn_dist.progress import Progress
 from tinygn_dist.shrink import smaller_config
 from tinygn_dist.units import KeptUnits
@@ -45,6 +46,11 @@ _OWN_HEAD_DIM = _GROUPED | dict(head_dim=16)  # not hidden / heads
 _ENCODER = _BASE | dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3)
 _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 _MOE = _OWN_HEAD_DIM | dict(num_experts_per_tok=TOP_K, moe_intermediate_size=24)
+_T5 = dict(vocab_size=VOCAB, d_model=HIDDEN, d_kv=16, d_ff=WIDTH, num_layers=2, num_decoder_layers=2, num_heads=HEADS)
+_T5 |= dict(dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+_BART = dict(vocab_size=VOCAB, d_model=HIDDEN, encoder_layers=2, decoder_layers=2, encoder_attention_heads=HEADS)
+_BART |= dict(decoder_attention_heads=HEADS, encoder_ffn_dim=WIDTH, decoder_ffn_dim=WIDTH, max_position_embeddings=64)
+_BART |= dict(dropout=0.0, decoder_start_token_id=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 CASES = {
     "llama": _GROUPED | dict(attention_bias=True, mlp_bias=True),
@@ -73,6 +79,11 @@ CASES = {
     "distilbert": dict(vocab_size=VOCAB, dim=HIDDEN, n_layers=LAYERS, n_heads=HEADS, hidden_dim=WIDTH, num_labels=3)
     | dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0),
     "vit": _ENCODER | dict(image_size=8, patch_size=4),
+    "t5": _T5,
+    "mt5": _T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": _BART,
+    "mbart": _BART | dict(tie_word_embeddings=False),
+    "convnext": dict(num_labels=3, image_size=16, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[2, 2]),
     "mixtral": _OWN_HEAD_DIM | dict(num_local_experts=EXPERTS, num_experts_per_tok=TOP_K),
     "qwen2_moe": _MOE | dict(num_experts=EXPERTS, shared_expert_intermediate_size=20, mlp_only_layers=[1]),
     "qwen3_moe": _MOE | dict(num_experts=EXPERTS, norm_topk_prob=False),
@@ -95,19 +106,24 @@ NO_HEADS = (
     "xlm-roberta",
     "camembert",
 )
-NO_HEADS += ("electra", "distilbert", "vit")
+SEVERAL_STACKS = ("t5", "mt5", "bart", "mbart", "convnext")
+NO_HEADS += ("electra", "distilbert", "vit", *SEVERAL_STACKS)
 
 
 def removable(model_type: str) -> list[str]:
     """What must be removable from the tiny model, written down here rather than read from the product."""
-    kinds = [] if model_type == "qwen2_moe" else ["layers"]  # one of its layers is dense
+    kinds = ["layers"]
+    if model_type == "qwen2_moe" or model_type in SEVERAL_STACKS:  # layers differ in size
+        kinds = []
     kinds += [] if model_type in NO_HEADS else ["heads"]
-    kinds += [] if model_type in (*MOE, "bloom") else ["channels"]
+    kinds += [] if model_type in (*MOE, "bloom", "convnext") else ["channels"]
     return kinds + (["experts"] if model_type in MOE else [])
 
 
 def auto_class(config):
-    if config.model_type == "vit":
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    if config.model_type in ("vit", "convnext"):
         return AutoModelForImageClassification
     return AutoModelForSequenceClassification if getattr(config, "num_labels", 2) == 3 else AutoModelForCausalLM
 
@@ -125,7 +141,9 @@ def build(model_type: str, **changes) -> nn.Module:
 
 def make_setting(model: nn.Module, backend: Replicated) -> Setting:
     anatomy = read_anatomy(model, needs_units=True)
-    objective = causal_lm if auto_class(model.config) is AutoModelForCausalLM else classification
+    objective = {AutoModelForCausalLM: causal_lm, AutoModelForSeq2SeqLM: seq2seq_lm}.get(
+        auto_class(model.config), classification
+    )
     return Setting(model, anatomy, objective, batches_for(model), backend, Progress(shown=False))
 
 
@@ -133,6 +151,11 @@ def batches_for(model: nn.Module) -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(2)
     if model.config.model_type == "vit":
         return [{"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 2, 1])} for _ in range(2)]
+    if model.config.model_type == "convnext":
+        return [{"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 2, 1])} for _ in range(2)]
+    if model.config.is_encoder_decoder:
+        windows = [{"input_ids": torch.randint(3, VOCAB, (3, 14))} for _ in range(2)]
+        return [continuation(batch, decoder_start(model.config)) for batch in windows]
     batches = []
     for _ in range(2):
         tokens, mask = torch.randint(3, VOCAB, (3, 10)), torch.ones(3, 10, dtype=torch.int64)
@@ -151,7 +174,7 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
         out = model(**inputs).logits
-    return out[batch["attention_mask"].bool()] if out.dim() == 3 else out
+    return out[batch["attention_mask"].bool()] if "attention_mask" in batch and out.dim() == 3 else out
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -162,7 +185,8 @@ def choose(setting: Setting, kinds: list[str], seed: int = 0) -> tuple[KeptUnits
     """Some units to keep, other ones in every layer, and the mix that says how many went."""
     generator = torch.Generator().manual_seed(seed)
     anatomy = setting.anatomy
-    layers = tuple(layer for layer in range(LAYERS) if "layers" not in kinds or layer != 1)
+    gone_layers = {1, 3} if len(anatomy.stacks) > 1 else {1}  # the second of each stack
+    layers = tuple(layer for layer in range(LAYERS) if "layers" not in kinds or layer not in gone_layers)
     kept, gone = {}, {"layers": LAYERS - len(layers)}
     for kind in set(kinds) - {"layers"}:
         for group in anatomy.of_kind(kind):
@@ -191,7 +215,7 @@ def gated(setting: Setting, kept: KeptUnits):
         else:
             hooks.append((model.get_submodule(group.output), InputGate((~gone).float(), group.output_width)))
     for layer in set(range(LAYERS)) - set(kept.layers):
-        hooks.append((model.get_submodule(f"{anatomy.layers_path}.{layer}"), LayerGate(torch.tensor(0.0))))
+        hooks.append((model.get_submodule(anatomy.path_of(layer)), LayerGate(torch.tensor(0.0))))
     try:
         with attached(hooks):
             yield model

@@ -13,6 +13,7 @@ from tests.unit.family_cases import (
     CASES,
     LAYERS,
     NO_HEADS,
+    SEVERAL_STACKS,
     auto_class,
     build,
     choose,
@@ -33,8 +34,8 @@ from tinygn_dist.estimate.probes import Probe, measure
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.families import FAMILIES
-from tinygn_dist.objective import causal_lm
-from tinygn_dist.units import KeptUnits, plan_mixes, unit_sizes
+from tinygn_dist.objective import causal_lm, seq2seq_lm
+from tinygn_dist.units import KeptUnits, plan_mixes, remove_units, unit_sizes
 from tinygn_dist.weights import sparsify
 
 
@@ -58,7 +59,17 @@ def check_removal(setting: Setting, kinds: list[str], folder) -> None:
         assert not torch.allclose(expected, logits(setting.model, batch), atol=1e-3), "nothing was gated"
 
     before, after = (sum(p.numel() for p in m.parameters()) for m in (setting.model, small))
-    assert before - after == unit_sizes(setting.anatomy).removed_params(mix)
+    gone = set(range(LAYERS)) - set(kept.layers)
+    if gone and len(setting.anatomy.stacks) > 1:
+        promised = sum(setting.anatomy.layer_params[layer] for layer in gone)
+        promised += sum(
+            (group.num_units - len(units)) * group.unit_params
+            for group in setting.anatomy.groups
+            if (units := kept.of(group.kind).get(group.layer)) is not None
+        )
+    else:
+        promised = unit_sizes(setting.anatomy).removed_params(mix)
+    assert before - after == promised
 
     small.save_pretrained(folder)
     loaded = auto_class(small.config).from_pretrained(folder).eval()
@@ -66,7 +77,7 @@ def check_removal(setting: Setting, kinds: list[str], folder) -> None:
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     batch = setting.batches[0]
     close(logits(loaded, batch), logits(small, batch))  # kernels of fused experts depend on where tensors lie in memory
-    if setting.objective is causal_lm:
+    if setting.objective in (causal_lm, seq2seq_lm):
         prompt = batch["input_ids"][::2]  # without padding
         asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
         asked["attention_mask"] = torch.ones_like(prompt)
@@ -91,8 +102,21 @@ def test_removed_equals_gated(model_type, kind, backend, tmp_path):
     check_removal(make_setting(build(model_type), backend), [kind], tmp_path)
 
 
+@pytest.mark.parametrize("model_type", SEVERAL_STACKS)
+def test_layers_of_every_stack_go_by_their_number(model_type, backend):
+    setting = make_setting(build(model_type), backend)
+    (mix,) = plan_mixes(setting.anatomy, PruneConfig(pattern="layers", counts={"layers": 2}))
+    kept, _, _ = remove_units(setting, [mix], PruneConfig(pattern="layers", counts={"layers": 2}))
+    assert kept.layers == (0, 2), "the first layer of each stack stays"
+    with pytest.raises(UserError, match="asks 3 layers to go"):
+        plan_mixes(setting.anatomy, PruneConfig(pattern="layers", counts={"layers": 3}))
+    with pytest.raises(UserError, match="its 2 stacks differ in size.*prune.counts"):
+        plan_mixes(setting.anatomy, PruneConfig(pattern="layers", sparsity=0.3))
+
+
 def test_all_kinds_at_once(setting, tmp_path):
-    check_removal(setting, removable(setting.model.config.model_type), tmp_path)
+    model_type = setting.model.config.model_type
+    check_removal(setting, removable(model_type) + ["layers"] * (model_type in SEVERAL_STACKS), tmp_path)
 
 
 def test_restart_equals_full_forward(setting):
@@ -158,8 +182,9 @@ def test_two_of_four_along_inputs(setting, criterion):
 
 @pytest.mark.parametrize("model_type", NO_HEADS)
 def test_fixed_heads_name_the_reason(model_type):
-    reason = "run over all heads" if "olmo" in model_type else "derives head_dim from"
-    with pytest.raises(UserError, match=f"heads cannot be removed: its .*{reason}"):
+    reasons = dict(olmo2="run over all heads", olmoe="run over all heads", convnext="no attention")
+    reason = reasons.get(model_type, "share one position bias" if "t5" in model_type else "derives head_dim from")
+    with pytest.raises(UserError, match=f"heads cannot be removed: .*{reason}"):
         plan_mixes(on_meta(model_type), PruneConfig(pattern="heads", sparsity=0.1))
 
 
@@ -194,7 +219,7 @@ def test_refusals_come_before_weights(tmp_path):
         overrides = {"model.name": str(tmp_path / model_type), "output.dir": str(tmp_path / "out")}
         return load_config(None, overrides | {"prune.pattern": pattern, "prune.sparsity": 0.75})
 
-    with pytest.raises(Refused, match="'ctrl' cannot be removed, supported: bert, bloom"):
+    with pytest.raises(Refused, match="'ctrl' cannot be removed, supported: bart, bert, bloom"):
         compress(ask("ctrl", "channels", n_layer=1, n_embd=16, n_head=2, dff=16, vocab_size=32))
     with pytest.raises(UserError, match="heads cannot be removed: its config derives head_dim"):
         compress(ask("gpt2", "heads", **CASES["gpt2"]))

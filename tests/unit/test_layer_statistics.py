@@ -197,7 +197,7 @@ def test_groups_are_consecutive_layers_that_fit() -> None:
 
 
 def test_a_model_without_a_list_of_layers_is_refused_before_it_loads() -> None:
-    anatomy = replace(tiny.setting("llama").anatomy, layers_path="")
+    anatomy = replace(tiny.setting("llama").anatomy, stacks=())
     with pytest.raises(UserError, match=r"prune.gram_gib 0 and .* GiB of Gram matrices, .* raise prune.gram_gib to"):
         weights.check(anatomy, anatomy.targets, IN_GROUPS)
     weights.check(anatomy, anatomy.targets, HALF)

@@ -41,6 +41,9 @@ def test_unreachable_targets_say_what_can_be_asked():
         planned(build("llama", vocab_size=20_000), pattern="layers", target="params=0.5")
     with pytest.raises(UserError, match="tokens visit as many experts as before"):
         planned(build("mixtral"), pattern="experts", target="flops=0.8")
+    for target in ("flops=0.8", "latency=0.8"):
+        with pytest.raises(UserError, match="its stacks of layers read different numbers of positions"):
+            planned(build("t5"), pattern="channels", target=target)
 
 
 @pytest.mark.parametrize(

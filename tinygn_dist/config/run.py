@@ -16,7 +16,9 @@ class ModelConfig(Section):
     """branch, tag or commit on the hub"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """dtype of the loaded and exported weights; auto keeps the checkpoint's"""
-    task: Literal["auto", "causal-lm", "sequence-classification", "image-classification", "feature-extraction"] = "auto"
+    task: Literal[
+        "auto", "causal-lm", "seq2seq-lm", "sequence-classification", "image-classification", "feature-extraction"
+    ] = "auto"
     """which model class and which loss; auto reads the checkpoint's `architectures`"""
     trust_remote_code: bool = False
     """run the Python code that comes with the checkpoint"""

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.anatomy import Target, expert_weights
+from tinygn_dist.anatomy import Target
 from tinygn_dist.estimate.experts import ExpertObserver, Routed
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments, gram
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
+from tinygn_dist.targets import expert_weights
 
 
 class Read(NamedTuple):
@@ -78,11 +79,11 @@ def complete(found: InputMoments, setting: Setting) -> None:
 
 
 def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers,) fp64 sums over tokens of the cosine between each layer's input and output, and the token count."""
+    """(layers,) fp64 sums over tokens of the cosine between each layer's input and output, and token counts."""
     sums = torch.zeros(setting.anatomy.num_layers, dtype=torch.float64)
-    tokens = torch.zeros(1, dtype=torch.float64)
+    tokens = torch.zeros_like(sums)
     cosines: dict[int, torch.Tensor] = {}
-    layers = setting.bare.get_submodule(setting.anatomy.layers_path)
+    layers = [setting.bare.get_submodule(setting.anatomy.path_of(layer)) for layer in range(len(sums))]
     hooks = [(layer, Observer(_cosine_in(cosines, index), output=True)) for index, layer in enumerate(layers)]
     mine = setting.backend.share(setting.batches)
     with torch.no_grad(), attached(hooks), setting.progress.bar("block influence", len(mine)) as advance:
@@ -94,7 +95,7 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
                 for index, cosine in cosines.items():
                     cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
                     sums[index] += cosine.double().sum().cpu()
-                tokens += len(cosine)
+                    tokens[index] += len(cosine)
             advance()
     setting.backend.sum_over_data([sums, tokens])
     return sums, tokens
@@ -132,7 +133,8 @@ def input_hooks(
 
 def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
     def seen(hidden: torch.Tensor, output: Any) -> None:
-        pairs[index] = F.cosine_similarity(hidden.float(), first(output).float(), dim=-1)
+        features = 1 if hidden.dim() == 4 else -1  # of images
+        pairs[index] = F.cosine_similarity(hidden.float(), first(output).float(), dim=features)
 
     return seen
 

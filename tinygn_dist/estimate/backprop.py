@@ -63,7 +63,7 @@ def gate_gradients(
     results = [torch.zeros(group.num_units, sum(sizes), dtype=torch.float64) for group in groups]
     by_layer = torch.zeros(len(layers), sum(sizes), dtype=torch.float64)
     counts = torch.zeros(sum(sizes), dtype=torch.float64)
-    layer_modules = [setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{layer}") for layer in layers]
+    layer_modules = [setting.bare.get_submodule(setting.anatomy.path_of(layer)) for layer in layers]
     mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
     with gradients_of(setting.bare, ()), setting.progress.bar("gate gradients", len(mine)) as advance:
         for (batch, start), real in mine:

@@ -149,7 +149,8 @@ def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[
         (setting.bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
         for module, target in {target.module: target for target in targets}.items()
     ]
-    hooks.append((setting.bare.get_input_embeddings(), _StartOfGraph()))
+    starts = [setting.bare.get_submodule(setting.anatomy.path_of(stack.first)) for stack in setting.anatomy.stacks]
+    hooks += [(module, _StartOfGraph()) for module in starts or [setting.bare.get_input_embeddings()]]
     mine = setting.backend.share(setting.batches)
     with gradients_of(setting.bare, ()), attached(hooks), setting.progress.bar("gradient energy", len(mine)) as step:
         for place, (batch, real) in enumerate(mine):
@@ -167,10 +168,23 @@ def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class _StartOfGraph(Observer):
-    """Lets gradients flow from the embeddings' output on, so that no weight needs one."""
+    """Lets gradients flow from what the first layer of a stack reads on, or from the embeddings' output, so that no weight
+    needs one."""
 
     def __init__(self) -> None:
         super().__init__(lambda *_: None)
 
-    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_()
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
+        if args and args[0].is_floating_point():
+            return (_leaf(args[0]), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = _leaf(kwargs["hidden_states"])
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        return _leaf(output) if isinstance(output, torch.Tensor) else output
+
+
+def _leaf(hidden: torch.Tensor) -> torch.Tensor:
+    """Where a graph may start; within one as it is."""
+    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()

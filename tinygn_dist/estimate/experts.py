@@ -13,10 +13,11 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.anatomy import UnitGroup, expert_weights
+from tinygn_dist.anatomy import UnitGroup
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
+from tinygn_dist.targets import expert_weights
 
 
 class Routed(NamedTuple):

@@ -121,7 +121,7 @@ class LayerGate(ModelHook):
         hidden, self._hidden = self._hidden, None
         added = first(output) - hidden
         factors = self.factors.to(added.dtype)
-        gated = hidden + (factors if factors.dim() == 0 else factors.view(-1, 1, 1)) * added
+        gated = hidden + (factors if factors.dim() == 0 else factors.view(-1, *(1,) * (added.dim() - 1))) * added
         return with_first(output, gated)
 
 

@@ -66,10 +66,7 @@ def _moved(setting: Setting, batch: dict, cache: PrefixCache, target: Target, nu
 
 def _layer_of(setting: Setting, target: Target) -> int | None:
     """The layer a target lies in; None outside of the list of layers, or where there is none."""
-    prefix = f"{setting.anatomy.layers_path}."
-    if not setting.anatomy.layers_path or not target.module.startswith(prefix):
-        return None
-    return int(target.module.removeprefix(prefix).split(".")[0])
+    return setting.anatomy.layer_of(target.module)
 
 
 class _Nudge(ModelHook):

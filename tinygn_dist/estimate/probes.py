@@ -160,7 +160,7 @@ def _gated(setting: Setting, parts: Sequence[Sequence[Probe]], size: int) -> Ite
     for part in parts:
         group, each = part[0].group, torch.tensor([p.factor for p in part], dtype=torch.float64, device=device)
         if group is None:
-            layer = bare.get_submodule(f"{setting.anatomy.layers_path}.{part[0].layer}")
+            layer = bare.get_submodule(setting.anatomy.path_of(part[0].layer))
             hooks.append((layer, LayerGate(each[0] if len(part) == 1 else each.repeat_interleave(size))))
         elif group.router and part[0].factor == 0:
             kept.setdefault(group, set(range(group.num_units))).difference_update(part[0].units)

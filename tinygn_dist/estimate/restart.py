@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Anatomy
-from tinygn_dist.estimate.hooks import Observer, attached
+from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.stacks import Stack
 
 
 class _Handover(nn.Module):
@@ -49,6 +50,7 @@ class PrefixCache:
         self.inputs: dict[int, torch.Tensor] = {}
         self.output_rest: tuple | None = None
         """what layers return behind their hidden states; None where they return those alone"""
+        self._rest_of: dict[int, tuple | None] = {}  # the same, by the first layer of each of several stacks
         self._rooms = {"device": device_room, "cpu": cpu_room}
         self._device: torch.device | None = None
 
@@ -71,15 +73,33 @@ class PrefixCache:
 
     @contextlib.contextmanager
     def recording(self, model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
-        def observer(layer: int) -> Observer:
+        def observer(layer: int, stack: Stack, ends: bool) -> Observer:
             def seen(hidden: torch.Tensor, output: Any) -> None:
                 self.keep(layer, hidden.detach(), output)
+                self._rest_of[stack.first] = self.output_rest
+                if ends:
+                    self.keep(_end_of(stack), first(output).detach(), output)
 
             return Observer(seen, output=True)
 
-        modules = model.get_submodule(anatomy.layers_path)
-        with attached([(modules[layer], observer(layer)) for layer in layers]):
+        watched = []
+        for stack in anatomy.stacks:
+            own = stack.kept(layers)
+            for layer in own:
+                ends = layer == own[-1] and stack is not anatomy.stacks[-1]
+                watched.append((model.get_submodule(anatomy.path_of(layer)), observer(layer, stack, ends)))
+        with attached(watched):
             yield
+
+    def stand_in(self, stack: Stack, layer: int, times: int, like: nn.Module) -> _Handover:
+        """For the layers of a stack that come before `layer`: all of them where that is in a later stack."""
+        rest = self._rest_of.get(stack.first, self.output_rest)
+        return _Handover(self.at(layer if layer in stack.layers else _end_of(stack), times), rest, like)
+
+
+def _end_of(stack: Stack) -> int:
+    """Where a cache holds what a stack hands on; no layer has this number."""
+    return ~stack.first
 
 
 def _in_a_file(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,29 +120,35 @@ def running_layers(
 ) -> Iterator[None]:
     """Inside the context the model's forward runs only `layers`, in order; with start=(cache, l), from layer l's
     cached input, of which a micro-batch is given `times` times. Everything is put back afterwards."""
-    if not anatomy.layers_path:  # a convolutional net always runs whole
-        yield
-        return
-    parent_path, _, name = anatomy.layers_path.rpartition(".")
-    parent, config = model.get_submodule(parent_path), model.base_model.config
-    everything = getattr(parent, name)
-    wanted, types = [everything[layer] for layer in layers], list(layers)
-    if start is not None:
-        cache, layer = start
-        wanted.insert(0, _Handover(cache.at(layer, times), cache.output_rest, everything[layer]))
-        types.insert(0, layer)
-    changed = (anatomy.family.depth, "layer_types", "use_cache")
-    saved = {key: getattr(config, key) for key in changed if hasattr(config, key)}
+    config = model.base_model.config
+    entries = {stack.depth if isinstance(stack.depth, str) else stack.depth[0] for stack in anatomy.stacks}
+    saved = {key: getattr(config, key) for key in (*entries, "layer_types", "use_cache") if hasattr(config, key)}
+    lists = {stack.path: model.get_submodule(stack.path) for stack in anatomy.stacks}  # none in a convolutional net
     try:
-        parent._modules[name] = nn.ModuleList(wanted)
-        setattr(config, anatomy.family.depth, len(wanted))
-        config.use_cache = False  # layers look for their entry by their own number
-        if saved.get("layer_types"):
-            config.layer_types = [saved["layer_types"][layer] for layer in types]
+        for stack in anatomy.stacks:
+            own, everything = stack.kept(layers), lists[stack.path]
+            wanted, types = [everything[layer - stack.first] for layer in own], list(own)
+            if start is not None and start[1] >= stack.first:
+                cache, layer = start
+                like = everything[min(layer - stack.first, stack.num - 1)]
+                wanted.insert(0, cache.stand_in(stack, layer, times, like))
+                types.insert(0, layer)
+            _put(model, stack.path, nn.ModuleList(wanted))
+            stack.set_depth(config, len(wanted))
+            if saved.get("layer_types"):
+                config.layer_types = [saved["layer_types"][layer] for layer in types]
+        if anatomy.stacks:
+            config.use_cache = False  # layers look for their entry by their own number
         yield
     finally:
-        parent._modules[name] = everything
-        if "use_cache" not in saved:
+        for path, everything in lists.items():
+            _put(model, path, everything)
+        if anatomy.stacks and "use_cache" not in saved:
             del config.use_cache
         for key, value in saved.items():
             setattr(config, key, value)
+
+
+def _put(model: nn.Module, path: str, layers: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = layers
