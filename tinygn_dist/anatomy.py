@@ -72,6 +72,7 @@ class Anatomy:
     """unit kinds that cannot be removed, each with the reason"""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """of every parameter of a convolutional net"""
+    model_class: str = ""
 
     @property
     def num_layers(self) -> int:
@@ -164,6 +165,7 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
         total_params=sum(p.numel() for p in model.parameters()),
         fixed=fixed,
+        model_class=type(model).__name__,
         shapes={n: tuple(p.shape) for n, p in model.named_parameters()} if family and family.filters else {},
     )
 

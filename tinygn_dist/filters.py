@@ -51,8 +51,8 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
         raise UserError("prune.counts and prune.protect name layers, heads or channels; filters are cut by sparsity")
     if options.uneven and not anatomy.family.filters.uneven:
         raise UserError(
-            f"prune.uneven: the config of {anatomy.family.model_types[0]} has one width per stage, so its layers cannot "
-            "differ; leave it out"
+            f"prune.uneven: the config of {anatomy.model_class} has one width per stage, so its layers cannot differ; leave "
+            "it out"
         )
     if options.criterion in ("obs", "activation"):
         raise UserError(

@@ -86,6 +86,11 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
         )
+    if options.uneven:
+        raise UserError(
+            f"prune.uneven: {anatomy.model_class} builds its layers with one width that its config names, so they cannot differ; "
+            "leave it out (pattern layers takes out whole ones), or mask weights with --pattern unstructured"
+        )
     bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")

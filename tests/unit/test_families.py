@@ -209,6 +209,12 @@ def test_other_refusals(model_type, pattern, reason):
         plan_mixes(on_meta(model_type), PruneConfig(pattern=pattern, sparsity=0.1))
 
 
+@pytest.mark.parametrize(("model_type", "name"), [("llama", "LlamaForCausalLM"), ("t5", "T5ForConditionalGeneration")])
+def test_layers_of_different_widths_are_refused_with_the_class(model_type, name):
+    with pytest.raises(UserError, match=f"prune.uneven: {name} builds its layers with one width"):
+        plan_mixes(on_meta(model_type), PruneConfig(pattern="channels", sparsity=0.1, uneven=True))
+
+
 def test_refusals_come_before_weights(tmp_path):
     """A folder that holds a config and no weights is refused for what cannot be cut, not for the missing weights."""
 

@@ -123,7 +123,7 @@ class PruneConfig(Section):
     probe_channels: int = Field(256, ge=1)
     """channels per removal probe"""
     uneven: bool = False
-    """filters: let layers keep different shares, where the config has a width for each"""
+    """let layers keep different shares, where the model's config has a width for each (filters of VGG); refused elsewhere"""
     damping: float = Field(0.01, gt=0, lt=1)
     """added to the Hessian's diagonal, as a fraction of its mean"""
     seed: int = Field(0, ge=0)
