@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from tinygn_dist.dependencies import spaces
 from tinygn_dist.errors import Refused, UserError
-from tinygn_dist.families import Family, Part, family_of, fixed_units, supported
+from tinygn_dist.families import family_of, fixed_units, supported
+from tinygn_dist.family import Family, Part
 from tinygn_dist.stacks import Stack, find_stacks, layer_of
 from tinygn_dist.targets import Target, find_targets, input_features
 
@@ -73,6 +74,8 @@ class Anatomy:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """of every parameter of a convolutional net"""
     model_class: str = ""
+    hidden: UnitGroup | None = None
+    """the dimensions of the residual stream; `least`: their number is a multiple of it"""
 
     @property
     def num_layers(self) -> int:
@@ -166,6 +169,7 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         total_params=sum(p.numel() for p in model.parameters()),
         fixed=fixed,
         model_class=type(model).__name__,
+        hidden=_hidden_group(model, family, stacks) if family and family.residual else None,
         shapes={n: tuple(p.shape) for n, p in model.named_parameters()} if family and family.filters else {},
     )
 
@@ -201,6 +205,34 @@ def _filter_groups(model: nn.Module, family: Family) -> Iterator[UnitGroup]:
         stored = [piece for piece in slices if piece.tensor in dict(model.named_parameters())]
         params = _params_per_unit(model, stored)
         yield UnitGroup("filters", index, space.num, slices, output, width, params, also_read_by=tuple(others))
+
+
+def _hidden_group(model: nn.Module, family: Family, stacks: tuple[Stack, ...]) -> UnitGroup:
+    residual, names = family.residual, {id(module): name for name, module in model.named_modules()}
+    base, size = model.base_model, getattr(model.config, family.residual.size)
+    layers = [f"{stack.path}.{index}." for stack in stacks for index in range(stack.num)]
+    reads = [layer + path for layer in layers for path in residual.reads]
+    writes = [layer + path for layer in layers for path in residual.writes]
+    norms = [layer + path for layer in layers for path in residual.norms] + [
+        names[id(base.get_submodule(residual.last_norm))]
+    ]
+    outside = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not name.startswith(f"{model.base_model_prefix}.")
+        and module.in_features == size
+    ]
+    slices = [
+        Slice(f"{path}.weight", 1, 0, 1)
+        for path in (*reads, *outside, names[id(base.get_submodule(residual.embedding))])
+    ]
+    slices += [Slice(f"{path}.weight", 0, 0, 1) for path in (*writes, *norms)]
+    slices += [Slice(f"{path}.bias", 0, 0, 1) for path in writes if model.get_submodule(path).bias is not None]
+    once = {id(model.get_parameter(piece.tensor)): piece for piece in slices}  # embedding and head may be one
+    params, heads = _params_per_unit(model, once.values()), getattr(model.config, family.attention.num_heads)
+    others = tuple((path, 1) for path in reads[1:])
+    return UnitGroup("hidden", 0, size, tuple(slices), reads[0], 1, params, least=heads, also_read_by=others)
 
 
 def _has_module(model: nn.Module, path: str) -> bool:

@@ -52,6 +52,8 @@ class Mix:
     experts: int = 0
     filters: int = 0
     """of convolutional nets: so many of the equal parts of every group of filters"""
+    hidden: int = 0
+    """of the residual stream, in the whole model"""
 
     def __str__(self) -> str:
         """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
@@ -62,6 +64,7 @@ class Mix:
             (self.filters, "parts"),
         )
         told = [f"{self.layers} layers"] if self.layers else []
+        told += [f"{self.hidden} hidden dimensions"] if self.hidden else []
         return ", ".join(told + [f"{number} {name} of each layer" for number, name in inner if number]) or "nothing"
 
 

@@ -81,6 +81,10 @@ class Compressor:
                 f"pattern {prune.pattern} with a model in {type(model).__name__}; compress the plain model first, and wrap the "
                 "smaller one"
             )
+        if prune.pattern in ("hidden", "filters"):
+            raise UserError(
+                f"pattern {prune.pattern} is for `tinygn compress`; use layers, heads, channels or experts here"
+            )
         if prune.asks_latency:
             raise UserError(f"prune.target {prune.target} is for `tinygn compress`; use params=, bytes= or flops= here")
         mixes: list[Mix] = []

@@ -6,96 +6,10 @@ written here; sizes are read from the model itself, so a family covers every che
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-
-class Part(NamedTuple):
-    """The `index`-th block of a linear module's output features, which is split into `blocks`: so many equal ones, or
-    ones in proportion to these config entries (fused qkv of grouped-query attention)."""
-
-    path: str
-    index: int = 0
-    blocks: int | tuple[str, ...] = 1
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Projections of one attention block, for families whose config can say fewer heads of the same size.
-
-    Heads of one key/value group go together; head_dim never changes. inputs: whose output features belong to the
-    groups, in order. per_head: parameters with one entry per query head.
-    """
-
-    inputs: tuple[Part, ...]
-    output: str
-    num_heads: str = "num_attention_heads"
-    num_kv_heads: str = "num_key_value_heads"
-    per_head: tuple[str, ...] = ()
-    fixed_if: Callable[[Any], str | None] = lambda config: None
-    """why the heads of this very config must stay, or None"""
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Channel j is output feature j of every part in `inputs` and input feature j of `output`."""
-
-    inputs: tuple[Part, ...]
-    output: str
-    width: str | tuple[str, ...] = "intermediate_size"
-    """the config's entry, or all its entries, that say how many channels there are"""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Expert j is entry j of every parameter of the modules `router` and `experts`; shared experts are no units, and
-    layers without these modules have none."""
-
-    router: str = "mlp.gate"
-    experts: str = "mlp.experts"
-    count: str = "num_experts"
-    top_k: str = "num_experts_per_tok"
-
-
-@dataclass(frozen=True)
-class Filters:
-    """A convolutional net, whose groups of filters `dependencies` finds. resize(config, width_of) writes new widths into a
-    config, width_of("module.path") being the outputs that a convolution or linear module keeps. uneven: whether layers
-    may keep different shares of their filters."""
-
-    resize: Callable[[Any, Callable[[str], int]], None]
-    uneven: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit kind.
-
-    layers: the list of layers; several where stacks of them run one after the other, and `depth` then has the config's
-    entry for each (a `*` in a path stands for every number, and `depth` for a list with one entry for each). feed_forward:
-    where layers differ, the first description whose modules a layer has holds for it.
-    """
-
-    model_types: tuple[str, ...]
-    layers: str | tuple[str, ...]
-    attention: Attention | None = None
-    feed_forward: FeedForward | tuple[FeedForward, ...] | None = None
-    experts: Experts | None = None
-    filters: Filters | None = None
-    depth: str | tuple[str, ...] = "num_hidden_layers"
-    fixed: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def stacks(self) -> tuple[tuple[str, str], ...]:
-        """(path, depth) of every list of layers."""
-        paths = (self.layers,) if isinstance(self.layers, str) else self.layers
-        depths = (self.depth,) * len(paths) if isinstance(self.depth, str) else self.depth
-        return tuple(zip(paths, depths, strict=True))
-
-    @property
-    def feed_forwards(self) -> tuple[FeedForward, ...]:
-        return self.feed_forward if isinstance(self.feed_forward, tuple) else tuple(filter(None, [self.feed_forward]))
+from tinygn_dist.family import Attention, Experts, Family, FeedForward, Filters, Part, Residual
 
 
 def _separate(*paths: str) -> tuple[Part, ...]:
@@ -139,6 +53,15 @@ _NO_CHANNELS = {"channels": "its feed-forward layers are mixtures of experts; us
 _SEPARATE_QKV = _separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GROUPED = Attention(inputs=_SEPARATE_QKV, output="self_attn.o_proj")
 _GATED = FeedForward(inputs=_separate("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj")
+_RMS = Residual(
+    reads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+    writes=("self_attn.o_proj", "mlp.down_proj"),
+    norms=("input_layernorm", "post_attention_layernorm"),
+)
+_NO_HIDDEN = (
+    "its norms do not take the width of the stream alone (LayerNorm subtracts a mean; one epsilon serves norms of several "
+    "sizes) or its class is not described"
+)
 _4H = FeedForward(inputs=_separate("mlp.dense_h_to_4h"), output="mlp.dense_4h_to_h")
 _PHI3_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 
@@ -154,8 +77,15 @@ _SHARED_BIAS = (
 )
 
 FAMILIES = (
+    Family(  # every norm is of the residual stream
+        model_types=("llama", "mistral", "qwen2"),
+        layers="layers",
+        attention=_GROUPED,
+        feed_forward=_GATED,
+        residual=_RMS,
+    ),
     Family(  # gated FFN, head_dim in the config
-        model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+        model_types=("qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
         layers="layers",
         attention=_GROUPED,
         feed_forward=_GATED,
@@ -303,6 +233,8 @@ def fixed_units(family: Family, config: Any) -> dict[str, str]:
         fixed.setdefault("experts", _NO_EXPERTS)
     if family.filters is None:
         fixed.setdefault("filters", "it is no convolutional net")
+    if family.residual is None:
+        fixed.setdefault("hidden", _NO_HIDDEN)
     if family.attention and (reason := family.attention.fixed_if(config)):
         fixed["heads"] = reason
     return fixed

@@ -52,7 +52,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         }
     if family:
         for kind in UNIT_KINDS:
-            groups = anatomy.of_kind(kind)
+            groups = (anatomy.hidden,) if kind == "hidden" and anatomy.hidden else anatomy.of_kind(kind)
             if groups:
                 facts["units"][kind] = {
                     "count": groups[0].num_units,

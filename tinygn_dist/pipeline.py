@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, filters, load, units, weights
+from tinygn_dist import calibration, export, filters, load, units, weights, width
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix
@@ -128,7 +128,8 @@ class _Run(TrainingStage):
         self.mixes: list[Mix] = []
         self.targets: tuple[Target, ...] = ()
         if config.prune.unit_kinds:
-            self.cut = filters if self.anatomy.of_kind("filters") else units
+            by_kind = filters if self.anatomy.of_kind("filters") else units
+            self.cut = width if config.prune.pattern == "hidden" else by_kind
             asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
             self.config = config = config.model_copy(update={"prune": asked})
             self.mixes = [] if asked.asks_latency else self.cut.plan_mixes(self.anatomy, asked)

@@ -40,9 +40,23 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
     if kept.channels:
         for entry in _entries_of(family.feed_forwards[0].width):
             setattr(small, entry, len(next(iter(kept.channels.values()))))
+    if kept.hidden:
+        residual, full, left = family.residual, anatomy.hidden.num_units, len(kept.hidden[0])
+        small.head_dim = getattr(config, "head_dim", None) or full // getattr(config, family.attention.num_heads)
+        setattr(small, residual.size, left)
+        setattr(small, residual.eps, getattr(config, residual.eps) * full / left)
     if kept.experts:
         setattr(small, family.experts.count, len(next(iter(kept.experts.values()))))
     return small
+
+
+def norm_scales(anatomy: Anatomy, kept: KeptUnits) -> dict[str, float]:
+    """By which the weights of norms grow when the mean square is over fewer dimensions, by the dense model's names."""
+    if not kept.hidden:
+        return {}
+    scale = (anatomy.hidden.num_units / len(kept.hidden[0])) ** 0.5
+    ends = tuple(f"{name}.weight" for name in (*anatomy.family.residual.norms, anatomy.family.residual.last_norm))
+    return {piece.tensor: scale for piece in anatomy.hidden.slices if piece.tensor.endswith(ends)}
 
 
 class Cut:
@@ -51,7 +65,7 @@ class Cut:
     def __init__(self, anatomy: Anatomy, kept: KeptUnits, shapes: Mapping[str, Sequence[int]]) -> None:
         """shapes: of the dense model's tensors, by name."""
         self._keep: dict[tuple[str, int], torch.Tensor] = {}
-        for group in anatomy.groups:
+        for group in (*anatomy.groups, *filter(None, [anatomy.hidden])):
             units = kept.of(group.kind).get(group.layer)
             if units is not None:
                 gone = sorted(set(range(group.num_units)) - set(units))
@@ -88,11 +102,14 @@ def smaller_origin(
     bare = backend.unwrap(dense)
     # ZeRO-3 says the shape of a weight that is not there in its own way
     shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in bare.state_dict(keep_vars=True).items()}
-    cut = Cut(anatomy, kept, shapes)
+    cut, scales = Cut(anatomy, kept, shapes), norm_scales(anatomy, kept)
 
     def run(name: str, low: int, high: int) -> torch.Tensor:
         source = cut.source(name)
-        return cut.of(source, backend.whole(dense, source)).reshape(-1)[low:high]
+        whole = backend.whole(dense, source)
+        if source in scales:
+            whole = whole * scales[source]
+        return cut.of(source, whole).reshape(-1)[low:high]
 
     def empty() -> tuple[nn.Module, Run]:
         small = hollow(build)

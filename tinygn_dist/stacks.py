@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist.families import Family
+from tinygn_dist.family import Family
 
 
 @dataclass(frozen=True)

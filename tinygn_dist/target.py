@@ -28,6 +28,8 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
         for kind, reason in _UNEVEN_COST.items():
             if anatomy.of_kind(kind):
                 raise UserError(f"target {measure}: {reason}; use params or bytes")
+        if options.pattern == "hidden":
+            raise UserError(f"target {measure}: the width of the stream is cut by parameters; use params or bytes")
         if len(anatomy.stacks) > 1:
             raise UserError(
                 f"target {measure}: its stacks of layers read different numbers of positions; use params or bytes"

@@ -44,6 +44,8 @@ class KeptUnits:
     experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     filters: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """by group of filters, in a convolutional net"""
+    hidden: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """under 0, of the whole model"""
 
     def of(self, kind: str) -> Mapping[int, tuple[int, ...]]:
         return getattr(self, kind)

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from tinygn_dist.config.section import Section
 
-UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters")
+UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters", "hidden")
 WEIGHT_CRITERIA = ("magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs", "random")
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
@@ -26,8 +26,8 @@ class NM(NamedTuple):
 
 class PruneConfig(Section):
     pattern: str = "channels"
-    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | filters | units (removed
-    whole; units searches a mix of all kinds the model has)"""
+    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | filters | hidden | units
+    (removed whole; hidden: dimensions of the residual stream; units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
     target: str | None = None
