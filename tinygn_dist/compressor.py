@@ -24,7 +24,7 @@ from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.progress import Progress
-from tinygn_dist.resume import read_masks, read_step_statistics, write_masks, write_step_statistics
+from tinygn_dist.saved_training import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.target import meet_target
 from tinygn_dist.units import dense_params, plan_mixes, remove_units
@@ -60,6 +60,7 @@ class Compressor:
 
     def compress(self, model: nn.Module, processor: Any) -> nn.Module:
         """The model to train: where units are removed a smaller one, else the same one, whose masks `attach` chooses.
+        The smaller one is whole on every rank: accelerator.prepare has to see it before it shards.
 
         model: a whole transformers model, not yet prepared. processor: its tokenizer or image processor. Every rank
         calls this with the same model. Raises UserError as `tinygn compress` does.

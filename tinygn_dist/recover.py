@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class InTraining:
     course: Course
     stopping: bool = False
     """some rank was asked to end the run"""
+    forward_only: ForwardOnly | None = None
+    """a forward-only training, in place of an optimizer"""
 
 
 def _nothing(_: InTraining) -> None: ...
@@ -143,7 +145,8 @@ class Recovery:
 
         keep = masks.masks.by_name if masks else {}
         training = ForwardOnly(model, self.targets(), keep, objective, self.options, self.backend)
-        self.begin(InTraining(model, None, course))
+        now = InTraining(model, None, course, forward_only=training)
+        self.begin(now)
         with self.progress.bar("recovering", stop - course.step) as advance:
             for batch in windows(self.sequences, self.options, course.step, stop):
                 loss, count = training.step(batch, course.step, self.plan.learning_rate(course.step))
@@ -151,9 +154,9 @@ class Recovery:
                 course.losses.append(loss)
                 course.step, course.tokens = course.step + 1, course.tokens + count
                 self.backend.track({"recover/loss": loss}, course.step)
-                self.stepped(InTraining(model, None, course))
+                self.stepped(replace(now, stopping=any(self.backend.everyone(self.stopping()))))
                 advance()
-        self.ended(InTraining(model, None, course))
+        self.ended(now)
         course.probed = {"step": asdict(training.step_taken), "learning_rate": training.rate}
         if training.rate is None:
             log.warning(

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from tinygn_dist import load
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
 from tinygn_dist.calibration import Splits
-from tinygn_dist.checkpoint import Checkpoints, Saved, Writer
+from tinygn_dist.checkpoint import Checkpoints, Saved
 from tinygn_dist.config import Config
 from tinygn_dist.errors import Stopped
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import Parts
 from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.load import Source
-from tinygn_dist.masking import Masks
 from tinygn_dist.recover import Course, InTraining
 from tinygn_dist.report import Report
+from tinygn_dist.saved_training import (
+    read_forward_only,
+    read_masks,
+    read_step_statistics,
+    read_training,
+    read_weights,
+    saved_origin,
+    write_forward_only,
+    write_masks,
+    write_step_statistics,
+    write_weights,
+)
 from tinygn_dist.schedule import Plan
 
 log = logging.getLogger(__name__)
 
-_NOT_OF_TRAINING = ("mask", "buffer", "random", "step_statistics")  # kinds of tensors that no optimizer's state has
 _KEPT_OF_REPORT = ("before", "compressed", "selection", "earlier_rounds", "parameters", "notes")
 
 
@@ -137,6 +142,8 @@ class Resumable:
             if self.masks and (now or self.masks.knows_before_training):
                 model, optimizer = (now.model, now.optimizer) if now else (self.model, None)
                 write_step_statistics(writer, self.masks, model, optimizer, self.backend)
+            if now is not None and now.forward_only is not None:
+                write_forward_only(writer, now.forward_only)
             writer.facts |= {
                 "course": asdict(self.course),
                 "round": self.round,
@@ -162,7 +169,10 @@ class Resumable:
         if self.saved is not None and self.masks and (resumed or self.masks.knows_before_training):
             read_step_statistics(self.saved, self.masks, now.model, now.optimizer)
         if resumed:
-            read_training(self.saved, now, self.backend)
+            if now.forward_only is not None:
+                read_forward_only(self.saved, now.forward_only)
+            else:
+                read_training(self.saved, now, self.backend)
             if self.course.best is not None and not self.best.keep_only(step_name(self.course.best)):
                 self.course.best = None
         self.saved = None
@@ -181,129 +191,3 @@ class Resumable:
 
 def step_name(step: int) -> str:
     return f"{step:08d}"
-
-
-def write_weights(
-    writer: Writer, model: nn.Module, now: InTraining | None, backend: Backend, states: bool = True
-) -> None:
-    """Every parameter of a placed model and its buffers, and where it is in training (`now`) with `states` also those of
-    the optimizer and of random numbers. Collectives; each parameter is written by one rank."""
-    bare = backend.unwrap(model)
-    parameters = dict(bare.named_parameters())
-    owners = backend.deal([1.0] * len(parameters))
-    for (name, parameter), owner in zip(parameters.items(), owners, strict=True):
-        if now is not None and now.optimizer is not None and parameter.requires_grad:
-            whole = backend.whole_training(now.model, now.optimizer, name)
-        else:
-            whole = {"weight": backend.whole(model, name)}
-        assert not set(whole) & set(_NOT_OF_TRAINING), f"an optimizer has a state called one of {_NOT_OF_TRAINING}"
-        if owner == backend.rank:
-            for key, tensor in whole.items():
-                if states or key == "weight":
-                    writer.add(f"{key}|{name}", tensor)
-    if backend.is_main:
-        for name in _persistent(bare):
-            writer.add(f"buffer|{name}", bare.get_buffer(name))
-    for name, state in _random_states() if states else ():
-        writer.add(f"random|{name}|{backend.rank}", state)
-
-
-def write_masks(writer: Writer, masks: Masks, model: nn.Module, backend: Backend) -> None:
-    """Collectives; each mask is written by one rank."""
-    owners = backend.deal([1.0] * len(masks.targets))
-    for (name, packed), owner in zip(masks.packed(model, backend), owners, strict=True):
-        if owner == backend.rank:
-            writer.add(f"mask|{name}", packed)
-
-
-def saved_origin(saved: Saved, build: Callable[[], nn.Module], like: nn.Module) -> Origin:
-    """The model that `build` makes, with a checkpoint's weights and buffers; generation settings are those of `like`."""
-
-    def run(name: str, low: int, high: int) -> torch.Tensor:
-        return saved.run(f"{'weight' if name in parameters else 'buffer'}|{name}", low, high)
-
-    def empty() -> tuple[nn.Module, Run]:
-        small = hollow(build)
-        small.generation_config = getattr(like, "generation_config", None)
-        parameters.update(name for name, _ in small.named_parameters())
-        return small, run
-
-    parameters: set[str] = set()
-    return Origin(lambda: filled(*empty()), empty)
-
-
-def read_weights(saved: Saved, model: nn.Module, backend: Backend) -> None:
-    """Into a placed model, in training or not; what was saved from training is rounded to the model's dtype."""
-    bare = backend.unwrap(model)
-    with torch.no_grad():
-        for name, _ in bare.named_parameters():
-            backend.write_whole(model, name, saved.tensor(f"weight|{name}").to(backend.device))
-        for name in _persistent(bare):
-            bare.get_buffer(name).copy_(saved.tensor(f"buffer|{name}"))
-
-
-def read_training(saved: Saved, now: InTraining, backend: Backend) -> None:
-    """Masters, optimizer state and random state, into a model prepared for training. The random state of a rank
-    that was not there is that of another one."""
-    keys: dict[str, list[str]] = {}
-    for full in saved.names(""):
-        key, _, name = full.partition("|")
-        if key not in _NOT_OF_TRAINING:
-            keys.setdefault(name, []).append(key)
-    with torch.no_grad():
-        for name, parameter in backend.unwrap(now.model).named_parameters():
-            if parameter.requires_grad:
-                whole = {key: saved.tensor(f"{key}|{name}").to(backend.device) for key in keys[name]}
-                backend.write_training(now.model, now.optimizer, name, whole)
-    num_ranks = saved.facts["num_ranks"]
-    _set_random_states(
-        {name: saved.tensor(f"random|{name}|{backend.rank % num_ranks}") for name, _ in _random_states()}
-    )
-
-
-def read_masks(saved: Saved, masks: Masks, model: nn.Module, backend: Backend) -> None:
-    for full in saved.names("mask|"):
-        masks.unpack(full.removeprefix("mask|"), saved.tensor(full), model, backend)
-
-
-def write_step_statistics(
-    writer: Writer, masks: GradualMasks, model: nn.Module, optimizer: Any, backend: Backend
-) -> None:
-    """What was summed up since the last mask update. Collectives; the main rank writes it."""
-    for name, whole in masks.step_statistics.whole(model, optimizer) if masks.step_statistics else ():
-        if backend.is_main:
-            writer.add(f"step_statistics|{name}", whole)
-
-
-def read_step_statistics(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
-    if masks.step_statistics:
-        found = {name.removeprefix("step_statistics|"): saved.tensor(name) for name in saved.names("step_statistics|")}
-        masks.step_statistics.take(model, optimizer, found)
-
-
-def _persistent(model: nn.Module) -> list[str]:
-    state = model.state_dict()
-    return [name for name, _ in model.named_buffers() if name in state]
-
-
-def _random_states() -> Iterator[tuple[str, torch.Tensor]]:
-    yield "torch", torch.get_rng_state()
-    if torch.cuda.is_available():
-        yield "cuda", torch.cuda.get_rng_state()
-    kind, words, place, has_gauss, cached = numpy.random.get_state()
-    yield "numpy", torch.from_numpy(words.astype(numpy.int64))
-    yield "numpy rest", torch.tensor([place, has_gauss, cached], dtype=torch.float64)
-    version, numbers, gauss = random.getstate()
-    yield "python", torch.tensor(numbers)
-    yield "python rest", torch.tensor([version, float("nan") if gauss is None else gauss], dtype=torch.float64)
-
-
-def _set_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
-    place, has_gauss, cached = states["numpy rest"].tolist()
-    words = states["numpy"].numpy().astype(numpy.uint32)
-    numpy.random.set_state(("MT19937", words, int(place), int(has_gauss), cached))
-    version, gauss = states["python rest"].tolist()
-    random.setstate((int(version), tuple(states["python"].tolist()), None if gauss != gauss else gauss))

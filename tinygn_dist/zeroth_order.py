@@ -76,13 +76,16 @@ class ForwardOnly:
         return float(seen.losses.mean()), seen.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers alone: with the weights, all that a training goes on from."""
+        """Numbers alone: with the weights, and with `probes.keep` where not all of them move, all that a training goes on
+        from. What is measured at the beginning is among them: the weights are no longer those."""
         step = None if self.step_taken is None else asdict(self.step_taken)
-        return {"step": step, "rate": self.rate, "search": self.search.state_dict()} | self.optimizer.state_dict()
+        measured = {"step": step, "rate": self.rate, "scales": dict(self.probes.scales)}
+        return measured | {"search": self.search.state_dict()} | self.optimizer.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step_taken = None if state["step"] is None else Step(**state["step"])
         self.rate = state["rate"]
+        self.probes.scales = dict(state["scales"])
         self.search.load_state_dict(state["search"])
         self.optimizer.load_state_dict(state)
 

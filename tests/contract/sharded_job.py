@@ -39,7 +39,7 @@ from tinygn_dist.origin import from_checkpoint
 from tinygn_dist.pipeline import compress
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Recovery, freeze, make_optimizer
-from tinygn_dist.resume import saved_origin, write_weights
+from tinygn_dist.saved_training import saved_origin, write_weights
 from tinygn_dist.schedule import Plan
 from tinygn_dist.stored import StoredTensors
 from tinygn_dist.units import plan_mixes, remove_units

@@ -21,7 +21,9 @@ from tinygn_dist.errors import UserError
 GRADUAL = ("prune.pattern=unstructured", "prune.sparsity=0.5", "prune.criterion=magnitude", "schedule.kind=linear")
 
 
-def run(layout: str, folder: Path, data: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess:
+def run(
+    layout: str, folder: Path, data: Path, out: Path, *overrides: str, precision: str = "no"
+) -> subprocess.CompletedProcess:
     """Under the launch file people copy, with gradient accumulation left to the script."""
     command = [
         sys.executable,
@@ -29,6 +31,8 @@ def run(layout: str, folder: Path, data: Path, out: Path, *overrides: str) -> su
         "accelerate.commands.launch",
         "--config_file",
         str(launch_file(layout, out.parent)),
+        "--mixed_precision",
+        precision,
     ]
     command += [str(ROOT / "tests/pipeline/user_script.py"), str(folder), str(data), str(out), *overrides]
     env = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
@@ -36,11 +40,13 @@ def run(layout: str, folder: Path, data: Path, out: Path, *overrides: str) -> su
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
 
 
-def test_masks_hold_through_the_users_own_training(saved_model, text_file: Path, tmp_path: Path):
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_masks_hold_through_the_users_own_training(precision: str, saved_model, text_file: Path, tmp_path: Path):
     """Momentum, weight decay, accumulation and clipping, and still exactly half of every layer matrix is zero; in the
     average of the weights too, which began before they went."""
-    done = run("cpu", saved_model("llama"), text_file, tmp_path / "out", "prune.pattern=2:4")
+    done = run("cpu", saved_model("llama"), text_file, tmp_path / "out", "prune.pattern=2:4", precision=precision)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"in {precision}" in done.stdout
     before = AutoModelForCausalLM.from_pretrained(saved_model("llama")).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     average = AutoModelForCausalLM.from_pretrained(tmp_path / "out-average").state_dict()

@@ -15,9 +15,10 @@ import pytest
 from tests.conftest import CLI_SECONDS, ROOT
 from tests.pipeline.conftest import SMALL, report_of
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.config import load_config
+from tinygn_dist.config import Config, load_config
 from tinygn_dist.errors import Stopped
 from tinygn_dist.pipeline import compress
+from tinygn_dist.report import Report
 
 STEPS = 8
 TRAINED = {
@@ -47,6 +48,23 @@ CASES = {
     "one-shot, bf16": {"prune.pattern": "2:4", "model.dtype": "bfloat16"},
     "units": {"prune.pattern": "channels", "prune.sparsity": 0.3, "schedule.kind": "iterative", "schedule.every": 3},
     "lora": {"prune.pattern": "2:4", "prune.criterion": "magnitude", "recover.train": "lora"},
+    "zo-nesterov, bf16": {
+        "prune.pattern": "2:4",
+        "prune.criterion": "magnitude",
+        "model.dtype": "bfloat16",
+        "recover.optimizer": "zo-nesterov",
+        "recover.directions": 2,
+        "recover.learning_rate": 0.01,
+        "recover.moving": 0.5,
+        "recover.keep_best": True,
+        "recover.evaluate_every": 3,
+    },
+    "zo-adam, its rate measured": {
+        "prune.pattern": "channels",
+        "prune.sparsity": 0.3,
+        "recover.optimizer": "zo-adam",
+        "recover.directions": 2,
+    },
     "sgd": {"prune.pattern": "2:4", "recover.optimizer": "sgd", "prune.criterion": "magnitude"},
 }
 
@@ -186,3 +204,77 @@ def test_killed_on_two_ranks_and_finished_on_one_the_masks_are_the_same(saved_mo
     parts, whole = report_of(tmp_path / "parts"), report_of(tmp_path / "whole")
     assert parts["recovery"]["resumed_after_steps"] and parts["selection"] == whole["selection"]
     assert parts["after"]["loss"] == pytest.approx(whole["after"]["loss"], rel=1e-4)
+
+
+EVERYTHING = {
+    **CASES["movement"],
+    "prune.criterion": "wanda",
+    "checkpoint.statistics_every": 2,
+    "recover.evaluate_every": 2,
+    "recover.keep_best": True,
+    "checkpoint.resume": "auto",
+}
+
+
+def touches(config: Config, backend: Backend, home: Path, last: int) -> int:
+    """Compress in a child that kills itself at its `last`-th touch of any file it keeps on the way; how many there were."""
+    counted = home / "touches"
+    child = os.fork()
+    if child == 0:
+        count, folders = 0, f"{config.output.dir}.checkpoints"
+
+        def seen(event: str, arguments: tuple) -> None:
+            nonlocal count
+            if any(isinstance(a, str | os.PathLike) and folders in os.fspath(a) for a in arguments):
+                count += 1
+                if count == last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(seen)
+        compress(config, backend)
+        counted.write_text(str(count), encoding="utf-8")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return last if os.WIFSIGNALED(status) else int(counted.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_killed_at_file_boundaries_of_everything_kept_on_the_way(
+    backend: Backend, saved_model, text_file: Path, tmp_path: Path
+):
+    """Statistics, checkpoints and best weights: twelve points among all, and the result is that of a whole run."""
+    config = asked(saved_model("llama"), text_file, tmp_path / "whole", **EVERYTHING)
+    count = touches(config, backend, tmp_path, 0)
+    assert count > 100
+    for point in sorted(random.Random(0).sample(range(2, count + 1), 12)):
+        out = tmp_path / f"killed-{point}"
+        config = asked(saved_model("llama"), text_file, out, **EVERYTHING)
+        assert touches(config, backend, tmp_path, point) == point
+        compress(config, backend)
+        assert weights(out) == weights(tmp_path / "whole"), point
+
+
+def stopped_forward_only(backend: Backend, config: Config) -> list[int]:
+    with pytest.raises(Stopped):
+        compress(config, backend, stopped_after(3))
+    return [backend.num_ranks]
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_forward_only_training_goes_on_at_another_world_size(
+    first: int, then: int, process_groups, backend: Backend, saved_model, text_file: Path, tmp_path: Path
+):
+    more = {"recover.optimizer": "zo-nesterov", "recover.directions": 2, "recover.learning_rate": 0.05}
+    more |= {"prune.pattern": "2:4", "prune.criterion": "magnitude", "checkpoint.resume": "auto"}
+    model = saved_model("llama")
+    whole = compress(asked(model, text_file, tmp_path / "whole", **more), backend)
+    config = asked(model, text_file, tmp_path / "parts", **more)
+    process_groups(first).call(stopped_forward_only, config)
+    report, *_ = process_groups(then).call(compressed, config)
+    assert report.recovery["resumed_after_steps"] and report.selection == whole.selection
+    assert report.after["loss"] == pytest.approx(whole.after["loss"], rel=1e-5)
+
+
+def compressed(backend: Backend, config: Config) -> Report:
+    return compress(config, backend)

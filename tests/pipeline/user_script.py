@@ -72,6 +72,6 @@ if sharding_asked() is None:
     compressor.mask_copy(average)
     average.save_pretrained(f"{out}-average", is_main_process=accelerator.is_main_process)
 if accelerator.is_main_process:
-    print("sparsity after each micro-batch:", sparsity)
+    print("sparsity after each micro-batch:", sparsity, "in", accelerator.mixed_precision)
 accelerator.wait_for_everyone()
 accelerator.end_training()

@@ -66,7 +66,10 @@ def _dies_at(number: int, store: Checkpoints, step: int) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def test_killed_at_every_file_boundary_leaves_the_newest_complete_one(store: Checkpoints):
+@pytest.mark.parametrize("keep", [2, 1])
+def test_killed_at_every_file_boundary_leaves_the_newest_complete_one(store: Checkpoints, backend: Backend, keep: int):
+    """One is kept of the best weights and of statistics."""
+    store = Checkpoints(store.folder, IDENTITY, backend, keep)
     write(store, 1)
     write(store, 2)
     points, seen = 0, set()

@@ -103,7 +103,7 @@ class Config(Section):
         if not recover.saved_on_the_way and self.checkpoint.every:
             raise ValueError(
                 f"checkpoint.every {self.checkpoint.every} with recover.optimizer {recover.optimizer}, whose training is "
-                "not saved on the way; use adamw, sgd or nesterov, or leave it at 0"
+                "not saved on the way; use another optimizer, or leave it at 0"
             )
         if recover.distill_hidden and self.prune.pattern in ("layers", "units", "filters"):
             raise ValueError(
@@ -113,7 +113,7 @@ class Config(Section):
         if not schedule.changes or self.prune.unit_kinds:
             return
         told = f"and schedule.kind {schedule.kind} with regrow {schedule.regrow} changes them"
-        if not recover.saved_on_the_way:
+        if recover.forward_only or not recover.saved_on_the_way:
             raise ValueError(
                 f"recover.optimizer {recover.optimizer} keeps its masks, {told}; use adamw, sgd or nesterov"
             )

@@ -91,8 +91,9 @@ class RecoverConfig(Section):
 
     @property
     def saved_on_the_way(self) -> bool:
-        """Whether a checkpoint holds all there is to know about the training."""
-        return not self.forward_only and self.optimizer != "adamw-8bit"
+        """Whether a checkpoint holds all there is to know about the training: adamw-8bit quantises its state in blocks
+        of what a rank holds, which fit no other sharding."""
+        return self.optimizer != "adamw-8bit"
 
     @property
     def forward_only(self) -> bool:
