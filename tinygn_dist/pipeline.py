@@ -21,9 +21,9 @@ from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.setting import Setting, costs_of
-from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.latency import LatencyTarget
+from tinygn_dist.lm_tasks import check_tasks
 from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
@@ -139,6 +139,7 @@ class _Run(TrainingStage):
             weights.check(self.anatomy, self.targets, config.prune)
         if config.prune.probe_step is not None:
             check_step(config.prune.probe_step, load.dtype_of(self.source))
+        check_tasks(config.evaluate, self.source.task)
         check_training(config.recover, self.targets or self.anatomy.targets, self.backend)
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
         if config.data.name == "self" and self.source.task != "causal-lm":
@@ -206,7 +207,7 @@ class _Run(TrainingStage):
         if self.latency:
             self.report.latency = self.latency.figures
             self.latency.time("dense", self.model)
-        self.report.before = self.quality(self.model) | self.size | {"speed": self.speed(self.model)}
+        self.report.before = self.all_figures(self.model) | self.size
 
     def remove_units(self, number: int = 0) -> None:
         """Choose, re-fit and take out the units of one round; the model is a smaller one afterwards."""
@@ -290,7 +291,7 @@ class _Run(TrainingStage):
                 export.check_reloaded(reloaded, self.model, self.dtypes, backend)
             self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
-            self.report.after = self.quality(reloaded) | size | {"speed": self.speed(reloaded)}
+            self.report.after = self.all_figures(reloaded) | size
             if self.latency:
                 self.latency.time("smaller", reloaded)
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -310,11 +311,3 @@ class _Run(TrainingStage):
         return Setting(
             model, self.anatomy, self.objective, batches, self.backend, self.progress, self.report.notes, costs=costs
         )
-
-    def quality(self, model: nn.Module) -> dict[str, float]:
-        return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")
-
-    def speed(self, model: nn.Module) -> dict[str, Any]:
-        if not self.config.evaluate.latency:
-            return {}
-        return speed(model, self.source.task, self.splits.evaluation[0], self.config.evaluate, self.backend)

@@ -73,6 +73,10 @@ class Report:
                 if self.recovery:
                     rows.append((f"{name} before recovery", "", _number(self.compressed[key])))
                 rows.append((name, _number(self.before[key]), _number(self.after[key])))
+        for task, metrics in self.after.get("tasks", {}).items():
+            for metric, value in metrics.items():
+                if "_stderr" not in metric and metric != "sample_len":
+                    rows.append((f"{task} {metric}", _number(self.before["tasks"][task][metric]), _number(value)))
         if "smaller_seconds" in self.latency:
             seconds = (f"{self.latency[f'{which}_seconds'] * 1e3:.4g}" for which in ("dense", "smaller"))
             rows.append((f"latency of {self.latency['timed']}, ms", *seconds))
@@ -125,7 +129,7 @@ class Report:
 def versions() -> dict[str, str]:
     """Of everything that can change a figure."""
     found = {"python": platform.python_version()}
-    for package in ("tinygn-dist", "torch", "accelerate", "transformers", "datasets", "deepspeed"):
+    for package in ("tinygn-dist", "torch", "accelerate", "transformers", "datasets", "deepspeed", "lm_eval"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

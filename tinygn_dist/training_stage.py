@@ -1,17 +1,19 @@
-"""The part of a compression run that trains: rounds, evaluations on the way, checkpoints."""
+"""The part of a compression run that trains (rounds, evaluations on the way, checkpoints), and a model's figures."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 
 from tinygn_dist.distill import by_token
-from tinygn_dist.evaluate import quality
+from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.held_out import HeldOut
+from tinygn_dist.lm_tasks import task_scores
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import InTraining, Recovery, num_counted, window_numbers
 from tinygn_dist.resume import Resumable
@@ -21,6 +23,7 @@ from tinygn_dist.teacher_cache import SEQUENCE, TeacherCache
 class TrainingStage(Resumable):
     teacher: nn.Module | TeacherCache | None
     progress: Progress
+    processor: Any
     remove_units: Callable[[int], None]
     tell_masks: Callable[[], None]
     held_out: HeldOut | None = None
@@ -104,3 +107,12 @@ class TrainingStage(Resumable):
 
     def _held_out_figures(self, model: nn.Module) -> dict[str, float]:
         return quality(self.setting(model, self.splits.validation), self.source.task, "evaluating")
+
+    def quality(self, model: nn.Module) -> dict[str, float]:
+        return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")
+
+    def all_figures(self, model: nn.Module) -> dict[str, Any]:
+        asked, example = self.config.evaluate, self.splits.evaluation[0]
+        fast = speed(model, self.source.task, example, asked, self.backend) if asked.latency else {}
+        tasks = task_scores(model, self.processor, asked, self.backend)
+        return self.quality(model) | {"speed": fast} | ({"tasks": tasks} if tasks else {})

@@ -65,6 +65,12 @@ class EvaluateConfig(Section):
     """sequences or images in the forward that a target latency=... is measured on"""
     decode_tokens: int = Field(32, ge=2)
     """tokens generated in the speed measurement"""
+    tasks: tuple[str, ...] = ()
+    """tasks of lm-evaluation-harness to run on the dense and on the exported model (needs the package lm_eval)"""
+    task_limit: int | None = Field(None, ge=1)
+    """examples of each task; all by default"""
+    task_dir: str | None = None
+    """a folder with task files of your own"""
 
 
 class OutputConfig(Section):
