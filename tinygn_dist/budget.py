@@ -7,6 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 
+def share_left(sparsity: float, began_with: int, here: int) -> float:
+    """The share of the `here` parameters that are left which still has to go, so that `sparsity` of the `began_with` is gone; 0
+    where it is already."""
+    left = 1 - (1 - sparsity) * began_with / here
+    return left if round(left * here) > 0 else 0.0
+
+
 def num_kept(total: int, sparsity: float) -> int:
     """total - round(sparsity * total): exactly round(s*n) go."""
     return total - round(sparsity * total)

@@ -15,7 +15,7 @@ from torch import nn
 from tinygn_dist import calibration, export, filters, load, units, weights, width
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
-from tinygn_dist.budget import Mix
+from tinygn_dist.budget import Mix, share_left
 from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
@@ -213,7 +213,9 @@ class _Run(TrainingStage):
         """Choose, re-fit and take out the units of one round; the model is a smaller one afterwards."""
         asked, mixes = self.config.prune.model_copy(update={"protect": self.protected}), self.mixes
         if self.plan.updates:
-            mixes = self.cut.plan_next_mixes(self.anatomy, asked, self.plan.levels[number], self.dense_params)
+            here = self.cut.dense_params(self.anatomy)
+            left = share_left(self.plan.levels[number], self.dense_params, here)
+            mixes = self.cut.plan_mixes(self.anatomy, asked.model_copy(update={"sparsity": left})) if left else []
         if not mixes:
             return
         kept, scores, trials = self.cut.remove_units(self.setting(self.model, self.splits.calibration), mixes, asked)

@@ -120,16 +120,6 @@ def dense_params(anatomy: Anatomy) -> int:
     return unit_sizes(anatomy).total_params
 
 
-def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, dense_params: int) -> list[Mix]:
-    """The mixes that bring a model which lost units already to `sparsity` of the `dense_params` its layers began with;
-    none where it is there."""
-    here = unit_sizes(anatomy).total_params
-    left = 1 - (1 - sparsity) * dense_params / here
-    if round(left * here) <= 0:
-        return []
-    return plan_mixes(anatomy, options.model_copy(update={"sparsity": left}))
-
-
 def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
     """most_layers: how many layers of several stacks may go, which no budget removes."""
     mix = Mix(**options.counts)

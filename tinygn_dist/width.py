@@ -63,12 +63,6 @@ def dense_params(anatomy: Anatomy) -> int:
     return anatomy.total_params
 
 
-def plan_next_mixes(anatomy: Anatomy, options: PruneConfig, sparsity: float, dense_params: int) -> list[Mix]:
-    """Like `units.plan_next_mixes`, of all parameters."""
-    left = 1 - (1 - sparsity) * dense_params / anatomy.total_params
-    return [] if left <= 0 else plan_mixes(anatomy, options.model_copy(update={"sparsity": left}))
-
-
 def remove_units(
     setting: Setting, candidates: Sequence[Mix], options: PruneConfig
 ) -> tuple[KeptUnits, UnitScores, list[Trial]]:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tinygn_dist.budget import Mix, UnitSizes, mixes, num_kept, spread
+from tinygn_dist.budget import Mix, UnitSizes, mixes, num_kept, share_left, spread
 
 
 def test_exactly_round_of_s_times_n_go():
@@ -71,3 +71,10 @@ def test_something_always_stays():
     for mix in mixes(sizes, 0.7, ("layers", "heads", "channels"), 4):
         assert mix.layers < 3 and mix.heads < 2 and mix.channels < 8
     assert list(mixes(sizes, 0.999, ("layers",), 4)) == []
+
+
+def test_the_share_left_brings_what_is_left_to_the_sparsity_of_what_was_there():
+    """Of 1,000 parameters 800 are left: for 40 % in all, 200 of the 800 still go."""
+    assert share_left(0.4, 1000, 800) == pytest.approx(0.25)
+    assert share_left(0.2, 1000, 800) == share_left(0.1, 1000, 800) == 0.0
+    assert share_left(0.3, 1000, 1000) == pytest.approx(0.3)
