@@ -17,7 +17,7 @@ from tinygn_dist.config import RecoverConfig
 from tinygn_dist.distill import student_losses
 from tinygn_dist.errors import UserError
 from tinygn_dist.gradual import GradualMasks
-from tinygn_dist.low_rank import add_low_rank, check_targets, is_low_rank, merge_low_rank
+from tinygn_dist.low_rank import LowRankUpdates, check_targets, is_low_rank
 from tinygn_dist.objective import IGNORED, Batch, Losses
 from tinygn_dist.progress import Progress
 from tinygn_dist.schedule import Plan
@@ -108,9 +108,8 @@ class Recovery:
             model.eval()
 
     def _train(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
-        low_rank = self.targets() if self.options.train == "lora" else ()
-        add_low_rank(model, low_rank, masks.masks.by_name if masks else {}, self.options.lora_rank, self.options.seed)
-        frozen = freeze(model, self.options)
+        updates = self._low_rank(model, masks) if self.options.train == "lora" else None
+        frozen = freeze(model, self.options, self.backend)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], self.options)
         wrapped, prepared = self.backend.prepare(model, optimizer)
         handles = masks.attach(wrapped, prepared) if masks else []
@@ -129,13 +128,20 @@ class Recovery:
         self.ended(InTraining(wrapped, prepared, course))
         for handle in handles:
             handle.remove()
+        if updates:
+            updates.take(wrapped, prepared)
         self.backend.release(model, wrapped, prepared)
-        merge_low_rank(model, low_rank)
+        if updates:
+            updates.merge(model)
         if masks:  # in the masters that the weights were just read from
             wrong = masks.masks.violations(model, self.backend)
             assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+    def _low_rank(self, model: nn.Module, masks: GradualMasks | None) -> LowRankUpdates:
+        keep = masks.masks.by_name if masks else {}
+        return LowRankUpdates(model, self.targets(), keep, self.options.lora_rank, self.options.seed, self.backend)
 
     def _descend(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
         """The same by forward passes alone; the model stays in eval mode."""
@@ -210,11 +216,6 @@ def check_training(options: RecoverConfig, targets: Sequence[Target], backend: B
         )
     if options.train == "lora":
         check_targets(targets)
-        if backend.splits_weights:
-            raise UserError(
-                "recover.train lora masks whole matrices, and here every rank holds a piece of them; accepted: one process, "
-                "DDP, ZeRO-1 or ZeRO-2; use all or norms-and-biases"
-            )
     if options.optimizer == "adamw-8bit":
         _adamw_8bit()
 
@@ -242,14 +243,16 @@ def _adamw_8bit() -> Callable[..., torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def freeze(model: nn.Module, options: RecoverConfig) -> list[nn.Parameter]:
+def freeze(model: nn.Module, options: RecoverConfig, backend: Backend) -> list[nn.Parameter]:
     """Parameters that do not train; their flags are to be set back.
 
     Token embeddings (with a head tied to them) hold no pruned weight and a large share of a small model.
     """
     fixed: dict[int, nn.Parameter] = {}
     if options.train != "all":
-        fixed = {id(p): p for name, p in model.named_parameters() if p.dim() > 1 and not is_low_rank(name)}
+        fixed = {
+            id(p): p for name, p in model.named_parameters() if len(backend.shape(p)) > 1 and not is_low_rank(name)
+        }
     try:
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # of convolutional nets

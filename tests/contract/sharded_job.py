@@ -31,7 +31,7 @@ from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
-from tinygn_dist.errors import Stopped, UserError
+from tinygn_dist.errors import Stopped
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.masking import Masks
@@ -83,6 +83,26 @@ UNIT_CASES = [
     {"pattern": "experts", "sparsity": 0.2},
     {"pattern": "experts", "sparsity": 0.2, "criterion": "magnitude"},
 ]
+
+HALF = {"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"}
+FEWER_CHANNELS = {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}
+HARMFUL = {"learning_rate": 50.0, "optimizer": "sgd", "evaluate_every": 2, "keep_best": True}
+# name -> (prune, steps of recovery, more of recover)
+RUNS: dict[str, tuple[dict, int, dict]] = {
+    "units": (FEWER_CHANNELS, 0, {}),
+    "units recovered": (FEWER_CHANNELS, 3, {}),
+    "sparse recovered": ({"pattern": "unstructured", "sparsity": 0.5, "estimator": "finite-difference"}, 3, {}),
+    "best kept": (HALF, 3, HARMFUL),
+    "lora": (HALF, 3, {"train": "lora"}),
+    "norms": ({"pattern": "2:4", "criterion": "magnitude", **NO_DOWN}, 3, {"train": "norms-and-biases"}),
+}
+# name -> (schedule, recover.train)
+STOPPED: dict[str, tuple[dict, str]] = {
+    "cubic": ({"kind": "cubic"}, "all"),
+    "movement": ({"kind": "linear", "criterion": "movement"}, "all"),
+    "top-kast": ({"regrow": "top-kast"}, "all"),
+    "lora": ({}, "lora"),
+}
 
 
 def pieces(backend: Backend) -> None:
@@ -250,7 +270,7 @@ def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> di
 
 
 def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: RecoverConfig) -> list[float]:
-    frozen = freeze(model, asked)
+    frozen = freeze(model, asked, backend)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], asked)
     wrapped, prepared = backend.prepare(model, optimizer)
     chosen.enforce(wrapped, prepared, backend)
@@ -283,45 +303,45 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
     found = {}
     base = {"model": {"name": str(folder / "model")}, "evaluate": {"prefill_tokens": 8, "decode_tokens": 2}}
     base["data"] = {"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3}
-    harmful = {"learning_rate": 50.0, "optimizer": "sgd", "evaluate_every": 2, "keep_best": True}
-    for name, prune, steps, more in (
-        ("units", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 0, {}),
-        ("units recovered", {"pattern": "channels", "sparsity": 0.2, "multiple_of": 7}, 3, {}),
-        ("sparse recovered", {"pattern": "unstructured", "sparsity": 0.5, "estimator": "finite-difference"}, 3, {}),
-        ("best kept", {"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"}, 3, harmful),
-        ("lora", {"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"}, 3, {"train": "lora"}),
-    ):
+    for name, (prune, steps, more) in RUNS.items():
         output = folder / name.replace(" ", "-")
         recover = {"steps": steps, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, **more}
         config = Config(**base, prune=prune, recover=recover, output={"dir": str(output), "overwrite": True})
         if name == "lora" and type(backend) is Offloaded:
             continue  # refused by the config, which tests/unit/test_config.py sees
-        if name == "lora" and backend.splits_weights:
-            assert refused(config, backend), "masks of whole matrices need whole matrices"
-            continue
         report = compress(config, backend)
         facts = {"fingerprint": report.selection["fingerprint"], "loss": report.after["loss"]}
         facts |= {"params": report.after["num_params"], "zeros": report.sparsity["zeros"]}
         if not steps:
             facts["file"] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()[:16]
         found[name] = facts
+        if name == "norms" and backend.is_main:
+            _only_vectors_moved(*(StoredTensors([home / "model.safetensors"]) for home in (folder / "model", output)))
     return found
+
+
+def _only_vectors_moved(before: StoredTensors, after: StoredTensors) -> None:
+    for name in after.names:
+        old, new = (stored.whole(name) for stored in (before, after))
+        assert torch.equal(new, old * (new != 0)) if old.dim() > 1 else not torch.equal(new, old), name
 
 
 def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
     """A run that is stopped twice ends bit by bit as one that was not; returns the losses, which all backends share."""
-    found, schedules = {}, {"cubic": {"kind": "cubic"}, "movement": {"kind": "linear", "criterion": "movement"}}
-    for name, schedule in (schedules | {"top-kast": {"regrow": "top-kast"}}).items():
+    found = {}
+    for name, (schedule, train) in STOPPED.items():
+        if train == "lora" and type(backend) is Offloaded:
+            continue
         done = {}
         for way in ("whole", "parts"):
             output = folder / f"stopped-{name}-{way}"
             config = Config(
                 model={"name": str(folder / "model")},
                 data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
-                prune={"pattern": "unstructured", "sparsity": 0.5, "criterion": "magnitude"},
+                prune=HALF,
                 schedule={"every": 2, **schedule},
                 recover={"steps": 6, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, "evaluate_every": 2}
-                | {"keep_best": True},
+                | {"keep_best": True, "train": train},
                 evaluate={"latency": False},
                 checkpoint={"resume": "auto"},
                 output={"dir": str(output)},
@@ -339,14 +359,6 @@ def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
             found[name] = report.after["loss"]
         assert done["whole"] == done["parts"], f"{name}: another result after two stops"
     return found
-
-
-def refused(config: Config, backend: Backend) -> bool:
-    try:
-        compress(config, backend)
-    except UserError as error:
-        return "recover.train lora" in str(error)
-    return False
 
 
 def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:

@@ -175,9 +175,11 @@ def test_training_goes_on_from_what_was_saved(run: Any, layout: str):
 
 @layouts
 def test_a_stopped_run_goes_on(run: Any, layout: str):
-    """Bit by bit on one backend, asserted inside the job; within rounding on all."""
+    """Bit by bit on one backend, asserted inside the job; within rounding on all. Offload refuses lora."""
     wanted = run("alone")["stopped"]
-    assert run(layout)["stopped"] == pytest.approx(wanted, rel=1e-3) and len(wanted) == 3
+    found = run(layout)["stopped"]
+    assert found == pytest.approx({name: wanted[name] for name in found}, rel=1e-3)
+    assert wanted.keys() - found.keys() == ({"lora"} if layout.startswith("offload") else set())
 
 
 @layouts
@@ -188,7 +190,8 @@ def test_the_same_checkpoint_as_one_process(run: Any, layout: str):
         "best kept",
     ):  # the one to the last bit of the file, of the other nothing that training did is left
         assert found[name] == wanted[name], name
-    for name in ("units recovered", "sparse recovered", *(("lora",) if "lora" in found else ())):
+    assert "lora" in found or layout.startswith("offload")
+    for name in ("units recovered", "sparse recovered", "norms", *(("lora",) if "lora" in found else ())):
         assert found[name]["loss"] == pytest.approx(wanted[name]["loss"], rel=1e-4)
         assert {k: v for k, v in found[name].items() if k != "loss"} == {
             k: v for k, v in wanted[name].items() if k != "loss"

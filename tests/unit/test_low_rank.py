@@ -14,7 +14,7 @@ from tinygn_dist.config import Config, PruneConfig, RecoverConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gradual import GradualMasks
-from tinygn_dist.low_rank import add_low_rank, merge_low_rank
+from tinygn_dist.low_rank import LowRankUpdates
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, Recovery, check_training
 from tinygn_dist.schedule import Plan
@@ -43,18 +43,29 @@ def train(backend: Backend, family: str = "llama", sparse: bool = True, options:
     return before, tiny.state_bytes(setting.bare), masks, course.losses
 
 
+def updated(
+    setting: Setting, backend: Backend, keep: dict[str, torch.Tensor]
+) -> tuple[LowRankUpdates, torch.optim.SGD]:
+    """A model whose matrices have updates of rank 2, in an optimizer's hands."""
+    updates = LowRankUpdates(setting.model, setting.anatomy.targets, keep, 2, 0, backend)
+    return updates, torch.optim.SGD([p for n, p in setting.bare.named_parameters() if ".low_rank." in n], lr=0.1)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_merged_weights_compute_what_the_updates_computed(family: str, backend: Backend):
     setting = tiny.setting(family, backend)
     keep, targets, model = masks_of(setting).masks.by_name, setting.anatomy.targets, setting.bare
     dense, batch = tiny.state_bytes(model), tiny.batches(family, 1, padded=False)[0]
-    add_low_rank(model, targets, keep, rank=2, seed=0)
     with torch.no_grad():
         before = model(batch["input_ids"]).logits
+        updates, optimizer = updated(setting, backend, keep)
+        assert torch.equal(model(batch["input_ids"]).logits, before), "it starts from nothing"
         for target in targets:
             model.get_submodule(target.module).low_rank.up.normal_(generator=torch.Generator().manual_seed(1))
         moved = model(batch["input_ids"]).logits
-        merge_low_rank(model, targets)
+        updates.take(model, optimizer)
+        assert torch.equal(model(batch["input_ids"]).logits, before), "the modules are as before"
+        updates.merge(model)
         torch.testing.assert_close(model(batch["input_ids"]).logits, moved, rtol=1e-4, atol=1e-4)
     assert (moved - before).abs().max() > 0.1
     after = tiny.state_bytes(model)
@@ -64,11 +75,58 @@ def test_merged_weights_compute_what_the_updates_computed(family: str, backend: 
         assert not after[target.parameter][gone].any() and (after[target.parameter] != dense[target.parameter]).any()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_gradients_are_those_of_the_masked_sum(family: str, backend: Backend):
+    """Against autograd through W + M * (2 U D) written out, of every update, input and bias."""
+    setting = tiny.setting(family, backend)
+    keep, batch = masks_of(setting).masks.by_name, tiny.batches(family, 1, padded=False)[0]
+    updates, _ = updated(setting, backend, keep)
+    model, parts = setting.bare, {}
+    for target in setting.anatomy.targets:
+        module = model.get_submodule(target.module)
+        module.weight.requires_grad_(False)
+        with torch.no_grad():
+            module.low_rank.up.normal_(generator=torch.Generator().manual_seed(1))
+
+        def plainly(hidden: torch.Tensor, module=module, target=target) -> torch.Tensor:
+            change = 2 * (module.low_rank.up @ module.low_rank.down) * target.matrix(keep[target.name])
+            return torch.nn.functional.linear(hidden, target.matrix(module.weight) + change, module.bias)
+
+        parts[module] = plainly
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(batch["input_ids"], labels=batch["input_ids"]).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    for module, plainly in parts.items():
+        module.forward = plainly
+    wanted = gradients()
+    assert found.keys() == wanted.keys() and sum(".low_rank." in name for name in found) == 2 * len(parts)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 + 1e-5 * float(gradient.abs().max()))
+
+
+def test_no_layer_keeps_its_updated_matrix(backend: Backend):
+    """What autograd keeps of a matrix's size is the matrix itself, which is there anyway."""
+    setting = tiny.setting("llama", backend)
+    updates, _ = updated(setting, backend, masks_of(setting).masks.by_name)
+    shapes = {target.shape for target in setting.anatomy.targets}
+    held = {p.untyped_storage().data_ptr() for p in setting.bare.parameters()}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        setting.bare(tiny.batches("llama", 1, padded=False)[0]["input_ids"])
+    of_weights = [t for t in kept if tuple(t.shape) in shapes or tuple(t.t().shape if t.dim() == 2 else ()) in shapes]
+    assert of_weights and all(t.untyped_storage().data_ptr() in held for t in of_weights)
+
+
 def test_an_untrained_update_changes_nothing(backend: Backend):
     setting = tiny.setting("llama", backend)
     before = tiny.state_bytes(setting.bare)
-    add_low_rank(setting.bare, setting.anatomy.targets, {}, rank=2, seed=0)
-    merge_low_rank(setting.bare, setting.anatomy.targets)
+    updates, optimizer = updated(setting, backend, {})
+    updates.take(setting.model, optimizer)
+    updates.merge(setting.model)
     assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
 
 
@@ -100,8 +158,6 @@ def test_two_ranks_train_as_one(backend: Backend, process_groups):
 
 def test_what_cannot_be_done_is_refused_before_work(backend: Backend):
     targets = tiny.setting("llama", backend).anatomy.targets
-    with mock.patch.object(backend, "splits_weights", True), pytest.raises(UserError, match="DDP, ZeRO-1 or ZeRO-2"):
-        check_training(LORA, targets, backend)
     with pytest.raises(UserError, match="without linear layers"):
         check_training(LORA, (), backend)
     with pytest.raises(ValueError, match="lora keeps its masks"):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tinygn_dist.anatomy import Target
@@ -202,6 +202,33 @@ class FSDP2(Backend):
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def place_added(self, model: nn.Module, added: Sequence[nn.Module]) -> None:
+        """One group for each unit of the model that is sharded by itself: what is added to it is gathered at once."""
+        waiting, plugin, mesh = set(added), self._accelerator.state.fsdp_plugin, self._accelerator.torch_device_mesh
+        if mesh is not None:
+            mesh = mesh[tuple(self._accelerator.parallelism_config.fsdp_dim_names)]
+        policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+        policy = replace(policy, output_dtype=None)  # inside a unit nothing is cast back
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        for unit in reversed(units):  # inner ones first
+            mine = [module for module in unit.modules() if module in waiting]
+            waiting.difference_update(mine)
+            if mine:
+                fully_shard(
+                    mine, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=plugin.cpu_offload
+                )
+        assert not waiting, "added outside of what is sharded"
+        self._begin_anew(model)
+
+    def added_are_gone(self, model: nn.Module) -> None:
+        self._begin_anew(model)
+
+    def _begin_anew(self, model: nn.Module) -> None:
+        """The first forward settles which module is the root and what groups it has; let the next one do so again."""
+        for state in {module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)}:
+            state._is_root = None
+            state._state_ctx = type(state._state_ctx)()
 
     def join_pieces(self, whole: torch.Tensor) -> None:
         collectives.sum_(whole, group=self._shard_group)

@@ -5,8 +5,10 @@
 | adopt(model, optimizer)              | a model that the caller prepared, with the same Accelerator, for training   |
 | wrapped(model)                       | what the Accelerator made of a bare model                                   |
 | on_state(save, load)                 | take part in the caller's save_state and load_state                         |
+| place_added / added_are_gone          | modules with parameters of their own, for the time of a training           |
 | no_sync / backward / clip_grad_norm  | one optimizer step made of micro-batches                                    |
 | inner_optimizer(optimizer)           | the torch optimizer whose step really moves the weights                     |
+| keeps_codes(optimizer)               | whether its state can only be kept or dropped as a whole                   |
 | after_step(model, optimizer, call)   | `call()` once after every step that moved the weights, which are in place   |
 | before_step(model, optimizer, call)  | `call()` before the weights move                                            |
 | paused(model)                        | context: the model in training, to be estimated and edited between two steps|
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,19 @@ class Training(ABC):
         """Refused for a caller's model that something else than this backend has spread."""
         refuse_spread(self.running(model))
 
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Of the whole parameter of a placed model."""
+        return tuple(parameter.shape)
+
+    def place_added(self, model: nn.Module, added: Sequence[nn.Module]) -> None:
+        """Modules that were put into a placed model, with the same values on every rank and on its device, are placed as
+        the model is, before `prepare` with an optimizer. They run within the modules that they were put into."""
+        return
+
+    def added_are_gone(self, model: nn.Module) -> None:
+        """They were taken out, after the last step."""
+        return
+
     def join_pieces(self, whole: torch.Tensor) -> None:
         """Sum in place over the ranks whose `held` pieces make up a parameter; nothing where each holds all of it."""
         return
@@ -106,6 +121,10 @@ class Training(ABC):
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         return optimizer
+
+    def keeps_codes(self, optimizer: Any) -> bool:
+        """Whether an optimizer's state is 8-bit codes, among which zero is not 0 (bitsandbytes says so in its `args`)."""
+        return getattr(getattr(self.inner_optimizer(optimizer), "args", None), "optim_bits", 32) == 8
 
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
         """Returns a handle with `remove()`. A step that a gradient scaler skips does not count."""

@@ -286,6 +286,9 @@ class ZeroParameters(Zero):
         return [live_run(parameter), *([master_run(training, parameter)] if known and parameter.requires_grad else [])]
 
     # -- training ----------------------------------------------------------------------------------------------------
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+
     def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
         parameter, zero = self.unwrap(model).get_parameter(name), self._training.optimizer
         group, low, _ = zero.grad_position[zero.get_param_id(parameter)]
