@@ -8,7 +8,7 @@ its step, by whatever rule it has, since it started from zero; that step is adde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,26 @@ from torch import nn
 
 from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.step_statistics import Best, StepStatistics
 
 _ABOVE_ALL = torch.finfo(torch.float32).max
-Best = Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]
-"""(scores, sparsity) -> masks of the largest, both shaped like this rank's shards"""
 
 
-class DenseWeights:
+class DenseWeights(StepStatistics):
     """values: target -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: target -> bool,
     the removed weights that train."""
 
+    knows_before_training = True
+    state_stays = True  # weights that come have trained before, and those that go train on
+
     def __init__(self, model: nn.Module, targets: Sequence[Target], backend: Backend, explore: float) -> None:
         """Copies the weights as they are before the first mask. explore: share of a matrix's weights."""
-        self.targets, self.backend, self.explore = tuple(targets), backend, explore
+        super().__init__(targets, backend)
+        self.explore = explore
         self.values = {t.name: backend.shard(model, t).weight.detach().float().clone() for t in targets}
         self.explored: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
-        """To be called before masks are enforced: what runs after a step runs in the order of these calls."""
         return [self.backend.after_step(model, each, lambda: self.seen(model)) for each in optimizers]
 
     def seen(self, model: nn.Module) -> None:
@@ -42,16 +44,18 @@ class DenseWeights:
             target = next(target for target in self.targets if target.name == name)
             self.values[name] += self.backend.shard(model, target).weight.detach() * explored
 
-    def explore_beside(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
+    def first_masks(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
         """Let the largest of what `keep` removed train."""
         sizes = {name: value.abs().masked_fill(keep[name], _ABOVE_ALL) for name, value in self.values.items()}
         wider = best(sizes, max(0.0, sparsity - self.explore))
         self.explored = {name: wider[name] & ~keep[name] for name in self.values}
 
     def choose(
-        self, model: nn.Module, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
+        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
     ) -> dict[str, torch.Tensor]:
         """The masks of the largest weights, live and not; those that come in are written to the model."""
+        if not sparsity:
+            return dict(keep)
         for target in self.targets:
             live = self.backend.shard(model, target).weight.detach().float()
             self.values[target.name] = torch.where(keep[target.name], live, self.values[target.name])
@@ -59,21 +63,18 @@ class DenseWeights:
         for target in self.targets:
             weight = self.backend.shard(model, target).weight
             self.backend.write(model, target, (self.values[target.name] * chosen[target.name]).to(weight.dtype))
-        self.explore_beside(chosen, sparsity, best)
+        self.first_masks(chosen, sparsity, best)
         return chosen
 
     def finish(self) -> None:
-        """No update comes any more."""
         self.values, self.explored = {}, {}
 
     def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """(key, whole tensor on every rank), to save. Collectives."""
         for kind, pieces in (("dense", self.values), ("explored", self.explored)):
             for target in self.targets if pieces else ():
                 yield f"{kind}|{target.name}", self.backend.gather(model, target, pieces[target.name]).cpu()
 
     def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
-        """What `whole` gave, at any world size on any backend."""
         found: dict[str, dict[str, torch.Tensor]] = {"dense": {}, "explored": {}}
         by_name = {target.name: target for target in self.targets}
         for key, tensor in whole.items():

@@ -17,14 +17,15 @@ from torch import nn
 from tinygn_dist import score
 from tinygn_dist.anatomy import Target
 from tinygn_dist.config import PruneConfig, ScheduleConfig
-from tinygn_dist.dense_weights import Best, DenseWeights
+from tinygn_dist.dense_weights import DenseWeights
+from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.masking import Masks
 from tinygn_dist.schedule import Plan, make_plan, swapped_share
 from tinygn_dist.selection import choose_masks
-from tinygn_dist.step_statistics import Consensus, Movement
+from tinygn_dist.step_statistics import Best, Consensus, Movement, StepStatistics
 from tinygn_dist.weights import at_sparsity, sparsify
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,18 @@ def plan_of(schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bo
     )
 
 
+def _step_statistics(
+    setting: Setting, targets: Sequence[Target], schedule: ScheduleConfig, final: float
+) -> StepStatistics | None:
+    if schedule.kind == "admm":
+        return Consensus(targets, setting.backend, schedule.penalty, final)
+    if schedule.criterion == "movement":
+        return Movement(targets, setting.backend)
+    if schedule.regrow == "top-kast":
+        return DenseWeights(setting.model, targets, setting.backend, schedule.explore)
+    return None
+
+
 class GradualMasks:
     """masks: those that hold now. steps: optimizer steps seen. history: the updates so far."""
 
@@ -76,13 +89,7 @@ class GradualMasks:
         """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
-        self.step_statistics: Movement | Consensus | DenseWeights | None = None
-        if schedule.kind == "admm":
-            self.step_statistics = Consensus(targets, setting.backend, schedule.penalty)
-        elif schedule.criterion == "movement":
-            self.step_statistics = Movement(targets, setting.backend)
-        elif schedule.regrow == "top-kast":
-            self.step_statistics = DenseWeights(setting.model, targets, setting.backend, schedule.explore)
+        self.step_statistics = _step_statistics(setting, targets, schedule, plan.levels[-1])
         asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
             self.masks = sparsify(setting, targets, asked)
@@ -90,13 +97,13 @@ class GradualMasks:
             self.masks = self._all(targets)
         if going_on is not None:
             self.load_state(going_on)
-        elif isinstance(self.step_statistics, DenseWeights):
-            self.step_statistics.explore_beside(self.masks.by_name, plan.levels[0], self._largest(setting))
+        elif self.step_statistics:
+            self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(setting))
 
     @property
     def knows_before_training(self) -> bool:
         """Whether there is something about the weights to save before the first step."""
-        return isinstance(self.step_statistics, DenseWeights)
+        return self.step_statistics is not None and self.step_statistics.knows_before_training
 
     def _all(self, targets: Sequence[Target]) -> Masks:
         shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
@@ -108,6 +115,7 @@ class GradualMasks:
         """Hold the masks after every step of the prepared optimizers, and change them when the plan says so, by the
         steps of the first one. Returns handles with `remove()`."""
         backend = self._setting.backend
+        self._refuse_codes(optimizers)
 
         def stepped() -> None:
             self.steps += 1
@@ -121,25 +129,30 @@ class GradualMasks:
         held: list[Any] = []
         if self.step_statistics and self.steps < self.plan.updates[-1]:
             held += self.step_statistics.attach(model, optimizers)
-            if isinstance(self.step_statistics, Consensus):
-                with backend.paused(model) as bare:
-                    self._project(replace(self._setting, model=bare), optimizers[0])
+            with backend.paused(model) as bare:
+                here = replace(self._setting, model=bare)
+                self.step_statistics.before_steps(bare, optimizers[0], self._best(here))
         held += [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
         return [*held, backend.after_step(model, optimizers[0], stepped)]
 
+    def _refuse_codes(self, optimizers: Sequence[Any]) -> None:
+        stays = self.step_statistics is not None and self.step_statistics.state_stays
+        coded = [each for each in optimizers if self._setting.backend.keeps_codes(each)]
+        if self.plan.updates and coded and not stays:
+            raise UserError(
+                f"{type(self._setting.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in which that "
+                "of weights which go or come back cannot be cleared; accepted: optimizers with 32-bit state, or schedule.kind "
+                "one-shot without regrow"
+            )
+
     def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
-        backend, targets = self._setting.backend, self.masks.targets
+        backend = self._setting.backend
         with backend.paused(model) as bare:
             setting = replace(self._setting, model=bare)
             chosen = self._choose(setting, optimizers[0])
             update = self._count(setting, chosen)
-            with torch.no_grad():
-                for target in targets:
-                    changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
-                    if isinstance(self.step_statistics, DenseWeights):
-                        continue  # they trained before, and train on
-                    for optimizer in optimizers:
-                        backend.clear_state(bare, optimizer, target, changed)
+            if self.step_statistics is None or not self.step_statistics.state_stays:
+                self._clear_state(bare, optimizers, chosen)
             self.masks.by_name.update(chosen.by_name)
             self.masks.apply_(bare, backend)
             backend.agree(self.masks.fingerprint(bare, backend), "the mask")
@@ -153,6 +166,14 @@ class GradualMasks:
         )  # fmt: skip
         return update
 
+    def _clear_state(self, bare: nn.Module, optimizers: Sequence[Any], chosen: Masks) -> None:
+        """What the optimizers know of weights that went or came back is of another life of theirs."""
+        with torch.no_grad():
+            for target in self.masks.targets:
+                changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
+                for optimizer in optimizers:
+                    self._setting.backend.clear_state(bare, optimizer, target, changed)
+
     def _track(self, update: Update) -> None:
         """To the trackers: sparsity of the whole and of every target, and what changed."""
         changed = {"removed": update.removed, "regrown": update.regrown, "churn": update.removed + update.regrown}
@@ -161,23 +182,14 @@ class GradualMasks:
         self._setting.backend.track(metrics, self.steps)
 
     def _choose(self, setting: Setting, optimizer: Any) -> Masks:
-        schedule, targets = self._schedule, self.masks.targets
-        asked = at_sparsity(self._prune, self.plan.level_after(self.steps))
-        if schedule.kind == "admm":
-            projected = self._project(setting, optimizer)
-            return self.masks if asked is None else Masks(targets, projected)
+        schedule, targets, level = self._schedule, self.masks.targets, self.plan.level_after(self.steps)
+        asked = at_sparsity(self._prune, level)
+        if self.step_statistics:
+            here = 0.0 if asked is None else level
+            best, keep = self._best(setting), self.masks.by_name
+            return Masks(targets, self.step_statistics.choose(setting.model, optimizer, keep, here, best))
         if asked is None:
             return self.masks
-        if isinstance(self.step_statistics, Movement):
-            scores = self.step_statistics.scores(setting.model, optimizer)
-            for name, keep in self.masks.by_name.items():  # a weight that is zero has stopped moving
-                scores[name].masked_fill_(~keep, -_ABOVE_ALL)
-            return Masks(targets, self._best(setting, scores, asked))
-        if isinstance(self.step_statistics, DenseWeights):
-            largest = self._largest(setting)
-            return Masks(
-                targets, self.step_statistics.choose(setting.model, self.masks.by_name, asked.sparsity, largest)
-            )
         asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})
@@ -186,37 +198,29 @@ class GradualMasks:
         share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
         return Masks(targets, self._regrown(setting, asked, share))
 
-    def _project(self, setting: Setting, optimizer: Any) -> dict[str, torch.Tensor]:
-        return self.step_statistics.project(
-            setting.model,
-            optimizer,
-            lambda scores: self._best(setting, scores, at_sparsity(self._prune, self.plan.levels[-1])),
-        )
+    def _best(self, setting: Setting) -> Best:
+        """Masks of the largest scores, by the pattern and scope that are asked for."""
 
-    def _largest(self, setting: Setting) -> Best:
-        return lambda scores, sparsity: self._best(setting, scores, self._prune, sparsity)
+        def best(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+            return choose_masks(
+                setting.model,
+                self.masks.targets,
+                scores,
+                sparsity=sparsity,
+                scope="layer" if self._prune.scope == "auto" else self._prune.scope,
+                nm=at_sparsity(self._prune, sparsity).nm if self._prune.nm else None,
+                backend=setting.backend,
+            )
 
-    def _best(
-        self, setting: Setting, scores: Mapping[str, torch.Tensor], asked: PruneConfig, sparsity: float | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Masks of the largest scores; sparsity: instead of the one asked for."""
-        return choose_masks(
-            setting.model,
-            self.masks.targets,
-            scores,
-            sparsity=asked.sparsity if sparsity is None else sparsity,
-            scope="layer" if asked.scope == "auto" else asked.scope,
-            nm=asked.nm,
-            backend=setting.backend,
-        )
+        return best
 
     def _regrown(self, setting: Setting, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
         """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
         the best prospects, dropped ones included, which start from zero unless they were kept all along."""
-        backend, targets = setting.backend, self.masks.targets
+        backend, targets, best = setting.backend, self.masks.targets, self._best(setting)
         shards = {t.name: backend.shard(setting.model, t) for t in targets}
         sizes = {t.name: score.magnitude(shards[t.name].weight) for t in targets}
-        stay = self._best(setting, sizes, asked, 1 - (1 - asked.sparsity) * (1 - share))
+        stay = best(sizes, 1 - (1 - asked.sparsity) * (1 - share))
         if self._schedule.regrow == "random":
             growth = {
                 name: uniform(
@@ -228,7 +232,7 @@ class GradualMasks:
             gradients = weight_gradients(setting, targets, squares=False)
             growth = {t.name: gradients.rounded(t.name).abs() for t in targets}
         growth = {n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}
-        return self._best(setting, growth, asked)
+        return best(growth, asked.sparsity)
 
     def _count(self, setting: Setting, chosen: Masks) -> Update:
         removed = regrown = 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests import plain, tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import Config, PruneConfig, ScheduleConfig
+from tinygn_dist.errors import UserError
 from tinygn_dist.gradual import GradualMasks, plan_of
 
 MAGNITUDE = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
@@ -90,6 +94,25 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest(backend
     assert masks.history[0].regrown == masks.history[0].removed > 0
 
 
+def test_set_drops_the_smallest_and_grows_anywhere(backend: Backend):
+    """Mocanu et al. 2018: always the same share goes; what grows has no preference among all that do not stay."""
+    schedule = ScheduleConfig(regrow="random", every=1, swap=0.4, freeze=0.0)
+    setting, masks, optimizer = start(backend, schedule, total=3)
+    grown = others = 0
+    for number in range(3):
+        before = {t.name: setting.model.get_parameter(t.name).detach().clone() for t in masks.masks.targets}
+        kept = {name: keep.clone() for name, keep in masks.masks.by_name.items()}
+        step(setting.model, optimizer)
+        for name, keep in masks.masks.by_name.items():
+            budget = int(kept[name].sum())
+            stay = before[name].abs().flatten().topk(round(0.6 * budget) - 1).indices
+            assert int(keep.sum()) == budget and keep.flatten()[stay].all(), (number, name)
+            grown += int((keep & ~kept[name]).sum())
+            others += budget - len(stay) - 1
+            assert not setting.model.get_parameter(name)[keep & ~kept[name]].any(), "they start from zero"
+    assert grown / others == pytest.approx(0.5 / 0.7, abs=0.03)  # of the 0.7 that do not stay, 0.5 were zero
+
+
 def test_n_of_m_goes_down_in_whole_steps(backend: Backend):
     prune = PruneConfig(pattern="2:4", criterion="magnitude")
     setting, masks, optimizer = start(backend, ScheduleConfig(kind="linear", every=2), prune)
@@ -118,6 +141,18 @@ def test_an_update_leaves_gradients_modes_and_the_random_state_alone(backend: Ba
     assert setting.model.training and not setting.model.model.layers[0].mlp.training
     assert setting.model.model.layers[1].training
     assert all((parameter.grad == 0.5).all() for parameter in setting.model.parameters())
+
+
+def test_masks_do_not_change_over_state_in_8_bit_codes(backend: Backend):
+    """Code 0 of bitsandbytes' signed map is -0.993: state that is "cleared" would be about the largest there is."""
+    for kind, refused in (("linear", True), ("one-shot", False)):
+        setting = tiny.setting("llama", backend)
+        schedule = ScheduleConfig(kind=kind, every=2)
+        masks = GradualMasks(setting, setting.anatomy.targets, MAGNITUDE, schedule, plan_of(schedule, MAGNITUDE, 8))
+        optimizer = torch.optim.SGD(setting.model.parameters(), lr=0.0)
+        optimizer.args = SimpleNamespace(optim_bits=8)
+        with pytest.raises(UserError, match="SGD keeps its state in 8-bit") if refused else contextlib.nullcontext():
+            masks.attach(setting.model, optimizer)
 
 
 @pytest.mark.parametrize(
