@@ -1,25 +1,21 @@
 """Perplexity after compression and a fixed budget of training, one-shot and gradual, with and without distillation,
-beside the dense model trained the same way; step time with and without masks and teacher.
+beside the dense model trained the same way. (benchmarks/upkeep.py: what a step costs with masks and with a teacher.)
 
-    python benchmarks/training.py quality --data wiki-train.txt --evaluation wiki-dev.txt
-    python benchmarks/training.py quality --data ... --evaluation ... --only "50%" --table rows.md
-    python benchmarks/training.py steps
+    python benchmarks/training.py --data wiki-train.txt --evaluation wiki-dev.txt
+    python benchmarks/training.py --data ... --evaluation ... --only "50%" --table rows.md
 
-`quality` runs `tinygn compress` on two processes per row; figures are from the reports that were read back from disk.
+Each row is one `tinygn compress` on two processes; figures are from the reports that were read back from disk.
 With `--table` each row is appended to a file as soon as it is known, and a later call leaves out the rows that it holds.
-`steps` times the optimizer steps of one process in turn, each kind three times, and takes the best.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from job import Failed, report_of
 
 PATTERNS = {
@@ -39,7 +35,6 @@ HEAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("quality", "steps"))
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", default="python-docs")
     parser.add_argument("--evaluation", help="a second dataset to evaluate on")
@@ -53,10 +48,6 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="file that finished rows are appended to")
     parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
     asked = parser.parse_intermixed_args()
-    quality(asked) if asked.what == "quality" else steps(asked)
-
-
-def quality(asked: argparse.Namespace) -> None:
     table = Table(asked.table, _told(asked))
     for pattern, schedule, training in rows(asked.only):
         if table.has(pattern, schedule, training):
@@ -139,44 +130,6 @@ def _figures(pattern: str, schedule: str, training: str, asked: argparse.Namespa
         f"{seconds['compress']:.0f}",
         f"{seconds['recover'] / asked.steps:.2f}",
     ]
-
-
-def steps(asked: argparse.Namespace) -> None:
-    from tinygn_dist import load
-    from tinygn_dist.anatomy import read_anatomy
-    from tinygn_dist.backends import make_backend
-    from tinygn_dist.config import DistributedConfig, ModelConfig, PruneConfig, RecoverConfig, ScheduleConfig
-    from tinygn_dist.estimate.setting import Setting
-    from tinygn_dist.gradual import GradualMasks
-    from tinygn_dist.objective import objective_of
-    from tinygn_dist.progress import Progress
-    from tinygn_dist.recover import Course, Recovery
-    from tinygn_dist.schedule import Plan
-
-    source, backend = load.find_model(ModelConfig(name=asked.model)), make_backend(DistributedConfig())
-    teacher, count = load.load_model(source), 4
-    rows = torch.randint(3, 1000, (8, 1, 256), generator=torch.Generator().manual_seed(0))
-    batches = [{"input_ids": row, "labels": row} for row in rows]
-    kinds = {"plain": (False, False), "masks": (True, False), "masks and teacher": (True, True)}
-    best = dict.fromkeys(kinds, float("inf"))
-    options, plan = RecoverConfig(steps=count, batch_size=2, distill=0.5), Plan(count, (), (0.5,))
-    for _ in range(3):
-        for name, (masked, taught) in kinds.items():
-            model = load.load_model(source)
-            anatomy = read_anatomy(model, needs_units=False)
-            setting = Setting(model, anatomy, objective_of("causal-lm"), batches, backend, Progress())
-            prune = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
-            masks = GradualMasks(setting, anatomy.targets, prune, ScheduleConfig(), plan) if masked else None
-            marks: list[float] = []
-            recovery = Recovery(
-                teacher if taught else None, "causal-lm", batches, options, plan, backend, Progress(),
-                stepped=lambda _, marks=marks: marks.append(time.process_time()),
-            )  # fmt: skip
-            recovery.run(model, masks, Course())
-            best[name] = min(best[name], *(b - a for a, b in zip(marks[:-1], marks[1:], strict=True)))
-    print("| step of 2 x 256 tokens | CPU s | beside plain |\n|---|---|---|")
-    for name, seconds in best.items():
-        print(f"| {name} | {seconds:.3f} | {seconds / best['plain'] - 1:+.1%} |")
 
 
 if __name__ == "__main__":
