@@ -321,9 +321,14 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
 
 
 def _only_vectors_moved(before: StoredTensors, after: StoredTensors) -> None:
+    """What is kept of a matrix is as it was, or rounded, where an engine computes in bf16 and has no master of it."""
     for name in after.names:
         old, new = (stored.whole(name) for stored in (before, after))
-        assert torch.equal(new, old * (new != 0)) if old.dim() > 1 else not torch.equal(new, old), name
+        if old.dim() > 1:
+            kept = new != 0
+            assert torch.equal(new, old * kept) or torch.equal(new, old.bfloat16().float() * kept), name
+        else:
+            assert not torch.equal(new, old), name
 
 
 def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
