@@ -218,6 +218,11 @@ def check_training(options: RecoverConfig, targets: Sequence[Target], backend: B
         check_targets(targets)
     if options.optimizer == "adamw-8bit":
         _adamw_8bit()
+        if not backend.steps_plain_tensors:
+            raise UserError(
+                "recover.optimizer adamw-8bit under FSDP2, whose DTensors bitsandbytes does not know; accepted: DDP or ZeRO; or use "
+                "adamw"
+            )
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], options: RecoverConfig) -> torch.optim.Optimizer:

@@ -164,6 +164,12 @@ def test_what_cannot_be_done_is_refused_before_work(backend: Backend):
         Config(model={"name": "m"}, prune={"pattern": "2:4"}, recover={"train": "lora"}, schedule={"kind": "cubic"})
     with mock.patch.dict(sys.modules, {"bitsandbytes.optim": None}), pytest.raises(UserError, match="pip install bits"):
         check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), targets, backend)
+    with (
+        mock.patch.dict(sys.modules, {"bitsandbytes": mock.Mock(), "bitsandbytes.optim": mock.Mock()}),
+        mock.patch.object(backend, "steps_plain_tensors", False),
+        pytest.raises(UserError, match="adamw-8bit under FSDP2.*accepted: DDP or ZeRO"),
+    ):
+        check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), targets, backend)
     with pytest.raises(ValueError, match="not saved on the way"):
         Config(model={"name": "m"}, recover={"optimizer": "adamw-8bit"}, checkpoint={"every": 1})
 

@@ -40,6 +40,7 @@ class FSDP2(Backend):
     """The model is sharded from `prepare` on, for estimation and training alike."""
 
     shards_weights = splits_weights = True
+    steps_plain_tensors = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)

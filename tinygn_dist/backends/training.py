@@ -54,6 +54,8 @@ class Training(ABC):
     # -- what backends say -------------------------------------------------------------------------------------------
     wrappers: tuple[type[nn.Module], ...] = ()
     """what this backend puts around a model in training"""
+    steps_plain_tensors = True
+    """whether what the optimizer holds are plain tensors, and no DTensors"""
     weights_wait = False
     """whether weights are fetched to the device for each forward"""
 
