@@ -17,7 +17,7 @@ from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.budget import Mix
 from tinygn_dist.checkpoint import Checkpoints
-from tinygn_dist.config import Config
+from tinygn_dist.config import Config, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, Update, plan_of
@@ -82,12 +82,7 @@ class Compressor:
                 f"pattern {prune.pattern} with a model in {type(model).__name__}; compress the plain model first, and wrap the "
                 "smaller one"
             )
-        if prune.pattern in ("hidden", "filters"):
-            raise UserError(
-                f"pattern {prune.pattern} is for `tinygn compress`; use layers, heads, channels or experts here"
-            )
-        if prune.asks_latency:
-            raise UserError(f"prune.target {prune.target} is for `tinygn compress`; use params=, bytes= or flops= here")
+        _refuse_what_takes_a_run(prune)
         mixes: list[Mix] = []
         if prune.unit_kinds:
             prune = meet_target(prune, self._anatomy, skeleton, dense_params(self._anatomy))
@@ -213,3 +208,17 @@ class Compressor:
             batches = add_reference(model, batches)
         costs, objective = costs_of(self.config.prune), objective_of(self._task)
         return Setting(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)
+
+
+def _refuse_what_takes_a_run(prune: PruneConfig) -> None:
+    if prune.pattern in ("hidden", "filters"):
+        raise UserError(
+            f"pattern {prune.pattern} is for `tinygn compress`; use layers, heads, channels or experts here"
+        )
+    if prune.reconstruct:
+        raise UserError(
+            f"prune.reconstruct {prune.reconstruct} is for `tinygn compress`, which has the dense model beside the compressed "
+            "one; leave it at 0 here"
+        )
+    if prune.asks_latency:
+        raise UserError(f"prune.target {prune.target} is for `tinygn compress`; use params=, bytes= or flops= here")

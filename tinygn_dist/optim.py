@@ -22,6 +22,14 @@ Signs = Callable[[str, int], torch.Tensor]
 """(target name, direction) -> fp32 +1, -1 or 0, shaped like this rank's shard"""
 
 
+def adam(mean: torch.Tensor, square: torch.Tensor, gradient: torch.Tensor, count: int) -> torch.Tensor:
+    """Adam's direction at step `count` (from 1): about +-1 where gradients agree. Updates its two moments in place."""
+    mean.lerp_(gradient, 1 - BETAS[0])
+    square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    scale = math.sqrt(1 - BETAS[1] ** count) / (1 - BETAS[0] ** count)
+    return mean.div(square.sqrt().add_(_EPS)).mul_(scale)
+
+
 class ZerothOrder:
     """history: for each step the number of its first direction, the slopes, and the learning rate."""
 
@@ -63,11 +71,7 @@ class ZerothOrder:
             case "zo-adam":
                 mean = self._first.setdefault(name, torch.zeros_like(gradient))
                 square = self._second.setdefault(name, torch.zeros_like(gradient))
-                mean.lerp_(gradient, 1 - BETAS[0])
-                square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-                count = len(self.history)
-                scale = math.sqrt(1 - BETAS[1] ** count) / (1 - BETAS[0] ** count)
-                return mean.div(square.sqrt().add_(_EPS)).mul_(scale)
+                return adam(mean, square, gradient, len(self.history))
         raise AssertionError(self.rule)
 
     def _gradient(self, name: str, first: int, slopes: Sequence[float]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, filters, load, units, weights, width
+from tinygn_dist import calibration, export, filters, load, reconstruct, units, weights, width
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix, share_left
@@ -114,6 +114,9 @@ class _Run(TrainingStage):
                 self.remove_units()
             else:
                 self.sparsify()
+        if self.config.prune.reconstruct:
+            with self.stage("reconstruct"):
+                self.reconstruct()
         if self.config.recover.steps:
             with self.stage("evaluate compressed"):
                 self.report.compressed = self.quality(self.model)
@@ -137,6 +140,7 @@ class _Run(TrainingStage):
         else:
             self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
             weights.check(self.anatomy, self.targets, config.prune)
+        reconstruct.check(self.anatomy, config.prune)
         if config.prune.probe_step is not None:
             check_step(config.prune.probe_step, load.dtype_of(self.source))
         check_tasks(config.evaluate, self.source.task)
@@ -243,6 +247,7 @@ class _Run(TrainingStage):
         left = self.anatomy.total_params
         if self.cut is filters and self.config.prune.compensate:
             filters.reestimate_norms(self.setting(self.model, self.splits.calibration))
+        self.kept_layers = kept.layers
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {
             "dense": self.size["num_params"],

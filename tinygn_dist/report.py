@@ -38,6 +38,8 @@ class Report:
     """all parameters accounted for: pruned, kept and why"""
     latency: dict[str, Any] = field(default_factory=dict)
     """of a target latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
+    reconstruction: dict[str, Any] = field(default_factory=dict)
+    """of each layer, the relative error of its output on held-out sequences before and after"""
     recovery: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -39,7 +39,7 @@ from tinygn_dist.schedule import Plan
 
 log = logging.getLogger(__name__)
 
-_KEPT_OF_REPORT = ("before", "compressed", "selection", "earlier_rounds", "parameters", "notes")
+_KEPT_OF_REPORT = ("before", "compressed", "selection", "earlier_rounds", "parameters", "reconstruction", "notes")
 
 
 class Resumable:

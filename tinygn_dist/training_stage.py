@@ -1,19 +1,23 @@
-"""The part of a compression run that trains (rounds, evaluations on the way, checkpoints), and a model's figures."""
+"""The part of a compression run that trains (block by block; as a whole, with rounds, evaluations on the way and checkpoints),
+and a model's figures."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tinygn_dist import reconstruct
+from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.distill import by_token
 from tinygn_dist.evaluate import quality, speed
 from tinygn_dist.held_out import HeldOut
 from tinygn_dist.lm_tasks import task_scores
+from tinygn_dist.origin import placed
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import InTraining, Recovery, num_counted, window_numbers
 from tinygn_dist.resume import Resumable
@@ -27,6 +31,25 @@ class TrainingStage(Resumable):
     remove_units: Callable[[int], None]
     tell_masks: Callable[[], None]
     held_out: HeldOut | None = None
+    skeleton: nn.Module
+    kept_layers: Sequence[int] | None = None
+    """the dense model's layers that are left, where some were removed"""
+
+    def reconstruct(self) -> None:
+        """Tune what is left of one layer after the other to the dense model's hidden states."""
+        dense, batches = self.teacher, self.splits.calibration
+        if not isinstance(dense, nn.Module):
+            dense, _ = placed(self.source, self.backend)
+        anatomy = read_anatomy(self.skeleton, needs_units=False)
+        kept = range(anatomy.num_layers) if self.kept_layers is None else self.kept_layers
+        self.report.reconstruction = reconstruct.reconstruct(
+            self.setting(self.model, batches),
+            replace(self.setting(dense, batches), anatomy=anatomy),
+            reconstruct.blocks_of(kept, anatomy.num_layers),
+            self.targets or self.anatomy.targets,
+            self.masks.masks.by_name if self.masks else {},
+            self.config.prune,
+        )
 
     def recover(self) -> None:
         """Train: weights become fewer within the training, units between its rounds."""

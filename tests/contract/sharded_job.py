@@ -24,6 +24,7 @@ from torch import nn
 
 from tests import plain
 from tests.contract.gradual_checks import gradual, resumed
+from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
 from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
@@ -382,6 +383,7 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
         ("sums", lambda: sums(backend, sharded)),
         ("masks", lambda: masks(backend)),
         ("units", lambda: units(backend)),
+        ("reconstructed", lambda: reconstructed(backend)),
         ("training", lambda: training_keeps_zeros(backend, torch.float32, False)),
         ("training tied", lambda: training_keeps_zeros(backend, torch.float32, True)),
         ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),

@@ -144,6 +144,15 @@ def test_the_same_units_as_one_process(run: Any, layout: str):
 
 
 @layouts
+def test_the_same_block_reconstruction(run: Any, layout: str):
+    """That zeros stay, and that no layer gets worse on held-out sequences, is asserted inside the job."""
+    wanted, found = run("alone")["reconstructed"], run(layout)["reconstructed"]
+    for name, facts in wanted.items():
+        assert found[name]["zeros"] == facts["zeros"]
+        assert found[name] == pytest.approx(facts, rel=2e-2 if "bf16" in name else 1e-4), name
+
+
+@layouts
 @pytest.mark.parametrize("kind", ["training", "training tied", "training bf16"])
 def test_the_same_training_with_zeros_kept(run: Any, layout: str, kind: str):
     """That no masked weight and no master regrows is asserted inside the job, after each of the five steps."""
@@ -252,11 +261,15 @@ def test_zeros_hold_in_mixed_precision(run: Any, run_variant: Any, variant: str)
 def test_shards_in_cpu_memory_change_nothing(run: Any, run_variant: Any, variant: str):
     """Where the shards lie, which optimizer steps them and its state; on a CPU, so the moves between devices are not
     seen here."""
-    alone, found = run("alone"), run_variant(variant, "pieces", "masks", "training", "gradual", "resumed", "runs")
+    alone, found = (
+        run("alone"),
+        run_variant(variant, "pieces", "masks", "reconstructed", "training", "gradual", "resumed", "runs"),
+    )
     assert {name: facts["mask"] for name, facts in found["masks"].items()} == {
         name: facts["mask"] for name, facts in alone["masks"].items()
     }
     assert found["training"] == pytest.approx(alone["training"], rel=1e-5)
+    assert found["reconstructed"]["llama"] == pytest.approx(alone["reconstructed"]["llama"], rel=1e-4)
     for name, case in alone["gradual"].items():
         assert found["gradual"][name]["losses"] == pytest.approx(case["losses"], rel=1e-3), name
     assert found["runs"]["units"] == alone["runs"]["units"]

@@ -146,6 +146,7 @@ def test_several_optimizers_and_a_skipped_step(started):
     [
         ({"schedule.kind": "cubic"}, None, "needs attach.*num_steps"),
         ({"prune.pattern": "channels", "schedule.kind": "cubic"}, 10, "units can only go before your optimizer"),
+        ({"prune.reconstruct": 2}, None, "prune.reconstruct 2 is for `tinygn compress`"),
     ],
 )
 def test_what_cannot_work_is_told(started, asked: dict, steps: int | None, message: str):

@@ -154,11 +154,13 @@ class FSDP2(Backend):
         for target in targets:
             wanted.setdefault(target.parameter, []).append((target, self._slices(model, target)))
         bare = self.unwrap(model)
-        for module in self.running(model).modules():
-            if not isinstance(module, FSDPModule):
+        for module in reversed(list(self.running(model).modules())):  # the innermost around a weight gathers it
+            inside = {id(parameter) for parameter in module.parameters()} if isinstance(module, FSDPModule) else ()
+            names = [name for name in wanted if id(bare.get_parameter(name)) in inside]
+            if not names:
                 continue
             module.unshard()
-            for name in list(wanted):
+            for name in names:
                 parameter = bare.get_parameter(name)
                 if not isinstance(parameter, DTensor):
                     for target, slices in wanted.pop(name):

@@ -80,11 +80,19 @@ class Config(Section):
                 f"{self.distributed.offload}, accepted: one-shot and none; use params="
             )
         batches = -(-self.data.num_samples // self.data.micro_batch)
-        needed = {"auto": 2, "search": 4}.get(prune.allocation, 1)
-        if batches < needed:
+        for asked, needed in (
+            (f"allocation {prune.allocation}", {"auto": 2, "search": 4}.get(prune.allocation, 1)),
+            (f"reconstruct {prune.reconstruct}", 2 if prune.reconstruct else 1),
+        ):
+            if batches < needed:
+                raise ValueError(
+                    f"prune.{asked} with {batches} micro-batches of calibration data, accepted: {needed} or more, as some are "
+                    "held out; raise data.num_samples or lower data.micro_batch"
+                )
+        if prune.reconstruct and schedule.changes:
             raise ValueError(
-                f"prune.allocation {prune.allocation} with {batches} micro-batches of calibration data, accepted: {needed} or "
-                "more, as some are held out; raise data.num_samples or lower data.micro_batch"
+                f"prune.reconstruct {prune.reconstruct} with schedule.kind {schedule.kind} and regrow {schedule.regrow}, accepted: "
+                "one-shot and none, as what is left must not change afterwards"
             )
         self._training_fits()
         return self

@@ -84,6 +84,14 @@ class PruneConfig(Section):
     time, and for each weight the one with the smaller error"""
     refine: int = Field(8, ge=0)
     """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
+    reconstruct: int = Field(0, ge=0)
+    """after masks or units are chosen, so many epochs over the calibration sequences in which the weights that are left of one
+    layer after the other are tuned to the dense model's hidden states; one in eight sequences is held out, and on those no
+    layer gets worse. Keeps a second, dense model, as distillation does"""
+    reconstruct_rate: float = Field(3e-3, gt=0)
+    """learning rate of that (Adam, falling to zero), relative to each matrix's root mean square"""
+    reconstruct_batch: int = Field(2, ge=1)
+    """sequences per step of that, over all ranks"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on"""
     probe_adaptive: bool = False

@@ -1,7 +1,8 @@
 """Layers run a few at a time: what a layer reads is kept from one call to the next, so the layers before it, which may have
 changed since, do not run again.
 
-Each rank keeps the hidden states of its own micro-batches, at one place in the model, on the CPU.
+Each rank keeps the hidden states of its own micro-batches, at one place in the model, on the CPU (in files beyond
+`ProbeCosts.cache_bytes`).
 """
 
 from __future__ import annotations
@@ -32,15 +33,13 @@ def run_layers(
     micro-batch on the device): called after each forward that counts.
     """
     mine, ends = setting.backend.share(setting.batches), []
-    last = setting.bare.get_submodule(setting.anatomy.layers_path)[layers[-1]]
+    room = setting.costs.cache_bytes / len(mine) if mine else 0
     doing = f"layers {layers[0]} to {layers[-1]}"
     with torch.no_grad(), attached(hooks), setting.progress.bar(doing, len(mine)) as advance:
         for number, (batch, real) in enumerate(mine):
-            batch, end = setting.on_device(batch), PrefixCache(device_room=0)
-            start = (starts[number], layers[0]) if starts else None
-            recording = attached([(last, Observer(_into(end, layers.stop), output=True))])
-            with running_layers(setting.bare, setting.anatomy, layers, start), recording:
-                setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            batch, end = setting.on_device(batch), PrefixCache(0, room)
+            output = output_of(setting, layers, batch, starts[number] if starts else None)
+            end.keep(layers.stop, first(output), output)
             if real:
                 seen(number, batch)
             ends.append(end)
@@ -48,8 +47,11 @@ def run_layers(
     return ends
 
 
-def _into(end: PrefixCache, layer: int) -> Callable[[torch.Tensor, Any], None]:
-    def seen(_: torch.Tensor, output: Any) -> None:
-        end.keep(layer, first(output), output)
-
-    return seen
+def output_of(setting: Setting, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
+    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the embeddings."""
+    last, outputs = setting.bare.get_submodule(setting.anatomy.layers_path)[layers[-1]], []
+    recording = attached([(last, Observer(lambda _, output: outputs.append(output), output=True))])
+    at = None if start is None else (start, layers[0])
+    with running_layers(setting.bare, setting.anatomy, layers, at), recording:
+        setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+    return outputs[0]
