@@ -9,7 +9,7 @@ Two streams of hidden states are kept, at one place in each model; a gradient is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -180,8 +180,8 @@ class _Moved:
         self.target, self._setting = target, setting
         weight = setting.backend.shard(setting.model, target).weight
         self._best, self._value, self._keep = weight.clone(), weight.float().clone(), keep
-        size = torch.tensor([float(self._value.double().square().sum()), float((self._value != 0).sum())])
-        squares, count = setting.backend.sum_over_shards(size.double()).tolist()
+        sums = [float(self._value.double().square().sum()), float((self._value != 0).sum())]
+        squares, count = setting.backend.sum_over_shards(torch.tensor(sums, dtype=torch.float64)).tolist()
         self._rms = (squares / max(count, 1)) ** 0.5
         self._mean, self._square, self._steps = torch.zeros_like(self._value), torch.zeros_like(self._value), 0
 
@@ -203,7 +203,14 @@ class _Moved:
         self._setting.backend.write(self._setting.model, self.target, piece)
 
 
-def _tune(block: Block, moved: Sequence[_Moved], parts: Sequence[_Part], options: PruneConfig, advance) -> Outcome:
+def _tune(
+    block: Block,
+    moved: Sequence[_Moved],
+    parts: Sequence[_Part],
+    options: PruneConfig,
+    advance: Callable[[], None],
+) -> Outcome:
+    """parts: the micro-batches of each step, and last those held out. advance: called after every epoch."""
     *fit, held_out = parts
     setting, targets = held_out.setting, [one.target for one in moved]
     epochs, steps, done = options.reconstruct, options.reconstruct * len(fit), 0
