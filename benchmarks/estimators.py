@@ -125,7 +125,7 @@ def _loss_at(setting: Setting, probes: list[Probe], factors: torch.Tensor) -> fl
     hooks, by_group = [], {}
     for probe, factor in zip(probes, factors.tolist(), strict=True):
         if probe.group is None:
-            layer = setting.bare.get_submodule(f"{setting.anatomy.layers_path}.{probe.layer}")
+            layer = setting.bare.get_submodule(setting.anatomy.path_of(probe.layer))
             hooks.append((layer, LayerGate(torch.tensor(factor, dtype=torch.float64))))
         else:
             gates = by_group.setdefault(probe.group, torch.ones(probe.group.num_units, dtype=torch.float64))
@@ -195,12 +195,16 @@ def table(folder: Path) -> None:
             rho, error = jackknifed(lambda t, v=values: spearman(v, t), seen["truth"], seen["counts"])
             cells.append(f"{rho:.2f} ± {error:.2f} ({forwards})")
         print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| adaptive probing | units alike | forwards, of exhaustive | still open |\n|---|---|---|---|")
+    print(
+        "\n| adaptive probing | units alike | forwards, of exhaustive | loss given away per contest | open, of contests |"
+    )
+    print("|---" * 5 + "|")
     for kind, seen in kinds.items():
-        alike, found = raced(seen)
-        print(
-            f"| {kind} | {alike:.1%} | {found.forwards} of {found.exhaustive} | {found.open} of {len(seen['removed'])} |"
-        )
+        first, *_ = runs = [raced(seen, order) for order in orders_of(len(seen["counts"]))]
+        for name, some in (("as measured", [first]), (f"mean of {len(runs)} orders", runs)):
+            alike, share, lost, still = (sum(values) / len(some) for values in zip(*some, strict=True))
+            told = f"{alike:.1%} | {share:.1%} | {lost:.5f} | {still:.1f} of {len(seen['removed'])}"
+            print(f"| {kind}, {name} | {told} |")
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -222,9 +226,19 @@ def halves(seen: dict) -> float:
     return spearman(seen["truth"][:, 0::2].sum(1), seen["truth"][:, 1::2].sum(1))
 
 
-def raced(seen: dict) -> tuple[float, object]:
-    """The share of units on which a race and all sequences agree, and what the race took."""
-    truth, counts, contests = seen["truth"], seen["counts"], seen["removed"]
+ORDERS = 100
+
+
+def orders_of(number: int) -> list[torch.Tensor]:
+    """As measured, and at random: which sequences come first is chance."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.arange(number), *(torch.randperm(number, generator=draw) for _ in range(ORDERS - 1))]
+
+
+def raced(seen: dict, order: torch.Tensor) -> tuple[float, float, float, float]:
+    """Of a race on the sequences in this order: the share of units on which it and all sequences agree, of the forwards
+    that all take; by how much what it removes costs more on all sequences, per contest; open contests."""
+    truth, counts, contests = seen["truth"][:, order], seen["counts"][order], seen["removed"]
 
     def look(setting: Setting, asked: list[Probe], *, without: object = ()) -> Measured:
         columns = [int(batch["number"]) for batch in setting.batches]
@@ -234,16 +248,14 @@ def raced(seen: dict) -> tuple[float, object]:
     batches = [{"number": torch.tensor([number])} for number in range(len(counts))]
     setting = Setting(None, None, None, batches, None, None)
     found = race(setting, [Probe(row) for row in range(len(truth))], contests, look=look)
-
-    def gone(mean: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(len(mean), dtype=torch.bool)
-        for contest in contests:
-            indices = torch.tensor(contest.probes)
-            out[indices[mean[indices].argsort(stable=True)[: contest.removed]]] = True
-        return out
-
-    exact = score.ratio_mean(truth, counts)[0]
-    return float((gone(found.mean) == gone(exact)).double().mean()), found
+    exact, wrong, lost = score.ratio_mean(truth, counts)[0], 0, 0.0
+    for contest in contests:
+        members = torch.tensor(contest.probes)
+        best = members[exact[members].argsort(stable=True)[: contest.removed]]
+        gone = members[found.place[members] < contest.removed]
+        wrong += len(set(best.tolist()) ^ set(gone.tolist()))
+        lost += float(exact[gone].sum() - exact[best].sum())
+    return 1 - wrong / len(truth), found.forwards / found.exhaustive, lost / len(contests), found.open
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Probes take out every `--every`-th layer (blocks: its whole attention and its whole FFN, by gates), once with each probe
 running all that is left of the model and once restarting from the cached input of its layer. The plain forward is that of
-evaluation, loss included, timed as many times as there are probes, between the rows. One process of one thread, and then
+evaluation, loss included, timed before, between and after the rows. One process of one thread, and then
 `--ranks` connected ones, which share the probes of one window and the windows where there are more. Seconds are of the
 rank with the most. Memory is the peak of the whole process (resident set) while it evaluates and while it probes.
 """
@@ -26,6 +26,9 @@ from prepared import add_arguments, on_ranks, setting_of
 from tinygn_dist.estimate.probes import Probe, measure
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
+
+MOST_PLAIN = 5
+"""plain forwards of each window between two rows"""
 
 
 def main() -> None:
@@ -74,7 +77,7 @@ def timed(folder: Path, asked: argparse.Namespace) -> None:
     measure(setting, few)  # warm
     facts = {"memory": {"evaluation": peak(lambda: mean_loss(setting, "evaluation"))}}
     facts["memory"]["probing"] = peak(lambda: measure(setting, few))
-    evaluated = len(alone) // 2
+    evaluated = max(1, min(MOST_PLAIN, len(alone) // 2))
     rows = {"layers, restarting": (alone, True)}
     if "whole" not in asked.skip:
         rows["layers, whole"] = (alone, False)

@@ -230,6 +230,7 @@ class _Run(TrainingStage):
             "fingerprint": kept.fingerprint(),
             "kept": asdict(kept),
             "scores": scores.table,
+            "pairs": scores.pairs,
             "tried": [asdict(trial) for trial in trials],
             "probe_forwards": scores.forwards,
             "probe_forwards_exhaustive": scores.exhaustive,

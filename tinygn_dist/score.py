@@ -69,6 +69,22 @@ def ratio_mean(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.T
     return mean, (residual.square().sum(1) * num / (num - 1)).sqrt() / total
 
 
+def paired(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much probe b's mean difference per token is larger than probe a's, at [a, b], and the standard error over the
+    sequences that both saw (inf with one).
+
+    differences: (probes, sequences) fp64 differences of summed losses. counts: (sequences,).
+    """
+    num, total = differences.shape[1], counts.sum()
+    mean = differences.sum(1) / total
+    if num < 2:
+        return mean[None] - mean[:, None], torch.full((len(mean), len(mean)), torch.inf, dtype=mean.dtype)
+    residual = differences - mean[:, None] * counts
+    products = residual @ residual.t()
+    squares = products.diag()[:, None] + products.diag()[None] - 2 * products
+    return mean[None] - mean[:, None], (squares.clamp(min=0) * num / (num - 1)).sqrt() / total
+
+
 def column_energy(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
     """||W_:,j||^2 * sum x_j^2 of each input feature: energy it feeds into the layer's output. Returns (in,)."""
     return weight.float().square().sum(0) * input_sq_sum

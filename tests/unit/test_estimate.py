@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from tests import plain, tiny
-from tinygn_dist.estimate import restart
+from tinygn_dist.estimate import probes, restart
 from tinygn_dist.estimate.activations import block_influence, input_moments
 from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
 from tinygn_dist.estimate.gates import gate_derivatives
@@ -67,7 +68,7 @@ def test_probe_of_a_layer_is_the_loss_without_it(settings, family: str):
 @pytest.mark.parametrize("family", ALL)
 def test_probe_with_layers_already_gone(settings, family: str):
     setting = settings(family)
-    seen = measure(setting, [Probe(0), Probe(2)], without=[1])
+    seen = measure(setting, [Probe(0), Probe(2)], without=[Probe(1)])
     base = plain.total_losses(plain.without_layers(setting.model, family, [1]), setting.batches, family)
     torch.testing.assert_close(seen.base, base, rtol=1e-5, atol=1e-4)
     for row, gone in ((0, [0, 1]), (1, [1, 2])):
@@ -138,6 +139,24 @@ def test_probes_without_reuse_see_the_same(settings, family: str):
         handle.remove()
     assert ran[0] == len(setting.batches) * (3 + 2 + 3 + 3)
     assert torch.equal(whole.differences, measure(setting, asked).differences)
+
+
+@pytest.mark.parametrize(
+    "ranks, batches, plain_forwards", [(2, 1, 1), (2, 2, 1), (2, 3, 2), (4, 2, 1), (3, 5, 3), (1, 4, 4)]
+)
+def test_work_is_dealt_so_that_all_ranks_do_as_much_and_little_is_done_twice(ranks, batches, plain_forwards):
+    """30 layers out once each: every probe on every micro-batch once; a rank takes part in as few micro-batches as it
+    can, and its forwards run as many layers as those of any other, within a thirtieth."""
+    backend = SimpleNamespace(num_ranks=ranks, shards_weights=False)
+    setting = Setting(None, None, None, [{}] * batches, backend, None)
+    dealt = probes._dealt(setting, [Probe(layer) for layer in range(30)])
+    done = sorted((work.batch, index) for work in dealt for indices in work.shared for index in indices)
+    assert done == [(batch, index) for batch in range(batches) for index in range(30)]
+    assert sorted(work.batch for work in dealt if work.first) == list(range(batches))
+    of_each = [dealt[rank::ranks] for rank in range(ranks)]
+    assert {len(own) for own in of_each} == {plain_forwards}
+    run = [sum(30 - index for work in own for indices in work.shared for index in indices) for own in of_each]
+    assert max(run) <= min(run) * 31 / 30
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])

@@ -90,3 +90,14 @@ def test_warmup_then_decay():
     assert factors[:3] == [0.5, 1.0, 1.0]
     assert factors[2:] == pytest.approx([(20 - s) / 18 for s in range(2, 20)])
     assert warmup_linear(0, 1) > 0 and all(0 < f <= 1 for f in factors)
+
+
+def test_paired_differences_are_those_of_the_differences():
+    draw = torch.Generator().manual_seed(0)
+    seen, counts = torch.randn(4, 9, generator=draw).double(), torch.randint(1, 20, (9,), generator=draw).double()
+    apart, error = score.paired(seen, counts)
+    for a in range(4):
+        mean, deviation = score.ratio_mean(seen - seen[a], counts)
+        torch.testing.assert_close(apart[a], mean)
+        torch.testing.assert_close(error[a], deviation)
+    assert score.paired(seen[:, :1], counts[:1])[1].isinf().all()

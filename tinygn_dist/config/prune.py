@@ -97,9 +97,15 @@ class PruneConfig(Section):
     """calibration sequences each probe is measured on"""
     probe_adaptive: bool = False
     """measure removal probes on more sequences only where it is still open what goes"""
+    probe_greedy: bool = False
+    """of heads, channels and experts too, take out one at a time, anywhere in the model, and probe the best candidates again
+    without those that are gone (as is done for layers): units that stand in for each other look free one at a time"""
+    probe_pairs: int = Field(0, ge=0)
+    """instead: remove so many pairs of the cheapest heads, blocks of channels or experts together, and count what both cost beyond
+    the two alone; the report lists it"""
     probe_subsets: int = Field(0, ge=0)
-    """after the removal probes of heads, channels and experts, the loss without so many random subsets as large as what goes
-    in all layers together, and a regression on who was in them: units that stand in for each other look free one at a time"""
+    """instead: the loss without so many random subsets as large as what goes in all layers together, and a regression on who
+    was in them"""
     probe_forwards: int | None = Field(None, ge=1)
     """stop probing after about this many forwards (of one micro-batch each, over all ranks) and choose by what is known"""
     probe_minutes: float | None = Field(None, gt=0)
@@ -195,6 +201,11 @@ class PruneConfig(Section):
             raise ValueError(
                 f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
                 + ", ".join(allowed)
+            )
+        sets = [name for name in ("probe_greedy", "probe_pairs", "probe_subsets") if getattr(self, name)]
+        if len(sets) > 1:
+            raise ValueError(
+                f"got {' and '.join(sets)}, accepted: one of them; each says how units are judged together"
             )
         if self.allocation == "owl" and (self.pattern != "unstructured" or self.scope == "global"):
             raise ValueError(

@@ -1,12 +1,15 @@
 """Removal probes on more and more sequences, only where it is still open what goes (successive elimination).
 
-Units of one group compete for being among the `removed` with the smallest loss. After each round a unit is out of the
-contest when its interval (mean +- 2 standard errors) says so: fewer than `removed` others can still be below it, or at
-least `removed` others surely are. Every round doubles the sequences of those that stay.
+Units of one group compete for being among the `removed` with the smallest loss on all sequences. They are compared in
+pairs, on the same sequences: most of what a sequence does to the loss without one unit it does to that without another.
+And what is asked is only what *these* sequences say: after n of N of them, the difference of two units' means over all N
+is known up to sqrt(1 - n / N) of its standard error. After each round a unit is out of the contest when enough others
+are smaller, or larger, by more than WIDTH of these. It goes, or stays, for good; the others are probed on.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +21,7 @@ from tinygn_dist.estimate.probes import Measured, Probe, measure
 from tinygn_dist.estimate.setting import Setting, batch_size
 
 WIDTH = 2.0
-"""standard errors to each side"""
+"""standard errors"""
 FIRST = 8
 """the first round takes this part of the sequences, but at least two: one has no error"""
 
@@ -42,55 +45,108 @@ class Limit:
 @dataclass(frozen=True)
 class Standing:
     """mean, error: (probes,) fp64 loss change per token and its standard error, from each probe's own sequences.
-    sequences: (probes,) how many. open: contests in which something was undecided at the end. exhaustive: forwards that
-    all probes on all sequences would have taken."""
+    sequences: (probes,) how many. place: (probes,) int64 place in the probe's contest, 0 the first to go; what was decided on
+    few sequences stands, whatever others' means became on more. open: contests in which noise or the limit leaves open what
+    goes. exhaustive: forwards that all probes on all sequences would have taken."""
 
     mean: torch.Tensor
     error: torch.Tensor
     sequences: torch.Tensor
+    place: torch.Tensor
     open: int
     forwards: int
     exhaustive: int
 
 
 def race(
-    setting: Setting, probes: Sequence[Probe], contests: Sequence[Contest], *, without: Sequence[int] = (),
-    limit: Limit | None = None, look: Callable[..., Measured] = measure,
+    setting: Setting, probes: Sequence[Probe], contests: Sequence[Contest], *, adaptive: bool = True,
+    without: Sequence[Probe] = (), limit: Limit | None = None, look: Callable[..., Measured] = measure,
 ) -> Standing:  # fmt: skip
     """Probe until every contest is settled, the sequences are used up, or the limit is reached (after at least one
-    round). Without contests everything is probed on all sequences. The same on any number of ranks, unless a deadline
-    ends it. look: what measures (or replays what was measured before)."""
+    round). Probes of no contest, and without `adaptive` all, are measured on all sequences. The same on any number of ranks,
+    unless a deadline ends it. look: what measures (or replays what was measured before)."""
     limit = limit or Limit()
     count, sizes = len(probes), [batch_size(batch) for batch in setting.batches]
-    mean, error = torch.zeros(count, dtype=torch.float64), torch.full((count,), torch.inf, dtype=torch.float64)
-    sequences = torch.zeros(count, dtype=torch.int64)
-    differences, counts = torch.zeros(count, sum(sizes), dtype=torch.float64), torch.zeros(sum(sizes)).double()
+    sequences, differences = torch.zeros(count, dtype=torch.int64), torch.zeros(count, sum(sizes), dtype=torch.float64)
+    counts = torch.zeros(sum(sizes), dtype=torch.float64)
+    running = [_Running(contest) for contest in contests]
     active, done, forwards = list(range(count)), 0, 0
-    for upto in _rounds(sizes) if contests or limit != Limit() else [len(sizes)]:
+    for upto in _rounds(sizes) if adaptive or limit != Limit() else [len(sizes)]:
         seen = look(replace(setting, batches=setting.batches[done:upto]), [probes[i] for i in active], without=without)
         span = slice(sum(sizes[:done]), sum(sizes[:upto]))
         differences[active, span], counts[span] = seen.differences, seen.counts
         forwards, done = forwards + seen.forwards, upto
-        mean[active], error[active] = score.ratio_mean(differences[active, : span.stop], counts[: span.stop])
         sequences[active] = span.stop
-        if contests:
-            active = sorted(set().union(*(undecided(mean, error, contest) for contest in contests)))
-        if not active or forwards >= limit.forwards or _late(setting, limit):
+        if adaptive:
+            settled = set().union(*(one.settle(differences, counts[: span.stop], sum(sizes)) for one in running))
+            active = [i for i in active if i not in settled]
+        if not active or forwards >= limit.forwards or late(setting, limit):
             break
-    still = sum(bool(undecided(mean, error, contest)) for contest in contests)
-    return Standing(mean, error, sequences, still, forwards, count * len(sizes))
+    mean, error = torch.empty(2, count, dtype=torch.float64)
+    for number in sequences.unique().tolist():
+        own = sequences == number
+        mean[own], error[own] = score.ratio_mean(differences[own, :number], counts[:number])
+    place = torch.arange(count)
+    for one in running:
+        place[one.order(mean)] = torch.arange(len(one.contest.probes))
+    still = sum(_is_open(contest, differences, counts, sequences, place) for contest in contests)
+    return Standing(mean, error, sequences, place, still, forwards, count * len(sizes))
 
 
-def undecided(mean: torch.Tensor, error: torch.Tensor, contest: Contest) -> set[int]:
-    """Probes of a contest of which it is open whether they are among the `removed` smallest."""
-    indices = torch.tensor(contest.probes)
-    if contest.removed <= 0 or contest.removed >= len(indices):
-        return set()
-    low, high = mean[indices] - WIDTH * error[indices], mean[indices] + WIDTH * error[indices]
-    below = (high[None] < low[:, None]).sum(1)  # surely smaller than this one
-    maybe = (low[None] < high[:, None]).sum(1) - 1  # possibly smaller, itself not counted
-    open_ = (below < contest.removed) & (maybe >= contest.removed)
-    return set(indices[open_].tolist())
+def decided(
+    differences: torch.Tensor, counts: torch.Tensor, removed: int, total: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(units,) bool: which units are among the `removed` with the smallest loss on all `total` sequences, as surely as WIDTH
+    says; and which are not.
+
+    differences: (units, sequences) fp64 on the sequences seen so far. counts: (sequences,).
+    """
+    apart, error = score.paired(differences, counts)
+    larger = apart > WIDTH * math.sqrt(1 - len(counts) / total) * error if len(counts) < total else apart > 0
+    return larger.sum(1) >= len(apart) - removed, larger.sum(0) >= removed
+
+
+class _Running:
+    """A contest, and what of it is decided."""
+
+    def __init__(self, contest: Contest) -> None:
+        self.contest, self.left = contest, list(contest.probes)
+        self.goes: list[int] = []
+        self.stays: list[int] = []
+
+    def settle(self, differences: torch.Tensor, counts: torch.Tensor, total: int) -> set[int]:
+        """Probes that need no more sequences, after a round of those left. counts: of the sequences so far."""
+        before, settling = set(self.left), True
+        while settling and self.left:
+            removed = self.contest.removed - len(self.goes)
+            goes, stays = decided(differences[self.left, : len(counts)], counts, removed, total)
+            sides = list(zip(self.left, goes.tolist(), stays.tolist(), strict=True))
+            self.goes += [i for i, sure, _ in sides if sure]
+            self.stays += [i for i, _, sure in sides if sure]
+            self.left = [i for i, *sure in sides if not any(sure)]
+            settling = len(self.left) < len(sides)  # who is left may now be settled among themselves
+        return before.difference(self.left)
+
+    def order(self, mean: torch.Tensor) -> list[int]:
+        """Probes in the order in which they go."""
+        return [
+            i for part in (self.goes, self.left, self.stays) for i in sorted(part, key=lambda i: (float(mean[i]), i))
+        ]
+
+
+def _is_open(
+    contest: Contest, differences: torch.Tensor, counts: torch.Tensor, sequences: torch.Tensor, place: torch.Tensor
+) -> bool:
+    """Whether some unit that goes is not surely smaller than each that stays, beyond these sequences."""
+    members = torch.tensor(contest.probes)
+    for number in sequences[members].unique().tolist():
+        seen = members[sequences[members] >= number]
+        apart, error = score.paired(differences[seen, :number], counts[:number])
+        goes = place[seen] < contest.removed
+        both = torch.minimum(sequences[seen][:, None], sequences[seen][None]) == number
+        if bool(((apart <= WIDTH * error) & both & goes[:, None] & ~goes[None]).any()):
+            return True
+    return False
 
 
 def _rounds(sizes: Sequence[int]) -> list[int]:
@@ -105,5 +161,6 @@ def _rounds(sizes: Sequence[int]) -> list[int]:
     return rounds
 
 
-def _late(setting: Setting, limit: Limit) -> bool:
+def late(setting: Setting, limit: Limit) -> bool:
+    """Whether the deadline is over on any rank; the same on all."""
     return limit.deadline < float("inf") and any(setting.backend.everyone(time.monotonic() > limit.deadline))

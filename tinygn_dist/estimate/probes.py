@@ -67,8 +67,10 @@ class Measured:
     forwards: int
 
 
-def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int] = (), reuse: bool = True) -> Measured:
-    """Loss change of every probe on every sequence. `without`: layers that are already gone.
+def measure(
+    setting: Setting, probes: Sequence[Probe], *, without: Sequence[Probe] = (), reuse: bool = True
+) -> Measured:
+    """Loss change of every probe on every sequence. `without`: layers and units that are already gone.
 
     Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its
     layer, or without `reuse` runs the layers before it too.
@@ -76,25 +78,26 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
     sizes = [batch_size(batch) for batch in setting.batches]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
     base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
-    layers = [layer for layer in range(setting.anatomy.num_layers) if layer not in without]
-    shared = list(_chunks(probes, setting.costs.together))
-    parts = _num_parts(setting, len(shared))
-    work = [(batch, sum(sizes[:i]), part) for i, batch in enumerate(setting.batches) for part in range(parts)]
-    mine = setting.backend.share(work)
-    with torch.no_grad(), setting.progress.bar("probing", len(mine) * len(shared) // parts) as advance:
-        for (batch, start, part), real in mine:
-            batch = setting.on_device(batch)
+    out = {probe.layer for probe in without if probe.removes_layer}
+    gone = [probe for probe in without if not probe.removes_layer]
+    layers = [layer for layer in range(setting.anatomy.num_layers) if layer not in out]
+    mine = setting.backend.share(_dealt(setting, probes))
+    with torch.no_grad(), setting.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
+        for work, real in mine:
+            batch = setting.on_device(setting.batches[work.batch])
             cache = PrefixCache(setting.costs.cache_bytes, setting.costs.cache_bytes) if reuse else None
             with (
+                _gated(setting, [[probe] for probe in gone], batch_size(batch)),
                 cache.recording(setting.bare, setting.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(setting.bare, setting.anatomy, layers),
             ):
                 plain = setting.objective(setting.model, batch)
+            start = sum(sizes[: work.batch])
             span = slice(start, start + len(plain.total))
-            if real and part == 0:
+            if real and work.first:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
-            for indices in shared[part::parts]:
-                total = _probed(setting, batch, layers, cache, [probes[index] for index in indices])
+            for indices in work.shared:
+                total = _probed(setting, batch, layers, cache, [probes[index] for index in indices], gone)
                 if real:
                     differences[indices, span] = (total - plain.total).cpu()
                 advance()
@@ -102,12 +105,35 @@ def measure(setting: Setting, probes: Sequence[Probe], *, without: Sequence[int]
     return Measured(differences, counts, base, len(probes) * len(setting.batches))
 
 
-def _num_parts(setting: Setting, num_probes: int) -> int:
-    """Into how many parts the probes of a micro-batch are cut so that no rank waits for another: every part costs a plain
-    forward of its own. One where ranks share a copy of the model, because they take part in the same forwards."""
-    ranks = setting.backend.num_ranks
-    parts = ranks // math.gcd(ranks, max(1, len(setting.batches)))
-    return parts if not setting.backend.shards_weights and num_probes >= 2 * parts else 1
+@dataclass(frozen=True)
+class _Work:
+    """What one rank does with one micro-batch. shared: indices of the probes of each forward. first: of the ranks that have
+    this micro-batch, it is the one that tells the plain losses."""
+
+    batch: int
+    shared: list[list[int]]
+    first: bool
+
+
+def _dealt(setting: Setting, probes: Sequence[Probe]) -> list[_Work]:
+    """Work in the order in which it is dealt out to the ranks one by one.
+
+    Whole micro-batches as long as they go round, because a rank that takes part in one runs its plain forward; then each of the
+    rest cut into parts that cost the same. A probe costs the layers from its own on, so those of a micro-batch are sorted by
+    layer and dealt back and forth (0 1 1 0 0 1 ...). Ranks that share one copy of the model take part in the same forwards:
+    there nothing is cut.
+    """
+    ranks, batches = setting.backend.num_ranks, len(setting.batches)
+    shared = sorted(_chunks(probes, setting.costs.together), key=lambda indices: probes[indices[0]].layer)
+    rest = batches % ranks
+    parts = ranks // math.gcd(ranks, rest) if rest else 1
+    if setting.backend.shards_weights or len(shared) < 2 * parts:
+        parts, rest = 1, 0
+    turns = [shared[part :: 2 * parts] + shared[2 * parts - 1 - part :: 2 * parts] for part in range(parts)]
+    whole = [_Work(batch, shared, True) for batch in range(batches - rest)]
+    return whole + [
+        _Work(batch, turns[part], part == 0) for batch in range(batches - rest, batches) for part in range(parts)
+    ]
 
 
 def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
@@ -132,13 +158,18 @@ def _chunks(probes: Sequence[Probe], most: int) -> Iterator[list[int]]:
 
 
 def _probed(
-    setting: Setting, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probes: Sequence[Probe]
+    setting: Setting,
+    batch: Batch,
+    layers: Sequence[int],
+    cache: PrefixCache | None,
+    probes: Sequence[Probe],
+    gone: Sequence[Probe],
 ) -> torch.Tensor:
     """(probes, batch) fp64 summed losses with each probe's gates set, from one forward. Several are of one place."""
     times, first = len(probes), probes[0].layer
-    parts = [probes, *([part] for part in probes[0].also)]
-    gone = {part[0].layer for part in parts if part[0].removes_layer}
-    left = [layer for layer in layers if layer not in gone and (layer >= first or not cache)]
+    parts = [probes, *([part] for part in (*probes[0].also, *gone))]
+    out = {part[0].layer for part in parts if part[0].removes_layer}
+    left = [layer for layer in layers if layer not in out and (layer >= first or not cache)]
     if times > 1:
         batch = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
     start = (cache, first) if cache else None
@@ -152,7 +183,7 @@ def _probed(
 
 @contextlib.contextmanager
 def _gated(setting: Setting, parts: Sequence[Sequence[Probe]], size: int) -> Iterator[None]:
-    """Every part's gates; a part of several probes of one place sets them for `size` sequences each."""
+    """Every part's gates; a part of several probes of one place sets them for `size` sequences each, and is the first."""
     device, bare = setting.backend.device, setting.bare
     hooks: list[tuple[nn.Module, ModelHook]] = []
     factors: dict[UnitGroup, torch.Tensor] = {}
@@ -167,7 +198,7 @@ def _gated(setting: Setting, parts: Sequence[Sequence[Probe]], size: int) -> Ite
         else:
             ones = torch.ones(len(part), group.num_units, dtype=torch.float64, device=device)
             gates = factors.setdefault(group, ones)
-            for row, probe in zip(gates, part, strict=True):
+            for row, probe in zip(gates, part if len(part) == len(gates) else part * len(gates), strict=True):
                 row[list(probe.units)] = probe.factor
     for group, gates in factors.items():
         hooks += unit_gates(bare, group, gates[0] if len(gates) == 1 else gates.repeat_interleave(size, 0))

@@ -8,6 +8,7 @@ single removals, scaled to what the subsets show, and learns where they were wro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,19 @@ def interactions(setting: Setting, pairs: Sequence[tuple[Probe, Probe]]) -> Effe
         for both, (one, other) in zip(seen.differences[len(singles) :], pairs, strict=True)
     ]
     return Effects(*score.ratio_mean(torch.stack(beyond), seen.counts), seen.forwards)
+
+
+def pairs_of(contests: Sequence[Contest], losses: torch.Tensor, most: int) -> list[tuple[int, int]]:
+    """At most so many pairs of units that could both go, those of the units with the least single losses first."""
+    number = {index: number for number, contest in enumerate(contests) for index in contest.probes if contest.removed}
+    order = sorted(number, key=lambda i: (float(losses[i]), i))
+    both = (
+        (i, j)
+        for second, j in enumerate(order)
+        for i in order[:second]
+        if number[i] != number[j] or contests[number[i]].removed > 1
+    )
+    return list(itertools.islice(both, most))
 
 
 def effects_together(
