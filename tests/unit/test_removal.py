@@ -94,10 +94,10 @@ def test_pairs_begin_with_the_cheapest_units_that_may_go_together():
 
 
 def test_units_that_stand_in_for_each_other_are_not_both_taken(backend, monkeypatch: pytest.MonkeyPatch):
-    """Units 0 and 1 cost least alone and 10 beyond that together; 1 and 2 seem to cost less, but that is noise."""
+    """Units 0 and 1 cost least alone and 10 beyond that together; 0 and 3 seem to cost less together, but that is noise."""
 
     def told(setting, pairs):
-        beyond = {(0, 1): 10.0, (1, 2): -3.0}
+        beyond = {(0, 1): 10.0, (0, 3): -3.0}
         mean = torch.tensor([beyond.get((one.layer, other.layer), 0.0) for one, other in pairs], dtype=torch.float64)
         return Effects(mean, torch.where(mean < 0, 3.0, 0.1).double(), 0)
 
