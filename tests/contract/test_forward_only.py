@@ -66,14 +66,17 @@ def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
     assert process_groups(2).call(subsets) == [subsets(backend)] * 2
 
 
-def probe(backend: Backend) -> tuple[list[float], list[int], int]:
-    """Means and sequences of a race over 3 layers and 6 heads on three micro-batches; the layers this rank ran."""
+def probe(backend: Backend) -> tuple[list[list[float]], list[int], int]:
+    """Means of a race over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and places of
+    the latter; the layers this rank ran for the former."""
     setting, layers = tiny.setting("llama", backend, count=3, size=1), [0]
     for layer in setting.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))
     asked = [*map(Probe, range(3)), *single_units(setting.anatomy.of_kind("heads"))]
     found = race(setting, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
-    return found.mean.tolist(), found.sequences.tolist(), layers[0]
+    ran, longer = layers[0], tiny.setting("llama", backend, count=5, size=1)
+    later = race(longer, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    return [found.mean.tolist(), later.mean.tolist()], [*later.sequences.tolist(), *later.place.tolist()], ran
 
 
 def test_probes_are_dealt_where_batches_do_not_go_round(process_groups, backend):

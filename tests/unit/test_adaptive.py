@@ -30,8 +30,9 @@ def test_units_are_compared_on_the_same_sequences():
 
 
 def test_units_on_both_sides_of_the_boundary_that_noise_leaves_alike_are_open():
-    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378: with two of them to each side of 100
-    sequences (times sqrt(92 / 100)), a unit with noise of its own is 0.7 from those that cannot be told from it."""
+    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378; Student's t for six percent to a side is 1.76
+    with seven degrees of freedom; eight of 100 sequences make that sqrt(92 / 100) of it: a unit with noise of its own cannot
+    be told from those within 0.64."""
     open_ = [0.0, 0.5, 1.0, 1.5, 3.0]
     for removed, wanted in ((1, []), (2, [1, 2]), (3, [2, 3]), (4, []), (0, []), (5, [])):
         goes, stays = decided(*alike(open_, noise=10.0, own=1.0), removed=removed, total=100)
@@ -40,7 +41,7 @@ def test_units_on_both_sides_of_the_boundary_that_noise_leaves_alike_are_open():
 
 
 def test_the_error_is_that_of_what_these_sequences_will_say():
-    """1.5 standard errors apart: open where eight of very many sequences were seen, settled where eight of fifteen were (an error of
+    """1.5 standard errors apart, where it takes 1.76: open where eight of very many sequences were seen, settled where eight of fifteen were (an error of
     sqrt(7 / 15) = 0.68 of that), and when all were."""
     pair = alike([0.0, 1.5 / 7**0.5], noise=0.0, own=1.0)
     for total, settled in ((10**6, False), (15, True), (8, True)):
@@ -49,12 +50,12 @@ def test_the_error_is_that_of_what_these_sequences_will_say():
 
 
 def test_what_is_decided_stands_and_the_rest_is_decided_without_it(backend):
-    """Unit 0 is first on the first two sequences of eight, and with a difference that does not vary; from then on it would be
-    last. It is measured on two sequences and goes. Without it the next is clear at once too."""
-    losses = torch.tensor([[1.0, 1, 9, 9, 9, 9, 9, 9], [2.0] * 8, [3.0] * 8], dtype=torch.float64)
+    """Unit 0 is first on the first three sequences of eight, and with a difference that does not vary; from then on it would be
+    last. It is measured on three sequences and goes."""
+    losses = torch.tensor([[1.0, 1, 1, 9, 9, 9, 9, 9], [2.0] * 8, [3.0] * 8], dtype=torch.float64)
     setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
     found = race(setting, [Probe(i) for i in range(3)], [Contest((0, 1, 2), 1)], look=replaying(losses))
-    assert found.sequences.tolist() == [2, 2, 2] and found.place.tolist() == [0, 1, 2] and found.forwards == 6
+    assert found.sequences.tolist() == [3, 3, 3] and found.place.tolist() == [0, 1, 2] and found.forwards == 9
     everything = race(
         setting, [Probe(i) for i in range(3)], [Contest((0, 1, 2), 1)], adaptive=False, look=replaying(losses)
     )
@@ -83,8 +84,21 @@ def replaying(losses: torch.Tensor):
     return look
 
 
-def test_rounds_double_and_start_with_two_sequences():
-    assert adaptive._rounds([1] * 8) == [2, 4, 8] and adaptive._rounds([1] * 64) == [8, 16, 32, 64]
+def test_rounds_grow_by_a_quarter_and_start_with_three_sequences():
+    assert adaptive._rounds([1] * 8) == [3, 4, 5, 6, 7, 8] and adaptive._rounds([1] * 32) == [
+        4,
+        5,
+        6,
+        7,
+        8,
+        10,
+        12,
+        15,
+        18,
+        22,
+        27,
+        32,
+    ]
     assert adaptive._rounds([4, 4, 4]) == [1, 2, 3] and adaptive._rounds([1]) == [1]
 
 
@@ -122,6 +136,6 @@ def test_a_limit_ends_the_race_after_the_round_that_reaches_it(backend):
     setting = tiny.setting("llama", backend, count=8, size=1)
     asked = list(single_units(setting.anatomy.of_kind("heads")))
     contest = Contest(tuple(range(6)), 3)
-    for limit, spent in ((Limit(forwards=1), 12), (Limit(deadline=0), 12)):
+    for limit, spent in ((Limit(forwards=1), 18), (Limit(deadline=0), 18)):
         found = race(setting, asked, [contest], limit=limit)
-        assert found.forwards == spent and found.sequences.tolist() == [2] * 6
+        assert found.forwards == spent and found.sequences.tolist() == [3] * 6

@@ -101,3 +101,11 @@ def test_paired_differences_are_those_of_the_differences():
         torch.testing.assert_close(apart[a], mean)
         torch.testing.assert_close(error[a], deviation)
     assert score.paired(seen[:, :1], counts[:1])[1].isinf().all()
+
+
+@pytest.mark.parametrize(
+    "freedom, t, normal, error", [(1, 6.3138, 1.6449, 0.05), (4, 2.7764, 1.96, 0.005), (9, -1.8331, -1.6449, 0.002)]
+)
+def test_t_as_a_normal_deviate_is_that_of_the_tables(freedom: int, t: float, normal: float, error: float):
+    assert float(score.normal_of_t(torch.tensor(t), freedom)) == pytest.approx(normal, rel=error)
+    assert score.normal_of_t(torch.tensor(t), 0) == 0 and score.normal_of_t(torch.tensor(torch.inf), 3).isinf()

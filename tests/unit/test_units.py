@@ -55,7 +55,7 @@ def test_adaptive_probing_spends_less_within_its_budget(backend):
     setting = tiny.setting("llama", backend, count=6)
     asked = PruneConfig(pattern="layers", probe_adaptive=True, probe_forwards=3)
     scores = score_units(setting, Mix(layers=1), asked, None)
-    assert scores.forwards == 3 * 1 and scores.exhaustive == 3 * 6 and len(scores.layer_order) == 1
+    assert scores.forwards == 3 * 2 and scores.exhaustive == 3 * 6 and len(scores.layer_order) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
