@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -145,8 +145,10 @@ def order_layers(
 ) -> None:
     """layer_order, of `removed` of these layers: probe all once, then greedily."""
     removals, probes = Removals(scores, setting, options), [Probe(layer) for layer in layers]
-    everyone, wanted = tuple(range(len(layers))), min(1 + REPROBED, len(layers))
-    found = removals.race(probes, [Contest(everyone, wanted)])  # the first look also says which to probe again
+    everyone = tuple(range(len(layers)))
+    found = removals.race(
+        probes, [Contest(everyone, 1), Contest(everyone, 1 + REPROBED)]
+    )  # which goes, and which are probed again
     removals.tell(probes, found.mean, found.error, [])
     scores.layer_order = [layers[i] for i in removals.greedy(probes, [Contest(everyone, removed)], found)]
 
@@ -172,8 +174,10 @@ def unit_losses(
         Contest(tuple(range(start, start + len(parts))), math.ceil(removed / len(parts[0])))
         for start, parts in zip(starts, blocks, strict=False)
     ]
+    several = options.pattern == "units" and options.counts is None  # mixes of kinds remove fewer, too
+    asked = [replace(c, removed=k) for c in contests for k in range(1 if several else c.removed, c.removed + 1)]
     removals = Removals(scores, setting, options)
-    found = removals.race(probes, [] if of_filters else contests)
+    found = removals.race(probes, [] if of_filters else asked)
     mean, error, values = found.mean, found.error, found.place.double()
     if of_filters:
         values = mean

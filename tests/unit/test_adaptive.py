@@ -62,6 +62,18 @@ def test_what_is_decided_stands_and_the_rest_is_decided_without_it(backend):
     assert everything.place.tolist() == [2, 0, 1] and everything.forwards == everything.exhaustive == 24
 
 
+def test_contests_for_several_numbers_settle_the_order(backend):
+    """Which one of three would go first, and which two: the last is clear at once, the order of the others on all sequences
+    alone (they differ by 0.1 and noise); with one contest for two it is never asked."""
+    seen, _ = alike([0.1, 0.0, 50.0], noise=1.0, own=1.0)
+    setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
+    everyone, probes = (0, 1, 2), [Probe(i) for i in range(3)]
+    two = race(setting, probes, [Contest(everyone, 2)], look=replaying(seen))
+    both = race(setting, probes, [Contest(everyone, 1), Contest(everyone, 2)], look=replaying(seen))
+    assert two.sequences.tolist() == [3, 3, 3] and both.sequences.tolist() == [8, 8, 3]
+    assert both.place.tolist() == [1, 0, 2] and (both.open, two.open) == (1, 0)
+
+
 def test_what_noise_leaves_open_is_told(backend):
     seen, _ = alike([0.0, 0.1, 5.0], noise=1.0, own=1.0)
     setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])

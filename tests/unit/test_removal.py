@@ -69,7 +69,9 @@ def test_probes_without_experts_that_are_gone(backend, family: str):
 def test_units_go_in_the_order_of_a_brute_force_greedy_search(backend):
     """One head of two in each of three layers: no more than four candidates are left once one is gone."""
     setting = tiny.setting("llama", backend)
-    scores = score_units(setting, Mix(heads=1), PruneConfig(pattern="heads", probe_greedy=True), None)
+    scores = score_units(
+        setting, Mix(heads=1), PruneConfig(pattern="heads", probe_adaptive=False, probe_greedy=True), None
+    )
     gone: dict[int, list[int]] = {}
     while len(gone) < 3:
         candidates = [(layer, unit) for layer in range(3) if layer not in gone for unit in range(2)]
@@ -113,7 +115,7 @@ def test_pairs_are_in_the_report_and_in_the_budget(backend):
     setting = tiny.setting("llama", backend)
     heads = list(single_units(setting.anatomy.of_kind("heads")))
     for limit, count in ((None, 12), ((6 + 4 + 3) * 3, 3)):
-        options = PruneConfig(pattern="heads", probe_pairs=99, probe_forwards=limit)
+        options = PruneConfig(pattern="heads", probe_adaptive=False, probe_pairs=99, probe_forwards=limit)
         scores = score_units(setting, Mix(heads=1), options, None)
         assert len(scores.pairs) == count and scores.forwards <= (limit or 99)
         names = [[tuple(unit) for unit in row["units"]] for row in scores.pairs]
@@ -124,7 +126,7 @@ def test_pairs_are_in_the_report_and_in_the_budget(backend):
 
 def test_a_spent_budget_ends_the_second_looks(backend):
     setting = tiny.setting("llama", backend)
-    options = PruneConfig(pattern="heads", probe_greedy=True, probe_forwards=6 * 3)
+    options = PruneConfig(pattern="heads", probe_adaptive=False, probe_greedy=True, probe_forwards=6 * 3)
     scores = score_units(setting, Mix(heads=1), options, None)
     single = score_units(setting, Mix(heads=1), options.model_copy(update={"probe_greedy": False}), None)
     assert scores.forwards == single.forwards == 6 * 3

@@ -89,7 +89,7 @@ def test_units_that_stand_in_for_each_other_are_not_both_removed(backend):
 @pytest.mark.parametrize("limit,subsets", [(None, 12), (6 * 3 + 3 * 7, 7), (6 * 3, 0)])
 def test_subsets_are_in_the_budget_of_forwards(backend, limit: int | None, subsets: int):
     setting = tiny.setting("llama", backend)
-    options = PruneConfig(pattern="heads", probe_subsets=12, probe_forwards=limit)
+    options = PruneConfig(pattern="heads", probe_adaptive=False, probe_subsets=12, probe_forwards=limit)
     scores = score_units(setting, Mix(heads=1), options, None)
     single = score_units(setting, Mix(heads=1), options.model_copy(update={"probe_subsets": 0}), None)
     assert scores.forwards == single.forwards + 3 * subsets == 6 * 3 + 3 * subsets

@@ -31,7 +31,7 @@ FIRST = 8
 
 @dataclass(frozen=True)
 class Contest:
-    """probes: who competes. removed: how many of them go."""
+    """probes: who competes. removed: how many of them go. Where it is open how many will, there is a contest for each number."""
 
     probes: tuple[int, ...]
     removed: int
@@ -81,7 +81,9 @@ def race(
         forwards, done = forwards + seen.forwards, upto
         sequences[active] = span.stop
         if adaptive:
-            settled = set().union(*(one.settle(differences, counts[: span.stop], sum(sizes)) for one in running))
+            for one in running:
+                one.settle(differences, counts[: span.stop], sum(sizes))
+            settled = {i for one in running for i in one.settled}.difference(*(one.left for one in running))
             active = [i for i in active if i not in settled]
         if not active or forwards >= limit.forwards or late(setting, limit):
             break
@@ -90,8 +92,13 @@ def race(
         own = sequences == number
         mean[own], error[own] = score.ratio_mean(differences[own, :number], counts[:number])
     place = torch.arange(count)
+    sides = torch.zeros(count)
     for one in running:
-        place[one.order(mean)] = torch.arange(len(one.contest.probes))
+        sides[one.goes] -= 1
+        sides[one.stays] += 1
+    for contest in contests:
+        order = sorted(contest.probes, key=lambda i: (float(sides[i]), float(mean[i]), i))
+        place[order] = torch.arange(len(order))
     still = sum(_is_open(contest, differences, counts, sequences, place) for contest in contests)
     return Standing(mean, error, sequences, place, still, forwards, count * len(sizes))
 
@@ -120,9 +127,13 @@ class _Running:
         self.goes: list[int] = []
         self.stays: list[int] = []
 
-    def settle(self, differences: torch.Tensor, counts: torch.Tensor, total: int) -> set[int]:
-        """Probes that need no more sequences, after a round of those left. counts: of the sequences so far."""
-        before, settling = set(self.left), True
+    @property
+    def settled(self) -> list[int]:
+        return self.goes + self.stays
+
+    def settle(self, differences: torch.Tensor, counts: torch.Tensor, total: int) -> None:
+        """Looks at those left, after a round. counts: of the sequences so far."""
+        settling = True
         while settling and self.left:
             removed = self.contest.removed - len(self.goes)
             goes, stays = decided(differences[self.left, : len(counts)], counts, removed, total)
@@ -131,13 +142,6 @@ class _Running:
             self.stays += [i for i, _, sure in sides if sure]
             self.left = [i for i, *sure in sides if not any(sure)]
             settling = len(self.left) < len(sides)  # who is left may now be settled among themselves
-        return before.difference(self.left)
-
-    def order(self, mean: torch.Tensor) -> list[int]:
-        """Probes in the order in which they go."""
-        return [
-            i for part in (self.goes, self.left, self.stays) for i in sorted(part, key=lambda i: (float(mean[i]), i))
-        ]
 
 
 def _is_open(
