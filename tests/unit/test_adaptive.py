@@ -49,17 +49,18 @@ def test_the_error_is_that_of_what_these_sequences_will_say():
         assert goes.tolist() == [settled, False] and stays.tolist() == [False, settled], total
 
 
-def test_what_is_decided_stands_and_the_rest_is_decided_without_it(backend):
-    """Unit 0 is first on the first three sequences of eight, and with a difference that does not vary; from then on it would be
-    last. It is measured on three sequences and goes."""
-    losses = torch.tensor([[1.0, 1, 1, 9, 9, 9, 9, 9], [2.0] * 8, [3.0] * 8], dtype=torch.float64)
+def test_what_is_decided_stands(backend):
+    """Two of four go. Unit 0 is one of them by the first three sequences, unit 3 is not; the other two are alike, and seen on
+    all sequences, of which the later ones are easier: their means fall below unit 0's."""
+    wave, later = torch.tensor([1.0, -1, 1, 1, -1, 1, -1, 1]) / 10, torch.tensor([0.0] * 3 + [15.0] * 5)
+    losses = torch.stack([wave * 0 + 1, 5 + wave - later, 5 - wave - later, wave * 0 + 50]).double()
     setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
-    found = race(setting, [Probe(i) for i in range(3)], [Contest((0, 1, 2), 1)], look=replaying(losses))
-    assert found.sequences.tolist() == [3, 3, 3] and found.place.tolist() == [0, 1, 2] and found.forwards == 9
-    everything = race(
-        setting, [Probe(i) for i in range(3)], [Contest((0, 1, 2), 1)], adaptive=False, look=replaying(losses)
-    )
-    assert everything.place.tolist() == [2, 0, 1] and everything.forwards == everything.exhaustive == 24
+    probes, contests = [Probe(i) for i in range(4)], [Contest((0, 1, 2, 3), 2)]
+    found = race(setting, probes, contests, look=replaying(losses))
+    assert found.sequences.tolist() == [3, 8, 8, 3] and (found.place < 2).tolist() == [True, False, True, False]
+    assert found.mean[0] == 1 and (found.mean[1:3] < -4).all() and found.forwards == 22
+    everything = race(setting, probes, contests, adaptive=False, look=replaying(losses))
+    assert everything.place.tolist() == [2, 1, 0, 3] and everything.forwards == everything.exhaustive == 32
 
 
 def test_contests_for_several_numbers_settle_the_order(backend):
