@@ -245,15 +245,14 @@ class _Run(TrainingStage):
         )
         self.model, self.dtypes = self.backend.place(smaller), smaller.dtypes
         self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
-        left = self.anatomy.total_params
         if self.cut is filters and self.config.prune.compensate:
             filters.reestimate_norms(self.setting(self.model, self.splits.calibration))
         self.kept_layers = kept.layers
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {
             "dense": self.size["num_params"],
-            "removed": self.size["num_params"] - left,
-            "kept": left,
+            "removed": self.size["num_params"] - self.anatomy.total_params,
+            "kept": self.anatomy.total_params,
         }
 
     def sparsify(self) -> None:
