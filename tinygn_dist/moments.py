@@ -11,6 +11,11 @@ from collections.abc import Iterator
 
 import torch
 
+BLOCK = 256
+"""rows of a Gram matrix that are computed together: 30 % fewer operations at 576 inputs, 42 % at 1536"""
+AT_ONCE = 1 << 15
+"""numbers that are added together: they stay in a core's cache"""
+
 
 class Moments:
     """Named fp64 sums. Names appear in the order of first addition, which must be the same on every rank."""
@@ -24,6 +29,20 @@ class Moments:
             self._sums[name] += contribution
         else:
             self._sums[name] = contribution.to(torch.float64, copy=True)
+
+    def add_gram(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add sum_t w_t x_t x_t^T of one micro-batch's (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) sum. Only
+        what lies on and above the diagonal, in blocks of rows: `fill_gram` does the rest, once for all micro-batches."""
+        left, width = rows if weights is None else rows * weights[:, None], rows.shape[1]
+        self.reserve(name, (width, width), rows.device)
+        for start, stop in _blocks(width):
+            _add_in_cache(self._sums[name][start:stop, start:], left[:, start:stop].t() @ rows[:, start:])
+
+    def fill_gram(self, name: str) -> None:
+        """Complete a sum of `add_gram`: what lies below the diagonal blocks is what lies above them."""
+        total = self._sums[name]
+        for start, stop in _blocks(len(total)):
+            total[stop:, start:stop] = total[start:stop, stop:].t()
 
     def reserve(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
         """A zero sum, so that a rank without data still takes part in the reduction."""
@@ -62,13 +81,15 @@ class Moments:
         self._sums = dict(state)
 
 
-def gram(rows: torch.Tensor, weights: torch.Tensor | None = None, block: int = 256) -> torch.Tensor:
-    """(in, in) sum_t w_t x_t x_t^T of (tokens, in) rows, w_t = 1 by default. Only what lies on and above the diagonal is
-    computed, in blocks of rows, and mirrored: a third less time at a thousand inputs."""
-    left, width = rows if weights is None else rows * weights[:, None], rows.shape[1]
-    result = rows.new_empty(width, width)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        result[start:stop, start:] = left[:, start:stop].t() @ rows[:, start:]
-        result[stop:, start:stop] = result[start:stop, stop:].t()
-    return result
+def _blocks(width: int) -> Iterator[tuple[int, int]]:
+    """First row and row after the last of each block of rows."""
+    for start in range(0, width, BLOCK):
+        yield start, min(start + BLOCK, width)
+
+
+def _add_in_cache(total: torch.Tensor, contribution: torch.Tensor) -> None:
+    """total += contribution, (rows, columns), on a CPU some rows at a time: in one go torch writes all of the contribution to
+    memory in fp64 before it adds it."""
+    rows = max(1, AT_ONCE // contribution.shape[1]) if total.device.type == "cpu" else len(total)
+    for into, part in zip(total.split(rows), contribution.split(rows), strict=True):
+        into += part

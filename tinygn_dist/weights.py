@@ -24,6 +24,7 @@ from tinygn_dist.layer_statistics import LayerStatistics, gram_gib, layer_groups
 from tinygn_dist.level_search import HeldOut
 from tinygn_dist.masking import Masks
 from tinygn_dist.moments import Moments
+from tinygn_dist.products import fast_products
 from tinygn_dist.schedule import sparsity_between
 from tinygn_dist.selection import check_nm, choose_masks
 from tinygn_dist.solve import layer
@@ -49,20 +50,26 @@ def check(anatomy: Anatomy, targets: Sequence[Target], options: PruneConfig) -> 
 def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept)."""
     criterion = "obs" if options.criterion == "auto" else options.criterion
-    if criterion == "obs":
-        held = round(min(gram_gib(targets), options.gram_gib) * 2**30)
-        options = settled(setting, options, held)
-        held_out = None
-        if options.allocation == "search":  # the dense model is what it compares with, in the last pass too
-            setting, rest = setting.split(options.search_samples)
-            held_out = level_search.hold_out(rest)
-        for asked in solver_passes(options):
-            masks = _solve(setting, targets, asked, held_out)
-    else:
-        masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
+    with fast_products(setting.backend.device):
+        if criterion == "obs":
+            masks = _solve_in_passes(setting, targets, options)
+        else:
+            masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
     chosen = Masks(targets, masks)
     chosen.apply_(setting.model, setting.backend)
     return chosen
+
+
+def _solve_in_passes(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
+    held = round(min(gram_gib(targets), options.gram_gib) * 2**30)
+    options = settled(setting, options, held)
+    held_out = None
+    if options.allocation == "search":  # the dense model is what it compares with, in the last pass too
+        setting, rest = setting.split(options.search_samples)
+        held_out = level_search.hold_out(rest)
+    for asked in solver_passes(options):
+        masks = _solve(setting, targets, asked, held_out)
+    return masks
 
 
 def solver_passes(options: PruneConfig) -> list[PruneConfig]:

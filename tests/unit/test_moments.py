@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinygn_dist.moments import Moments, gram
+from tinygn_dist.moments import Moments
 
 
 def contributions() -> list[torch.Tensor]:
@@ -60,9 +60,15 @@ def test_a_reserved_sum_is_zero_and_keeps_what_is_there():
 
 @pytest.mark.parametrize("shape", [(7, 5), (40, 256), (0, 300), (30, 600)])
 def test_gram_is_the_weighted_sum_of_outer_products(shape: tuple[int, int]) -> None:
+    """Of two micro-batches, one without weights, and filled twice."""
     generator = torch.Generator().manual_seed(0)
     rows, weights = torch.randn(shape, generator=generator), torch.rand(shape[0], generator=generator)
-    exact = rows.double()
-    torch.testing.assert_close(gram(rows).double(), exact.t() @ exact, rtol=1e-5, atol=1e-4)
-    weighted = torch.einsum("t,ti,tj->ij", weights.double(), exact, exact)
-    torch.testing.assert_close(gram(rows, weights).double(), weighted, rtol=1e-5, atol=1e-4)
+    exact, moments = rows.double(), Moments()
+    moments.add_gram("x", rows)
+    moments.fill_gram("x")
+    torch.testing.assert_close(moments.sum("x"), exact.t() @ exact, rtol=1e-5, atol=1e-4)
+    moments.add_gram("x", rows, weights)
+    moments.fill_gram("x")
+    wanted = torch.einsum("t,ti,tj->ij", weights.double() + 1, exact, exact)
+    torch.testing.assert_close(moments.sum("x"), wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(moments.sum("x")[256:, :256], moments.sum("x")[:256, 256:].t())

@@ -69,6 +69,25 @@ def test_left_to_right_update_is_least_squares_on_columns_to_the_right():
     assert torch.equal(solved.weight[0, :2], weight[0, :2])
 
 
+@pytest.mark.parametrize("nm", [None, (2, 4), (3, 5)])
+def test_a_sweep_over_several_blocks_is_the_closed_form_column_by_column(nm: tuple[int, int] | None):
+    """In fp64: w -= w_q / [P]_qq P_q for every pruned w_q, with P the inverse Hessian of the columns from q on; of N:M the mask
+    too, by w_q^2 / [P]_qq when the sweep comes to the group."""
+    weight, inputs = layer(out=6, num_inputs=180, tokens=900)
+    solved = obs.prune(weight, inputs.t() @ inputs, 500, nm=nm, block_size=100)
+    values, keep = weight.double(), solved.keep.clone()
+    hessian = obs.damped(inputs.t() @ inputs, 0.01).double()
+    inverses = [hessian[q:, q:].inverse()[0] for q in range(180)]
+    for q, inverse in enumerate(inverses):
+        if nm and q % nm[1] == 0:
+            group = slice(q, q + nm[1])
+            saliency = values[:, group].square() / torch.stack([row[0] for row in inverses[group]])
+            keep[:, group] = saliency >= saliency.topk(nm[0], dim=1).values[:, -1:]
+        values[:, q:] -= (values[:, q] * ~keep[:, q])[:, None] * inverse / inverse[0]
+    assert torch.equal(solved.keep, keep)
+    torch.testing.assert_close(solved.weight.double(), values * keep, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("how", ["unstructured", "per row", "2:4"])
 def test_never_worse_than_the_same_mask_without_update(seed: int, how: str):
@@ -155,11 +174,12 @@ def test_nan_hessian_is_refused_with_its_cause():
         obs.prune(torch.ones(2, 4), torch.full((4, 4), torch.nan), 4)
 
 
-def test_inverse_factor_is_a_factor_of_the_inverse():
-    _, inputs = layer()
+@pytest.mark.parametrize("num_inputs", [8, 300])
+def test_inverse_factor_is_a_factor_of_the_inverse(num_inputs: int):
+    _, inputs = layer(num_inputs=num_inputs, tokens=25 * num_inputs)
     hessian = inputs.t() @ inputs
     upper, used = obs.inverse_factor(hessian, 0.01)
-    wanted = (hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(8).double()).inverse()
+    wanted = (hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(num_inputs).double()).inverse()
     torch.testing.assert_close((upper.t() @ upper).double(), wanted, rtol=1e-3, atol=1e-6)
     assert used == 0.01 and torch.equal(upper, upper.triu())
 

@@ -19,7 +19,7 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.estimate.experts import ExpertObserver, Routed
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments, gram
+from tinygn_dist.moments import Moments
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
 from tinygn_dist.targets import expert_weights
 
@@ -71,7 +71,11 @@ def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) ->
 
 
 def complete(found: InputMoments, setting: Setting) -> None:
-    """A rank without batches still takes part in the sums: names and shapes come from a rank that had some."""
+    """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank that had
+    some."""
+    for name in found.moments.names():
+        if found.moments.sum(name).dim() == 2:
+            found.moments.fill_gram(name)
     sums, source_of = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
     for name, shape in sums:
         found.moments.reserve(name, shape, setting.backend.device)
@@ -155,7 +159,10 @@ def add_inputs(
         if mask is not None:
             rows, tokens = rows[mask[tokens]], tokens[mask[tokens]]
         weights = weigh(name, tokens) if weigh else None
-        found.moments.add(name, gram(rows, weights) if full else rows.square().sum(0))
+        if full:
+            found.moments.add_gram(name, rows, weights)
+        else:
+            found.moments.add(name, rows.square().sum(0))
 
 
 def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:

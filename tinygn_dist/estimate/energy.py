@@ -22,7 +22,7 @@ from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.experts import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments, gram
+from tinygn_dist.moments import Moments
 from tinygn_dist.objective import real_tokens
 
 
@@ -60,10 +60,12 @@ def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> L
         found.rows.reserve(target.name, (out,), setting.backend.device)
 
     def seen(name: str, gone: Arrived) -> None:
-        found.grams.add(name, gram(gone.rows, token_weights(gone.squared.mean(1), plain)))
-        found.rows.add(name, gone.row_energy())
+        found.grams.add_gram(name, gone.rows, token_weights(gone.tokens_energy, plain))
+        found.rows.add(name, gone.rows_energy)
 
     _each_gradient(setting, targets, seen)
+    for target in targets:
+        found.grams.fill_gram(target.name)
     return found
 
 
@@ -82,9 +84,9 @@ class TokenWeights:
             self.rows.reserve(target.name, (target.shape[0],), setting.backend.device)
 
         def seen(name: str, gone: Arrived) -> None:
-            weights = token_weights(gone.squared.mean(1), plain).bfloat16().cpu()  # exact, see `coarse`
+            weights = token_weights(gone.tokens_energy, plain).bfloat16().cpu()  # exact, see `coarse`
             self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
-            self.rows.add(name, gone.row_energy())
+            self.rows.add(name, gone.rows_energy)
 
         _each_gradient(setting, targets, seen)
 
@@ -106,17 +108,31 @@ class TokenWeights:
 
 
 class Arrived(NamedTuple):
-    """A gradient at a target's output in one micro-batch. number: which of this rank's. rows: (n, in) fp32 real rows that the
-    target read. squared: (n, out) fp32 squared gradients. tokens: (n,) positions in the flattened micro-batch of what an
-    expert read, None elsewhere: all that are real."""
+    """What a gradient dy at a target's output says in one micro-batch, over real tokens."""
 
     number: int
+    """which of this rank's micro-batches"""
     rows: torch.Tensor
-    squared: torch.Tensor
+    """(n, in) fp32 x, what the target read"""
+    tokens_energy: torch.Tensor
+    """(n,) fp32 mean_o dy_to^2"""
+    rows_energy: torch.Tensor
+    """(out,) fp32 sum_t dy_to^2 |x_t|^2"""
     tokens: torch.Tensor | None
+    """(n,) positions in the flattened micro-batch of what an expert read, None elsewhere: all that are real"""
 
-    def row_energy(self) -> torch.Tensor:
-        return self.squared.t() @ self.rows.square().sum(1)
+
+def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both energies of (n, in) rows and (n, out) gradients; on a CPU of some tokens at a time, whose squares stay in a core's
+    cache."""
+    at_once = 64 if grad.device.type == "cpu" else max(1, len(grad))
+    lengths, by_row = rows.square().sum(1), grad.new_zeros(grad.shape[1])
+    by_token = []
+    for part, length in zip(grad.split(at_once), lengths.split(at_once), strict=True):
+        squared = part.square()
+        by_token.append(squared.mean(1))
+        by_row.addmv_(squared.t(), length)
+    return torch.cat(by_token), by_row
 
 
 def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[str, Arrived], None]) -> None:
@@ -143,7 +159,8 @@ def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[
         if counts:
             real = mask if mask is None or tokens is None else mask[tokens]
             places = tokens if tokens is None or real is None else tokens[real]
-            seen(name, Arrived(number, _rows(hidden, real), _rows(grad, real).square(), places))
+            rows = _rows(hidden, real)
+            seen(name, Arrived(number, rows, *_energies(rows, _rows(grad, real)), places))
 
     hooks = [
         (setting.bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))

@@ -37,20 +37,21 @@ def refit_masked(
     The error never rises from one iteration to the next.
     """
     solid = damped(hessian.float(), damping)
-    scale, fitted = solid.diagonal(), start.float()
-    residual = ((weight.float() - fitted) @ solid).masked_fill_(~keep, 0)
-    step = residual / scale
-    size = (residual * step).sum(1, keepdim=True)
-    tiny = torch.finfo(torch.float32).tiny
+    scale = solid.diagonal().sqrt()
+    solid = solid.div_(scale).div_(scale[:, None])  # a unit diagonal preconditions
+    dropped, tiny = ~keep, torch.finfo(torch.float32).tiny
+    fitted = start.float() * scale
+    residual = ((weight.float() * scale - fitted) @ solid).masked_fill_(dropped, 0)
+    step = residual.clone()
+    size = torch.linalg.vector_norm(residual, dim=1, keepdim=True).square_()
     for _ in range(iterations):
-        image = (step @ solid).masked_fill_(~keep, 0)
-        length = size / (step * image).sum(1, keepdim=True).clamp(min=tiny)
-        fitted = fitted + length * step
-        residual -= length * image
-        towards = residual / scale
-        size, before = (residual * towards).sum(1, keepdim=True), size
-        step = towards + size / before.clamp(min=tiny) * step
-    return fitted
+        image = (step @ solid).masked_fill_(dropped, 0)
+        length = size / (step * image).sum(1, keepdim=True).clamp_(min=tiny)
+        fitted.addcmul_(length, step)
+        residual.addcmul_(length, image, value=-1)
+        size, before = torch.linalg.vector_norm(residual, dim=1, keepdim=True).square_(), size
+        step.mul_(size / before.clamp(min=tiny)).add_(residual)
+    return fitted.div_(scale)
 
 
 def elimination_order(

@@ -49,14 +49,31 @@ def cholesky(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
 
 
 def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Upper Cholesky factor U of the inverse, H^-1 = U^T U, and the damping that made it possible (see `cholesky`)."""
+    """Upper Cholesky factor U of the inverse, H^-1 = U^T U, and the damping that made it possible (see `cholesky`).
+
+    With the inputs in reverse order the lower factor of H is an upper one, H = R R^T, and U = R^-1: one factorisation, and the
+    inverse itself is never there.
+    """
     attempt = damping
     while True:
-        lower, attempt = cholesky(hessian, attempt)
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
+        lower, attempt = cholesky(hessian.flip(0, 1), attempt)
+        upper = _inverse_of_upper(lower.flip(0, 1))
+        if upper.isfinite().all():
             return upper, attempt
         attempt *= 10
+
+
+def _inverse_of_upper(upper: torch.Tensor, leaf: int = 128) -> torch.Tensor:
+    """By halves, so that most of the work is matrix products: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    size = len(upper)
+    if size <= leaf:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)
+    half = size // 2
+    result = torch.zeros_like(upper)
+    result[:half, :half] = first = _inverse_of_upper(upper[:half, :half])
+    result[half:, half:] = last = _inverse_of_upper(upper[half:, half:])
+    result[:half, half:] = (first @ upper[:half, half:]).neg_() @ last
+    return result
 
 
 def prune(
@@ -77,38 +94,51 @@ def prune(
     gradient energy of the layer's outputs, which weights the rows' saliency against each other. Pruned entries are
     exactly zero; dead inputs go first, at no cost.
     """
-    work = weight.float().clone()
-    out, num_inputs = work.shape
-    work[:, hessian.diagonal() <= 0] = 0  # their inputs are always zero: removing them changes nothing
+    # (in, out): what is visited one after the other is a run of memory each
+    work = weight.float().t().clone(memory_format=torch.contiguous_format)
+    num_inputs, out = work.shape
+    work[hessian.diagonal() <= 0] = 0  # their inputs are always zero: removing them changes nothing
     factor, used = inverse_factor(hessian.float(), damping)
     keep = torch.ones_like(work, dtype=torch.bool)
-    if nm is not None:
-        block_size = max(nm[1], block_size - block_size % nm[1])  # a group of M must not be cut
+    group = 1 if nm is None else nm[1]
+    block_size = max(group, block_size - block_size % group)  # a group of M must not be cut
     starts = list(range(0, num_inputs, block_size))
     sizes = [min(block_size, num_inputs - start) for start in starts]
     quota = _row_quotas(num_pruned, out, sizes) if per_row else spread(num_pruned, [out * size for size in sizes])
     for start, size, quota_here in zip(starts, sizes, quota, strict=True):
-        stop = start + size
-        block, upper = work[:, start:stop].clone(), factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
+        block, stays = work[start : start + size], keep[start : start + size]
+        upper = factor[start : start + size, start : start + size]
         if nm is None:
-            saliency = block.square() / upper.diagonal().square()
+            saliency = block.t().square() / upper.diagonal().square()
             if row_energy is not None:
                 saliency *= row_energy[:, None]
-            keep[:, start:stop] = drop_lowest(saliency, quota_here)
-        for column in range(size):
-            if nm is not None and column % nm[1] == 0:
-                group = slice(column, column + nm[1])
-                saliency = block[:, group].square() / upper.diagonal()[group].square()
-                keep[:, start + column : start + column + nm[1]] = keep_n_of_m(saliency, nm[0])
-            kept = keep[:, start + column]
-            error = block[:, column].masked_fill(kept, 0) / upper[column, column]
-            errors[:, column] = error
-            block[:, column:].addr_(error, upper[column, column:], alpha=-1)
-            block[:, column].masked_fill_(~kept, 0)
-        work[:, start:stop] = block
-        work[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
-    return Solved(work.masked_fill_(~keep, 0), keep, used)
+            stays.copy_(drop_lowest(saliency, quota_here).t())
+        errors = _sweep(block, stays, upper, nm)
+        work[start + size :].addmm_(factor[start : start + size, start + size :].t(), errors, alpha=-1)
+    return Solved(work.masked_fill_(~keep, 0).t().contiguous(), keep.t().contiguous(), used)
+
+
+def _sweep(
+    block: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, nm: tuple[int, int] | None, panel: int = 32
+) -> torch.Tensor:
+    """Visit the inputs of a block, (inputs, out) in place, and return the errors (inputs, out) to push onto the inputs behind
+    it. keep: which entries stay; for N:M found here, group by group. An input's error is pushed onto its panel at once, and
+    onto the rest of the block together with the panel's."""
+    size, scale = len(block), upper.diagonal()[:, None]
+    gone, errors = (~keep).float().div_(scale), torch.empty_like(block)
+    panel = panel if nm is None else max(nm[1], panel - panel % nm[1])
+    for first in range(0, size, panel):
+        last = min(first + panel, size)
+        for at in range(first, last):
+            if nm is not None and at % nm[1] == 0:
+                group = slice(at, at + nm[1])
+                saliency = (block[group] / scale[group]).square().t()
+                keep[group] = keep_n_of_m(saliency, nm[0]).t()
+                gone[group] = (~keep[group]).float().div_(scale[group])
+            error = torch.mul(block[at], gone[at], out=errors[at])
+            block[at:last].addr_(upper[at, at:last], error, alpha=-1)
+        block[last:].addmm_(upper[first:last, last:].t(), errors[first:last], alpha=-1)
+    return errors
 
 
 def saliency(weight: torch.Tensor, hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
