@@ -22,6 +22,7 @@ from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.restart import PrefixCache
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.gathering import in_parts
+from tinygn_dist.moments import fill_below
 from tinygn_dist.objective import real_tokens
 
 PLAIN, PLAIN_NM = 0.0, 4.0
@@ -31,7 +32,7 @@ alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md).
 
 class LayerStatistics(Protocol):
     """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
-    will solve each: a Gram matrix, then the energies (out,) of each target's rows. They are to be used up before the next
+    will solve each: a Gram matrix in fp32, then the energies (out,) of each target's rows. They are to be used up before the next
     group is asked for. solving: whether the caller changes the weights of a group before it asks for the next."""
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]: ...
@@ -109,11 +110,13 @@ class _AtOnce:
             )
             self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in targets]
             setting.backend.sum_for_jobs(self._jobs)
+            _round(self._jobs)
             return
         name = _pass("inputs", options)
         found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
         self._jobs = _by_source(targets, found)
         setting.backend.sum_for_jobs(self._jobs)
+        _round(self._jobs)
         _add_energies(self._jobs, _probed(setting, targets, options))
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
@@ -157,8 +160,16 @@ class _InGroups:
             for job in jobs:
                 job.moments.append(self._weights.rows.sum(job.targets[0].name).clone())
         setting.backend.sum_for_jobs(jobs)
+        _round(jobs)
         _add_energies(jobs, self._energies)
         return jobs, ends
+
+
+def _round(jobs: Sequence[Job]) -> None:
+    """Whole fp32 Gram matrices on the ranks that have them, one after the other: there is never room for all in fp64."""
+    for job in jobs:
+        if job.moments[0].numel():
+            job.moments[0] = fill_below(job.moments[0]).float()
 
 
 def _plain(options: PruneConfig) -> float:

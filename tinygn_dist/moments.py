@@ -32,17 +32,16 @@ class Moments:
 
     def add_gram(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add sum_t w_t x_t x_t^T of one micro-batch's (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) sum. Only
-        what lies on and above the diagonal, in blocks of rows: `fill_gram` does the rest, once for all micro-batches."""
+        what lies on and above the diagonal, in blocks of rows: `fill_gram` does the rest, once for all micro-batches; until then
+        a CPU does not even give the memory below the diagonal."""
         left, width = rows if weights is None else rows * weights[:, None], rows.shape[1]
         self.reserve(name, (width, width), rows.device)
         for start, stop in _blocks(width):
             _add_in_cache(self._sums[name][start:stop, start:], left[:, start:stop].t() @ rows[:, start:])
 
     def fill_gram(self, name: str) -> None:
-        """Complete a sum of `add_gram`: what lies below the diagonal blocks is what lies above them."""
-        total = self._sums[name]
-        for start, stop in _blocks(len(total)):
-            total[stop:, start:stop] = total[start:stop, stop:].t()
+        """Complete a sum of `add_gram`."""
+        fill_below(self._sums[name])
 
     def reserve(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
         """A zero sum, so that a rank without data still takes part in the reduction."""
@@ -79,6 +78,13 @@ class Moments:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self._sums = dict(state)
+
+
+def fill_below(gram: torch.Tensor) -> torch.Tensor:
+    """A sum of `Moments.add_gram`, (in, in), completed in place: what lies below the diagonal blocks is what lies above them."""
+    for start, stop in _blocks(len(gram)):
+        gram[stop:, start:stop] = gram[start:stop, stop:].t()
+    return gram
 
 
 def _blocks(width: int) -> Iterator[tuple[int, int]]:

@@ -17,8 +17,9 @@ import torch
 
 @contextlib.contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
-    """Inside, fp32 products on a CPU may come from oneDNN, all of them or none. The flag is the process's; it is put back. device:
-    where the products are; nothing changes where that is no CPU."""
+    """Inside, fp32 products on a CPU may come from oneDNN, all of them or none. The flag is the process's; it is put back, and
+    meanwhile `torch.get_float32_matmul_precision` refuses to answer. device: where the products are; nothing changes where that
+    is no CPU."""
     if device.type != "cpu" or not _allowed_and_exact():
         yield
         return

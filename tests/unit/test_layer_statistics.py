@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from tests import tiny
 from tests.unit import family_cases
-from tinygn_dist import layer_budgets, weights
+from tinygn_dist import layer_budgets, moments, weights
 from tinygn_dist.anatomy import Target, read_anatomy
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
@@ -19,7 +19,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.energy import TokenWeights, loss_moments
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.layer_statistics import gram_gib, layer_groups, measure
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, fill_below
 from tinygn_dist.objective import model_inputs, real_tokens
 from tinygn_dist.solve import least_squares, obs
 
@@ -42,7 +42,7 @@ def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
         for job in jobs:
             (target,) = job.targets
             gram, rows = job.moments
-            family_cases.close(gram, wanted.grams.sum(target.name))
+            family_cases.close(gram, fill_below(wanted.grams.sum(target.name)).float())
             family_cases.close(rows, wanted.rows.sum(target.name))
             seen.add(target.name)
     assert seen == {target.name for target in targets}
@@ -59,6 +59,27 @@ def test_budgets_see_all_layers_of_the_dense_model(options: PruneConfig) -> None
         for asked in (options, options.model_copy(update={"gram_gib": 0.0}))
     ]
     assert found[0] == found[1] and len(set(found[0].values())) > 10
+
+
+@pytest.mark.parametrize(
+    "options", [HALF, IN_GROUPS, HALF.model_copy(update=FORWARD)], ids=["all", "groups", "forward-only"]
+)
+def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
+    monkeypatch: pytest.MonkeyPatch, options: PruneConfig
+) -> None:
+    """Forward-only against plain sums; loss-aware they are symmetric, with no corner left out."""
+    monkeypatch.setattr(moments, "BLOCK", 7)
+    setting = tiny.setting("llama")
+    targets = setting.anatomy.targets
+    plain = {target.name: gram.float() for target, gram in zip(targets, _grams(setting, targets), strict=True)}
+    for jobs in measure(setting, targets, options).jobs(solving=False):
+        for job in jobs:
+            gram = job.moments[0]
+            family_cases.close(gram, gram.t())
+            assert gram.dtype == torch.float32 and gram[-1, 0] != 0
+            if options.estimator == "finite-difference":
+                for target in job.targets:
+                    family_cases.close(gram, plain[target.name])
 
 
 # -- inputs from what is compressed ----------------------------------------------------------------------------------------

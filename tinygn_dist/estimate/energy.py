@@ -30,7 +30,8 @@ from tinygn_dist.objective import real_tokens
 class LossMoments:
     """This rank's sums by target name, not yet reduced.
 
-    grams: (in, in) sum_t w_t x_t x_t^T, w_t from `token_weights`. rows: (out,) sum_t dy_to^2 |x_t|^2.
+    grams: (in, in) sum_t w_t x_t x_t^T, w_t from `token_weights`, of which what lies below the diagonal is still to be filled in
+    (`moments.fill_below`). rows: (out,) sum_t dy_to^2 |x_t|^2.
     """
 
     grams: Moments = field(default_factory=Moments)
@@ -64,8 +65,6 @@ def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> L
         found.rows.add(name, gone.rows_energy)
 
     _each_gradient(setting, targets, seen)
-    for target in targets:
-        found.grams.fill_gram(target.name)
     return found
 
 
