@@ -21,6 +21,7 @@ from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.layer_statistics import gram_gib, layer_groups, measure
 from tinygn_dist.moments import Moments, fill_below
 from tinygn_dist.objective import model_inputs, real_tokens
+from tinygn_dist.products import fast_products
 from tinygn_dist.solve import least_squares, obs
 
 HALF = PruneConfig(pattern="unstructured", sparsity=0.5)
@@ -89,12 +90,13 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
     options = IN_GROUPS.model_copy(update=FORWARD | {"allocation": 0.0})
     setting, by_hand = (tiny.setting(family, count=6, size=4, length=12) for _ in range(2))
     weights.sparsify(setting, setting.anatomy.targets, options)
-    for layer in range(setting.anatomy.num_layers):
-        targets = [target for target in by_hand.anatomy.targets if target.layer == layer]
-        for target, gram in zip(targets, _grams(by_hand, targets), strict=True):
-            weight = target.matrix(by_hand.bare.get_parameter(target.parameter).data)
-            solved = obs.prune(weight, gram.float(), round(0.5 * target.numel), row_energy=torch.ones(len(weight)))
-            weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
+    with fast_products(setting.backend.device):  # a tie goes by the last bit of a product
+        for layer in range(setting.anatomy.num_layers):
+            targets = [target for target in by_hand.anatomy.targets if target.layer == layer]
+            for target, gram in zip(targets, _grams(by_hand, targets), strict=True):
+                weight = target.matrix(by_hand.bare.get_parameter(target.parameter).data)
+                solved = obs.prune(weight, gram.float(), round(0.5 * target.numel), row_energy=torch.ones(len(weight)))
+                weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
     at_once = tiny.setting(family, count=6, size=4, length=12)
     weights.sparsify(at_once, at_once.anatomy.targets, options.model_copy(update={"gram_gib": 16.0}))
     apart = []
