@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from job import Failed, report_of
+from table import Table
 
 PATTERNS = {
     "dense": ["--pattern", "unstructured", "--sparsity", "0", "--criterion", "magnitude"],
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="file that finished rows are appended to")
     parser.add_argument("rest", nargs="*", help="further arguments for tinygn compress, after --")
     asked = parser.parse_intermixed_args()
-    table = Table(asked.table, _told(asked))
+    table = Table(asked.table, _told(asked), HEAD, name_cells=3)
     for pattern, schedule, training in rows(asked.only):
         if table.has(pattern, schedule, training):
             continue
@@ -66,37 +67,6 @@ def rows(words: list[str]) -> Iterator[tuple[str, str, str]]:
         name = " ".join(row)
         if row[:2] != ("dense", "gradual") and (not words or any(word in name for word in words)):
             yield row
-
-
-class Table:
-    """Rows that are printed, and appended to a file where there is one."""
-
-    def __init__(self, path: Path | None, settings: str) -> None:
-        """settings: what all rows share. Ends the program when the file is of others."""
-        self._path, self._there = path, set()
-        if path and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            if lines[0] != settings:
-                raise SystemExit(f"{path} is of {lines[0]!r}, asked was {settings!r}; use another --table")
-            self._there = {_cells(line)[:3] for line in lines}
-        else:
-            self._say(f"{settings}\n\n{HEAD}")
-
-    def has(self, *name: str) -> bool:
-        return name in self._there
-
-    def add(self, *cells: str) -> None:
-        self._say(f"| {' | '.join(cells)} |")
-
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
-        if self._path:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
-
-
-def _cells(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.split("|")[1:-1])
 
 
 def _told(asked: argparse.Namespace) -> str:

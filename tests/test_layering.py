@@ -15,7 +15,7 @@ FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-PURE = ("moments", "products", "score", "budget", "schedule", "threshold", "zeros", "errors")
+PURE = ("moments", "products", "score", "budget", "schedule", "threshold", "zeros", "errors", "mix_search")
 MAX_FUNCTION, MAX_FILE = 60, 320
 
 

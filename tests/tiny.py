@@ -16,10 +16,10 @@ from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import IGNORED, Batch, add_reference, objective_of
 from tinygn_dist.progress import Progress
 from tinygn_dist.shrink import Cut
-from tinygn_dist.units import KeptUnits
 
 VOCAB = 128
 _IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)

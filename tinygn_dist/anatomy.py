@@ -142,6 +142,8 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     layers = [layer for stack in stacks for layer in model.get_submodule(stack.path)]
     groups = []
     for stack in stacks:
+        if family.stack_heads:
+            groups.append(_stack_heads(model, family, stack))
         for index in range(stack.num):
             groups += _unit_groups(model, family, stack.first + index, f"{stack.path}.{index}.")
     if family and family.filters:
@@ -158,6 +160,11 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         fixed["layers"] = (
             f"layers of its {len(stacks)} stacks differ in size, so what goes with a number of parameters depends on which "
             "ones go; say how many with prune.counts"
+        )
+    if family and family.stack_heads:
+        fixed["heads"] = (
+            "the layers of a stack share one position bias per head, so a head goes from all of them at once, and how much that is "
+            "depends on the stack; say how many with prune.counts"
         )
     return Anatomy(
         family=family,
@@ -193,6 +200,22 @@ def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> I
         num_experts, top_k = getattr(config, experts.count), getattr(config, experts.top_k)
         params = _params_per_unit(model, slices)
         yield UnitGroup("experts", layer, num_experts, tuple(slices), paths[1], 1, params, paths[0], top_k)
+
+
+def _stack_heads(model: nn.Module, family: Family, stack: Stack) -> UnitGroup:
+    """The heads of a stack: head h of every attention block of every layer, with its column of the shared bias."""
+    heads, num = family.stack_heads, getattr(model.config, family.stack_heads.num_heads)
+    layers = [f"{stack.path}.{index}." for index in range(stack.num)]
+    blocks = [layer + block for layer in layers for block in heads.blocks]
+    blocks = [block for block in blocks if _has_module(model, f"{block}.{heads.output}")]
+    slices = [s for block in blocks for name in heads.inputs for s in _rows(model, "", Part(f"{block}.{name}"), num)]
+    outputs = [f"{block}.{heads.output}" for block in blocks]
+    width = input_features(model.get_submodule(outputs[0])) // num
+    slices += [Slice(f"{output}.weight", 1, 0, width) for output in outputs]
+    slices.append(Slice(layers[0] + heads.bias, 1, 0, 1))
+    also = tuple((output, width) for output in outputs[1:])
+    params = _params_per_unit(model, slices)
+    return UnitGroup("heads", stack.first, num, tuple(slices), outputs[0], width, params, also_read_by=also)
 
 
 def _filter_groups(model: nn.Module, family: Family) -> Iterator[UnitGroup]:

@@ -95,7 +95,7 @@ class UnitSizes:
     dense_layers: int = 0
     dense_layer_params: int = 0
     uneven_params: int = 0
-    """of all layers together, where they differ in size: then no number of whole layers reaches a budget"""
+    """of all layers together, where they differ in size: then no number of whole layers, nor of heads, reaches a budget"""
 
     def removed_params(self, mix: Mix) -> int:
         """Parameters that go with a mix. Whole layers only where all are alike: which ones go is not known here."""
@@ -116,6 +116,8 @@ class UnitSizes:
         """How many units of a kind can go (per layer, for kinds inside layers), so that enough are left."""
         if kind == "layers":
             return 0 if self.dense_layers or self.uneven_params else self.layers - 1
+        if kind == "heads" and self.uneven_params:
+            return 0
         least = self.least_experts if kind == "experts" else 1
         return max(0, getattr(self, kind) - least)
 
@@ -137,15 +139,29 @@ class Latency:
 
     def removed_seconds(self, mix: Mix) -> float:
         """Seconds that go with a mix."""
-        inner = 0.0
+        return mix.layers * self.layer + (self.layers - mix.layers) * (self.layer - self._of_cut_layer(mix))
+
+    def _of_cut_layer(self, mix: Mix) -> float:
+        seconds = self.layer
         for gone, table in ((mix.heads, self.heads), (mix.channels, self.channels)):
             if gone:
-                inner += self.layer - _between(table, max(table) - gone)
-        return mix.layers * self.layer + (self.layers - mix.layers) * inner
+                seconds -= self.layer - _between(table, max(table) - gone)
+        return seconds
 
     @property
     def total_seconds(self) -> float:
         return self.rest + self.layers * self.layer
+
+    def corrected(self, mix: Mix, rest: float, layer: float, cut: float) -> Latency:
+        """The table that agrees with new seconds: of the rest, of a whole layer and of one cut by a mix. What any number of heads
+        or channels saves is scaled by the same factor."""
+        saved = self.layer - self._of_cut_layer(mix)
+        scale = (layer - cut) / saved if saved else layer / self.layer
+        kinds = {
+            kind: {count: layer - scale * (self.layer - seconds) for count, seconds in getattr(self, kind).items()}
+            for kind in ("heads", "channels")
+        }
+        return replace(self, rest=rest, layer=layer, **kinds)
 
 
 def _between(table: Mapping[int, float], count: int) -> float:

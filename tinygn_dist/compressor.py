@@ -106,11 +106,12 @@ class Compressor:
         training = model.training
         model = self.backend.prepare(model.eval())
         setting = self._setting(model, self._batches)
-        kept, _, _ = remove_units(setting, mixes, prune)
+        kept, _, _, shifts = remove_units(setting, mixes, prune)
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)
         build = functools.partial(type(model)._from_config, config, dtype=model.dtype)
-        return smaller_origin(build, model, self._anatomy, kept, self.backend).take_whole().train(training)
+        smaller = smaller_origin(build, model, self._anatomy, kept, self.backend, shifts)
+        return smaller.take_whole().train(training)
 
     def attach(
         self,

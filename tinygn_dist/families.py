@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tinygn_dist.family import Attention, Experts, Family, FeedForward, Filters, Part, Residual
+from tinygn_dist.family import Attention, Experts, Family, FeedForward, Filters, Part, Residual, StackHeads
 
 
 def _separate(*paths: str) -> tuple[Part, ...]:
@@ -71,9 +71,6 @@ _T5_FFN = tuple(
     )
     for at in (2, 1)  # behind the decoder's cross attention, or where there is none
     for names in (("wi_0", "wi_1"), ("wi",))  # gated or not
-)
-_SHARED_BIAS = (
-    "the layers of a stack share one position bias per head, so a head would have to go from all of them at once"
 )
 
 FAMILIES = (
@@ -168,9 +165,14 @@ FAMILIES = (
     Family(
         model_types=("t5", "mt5"),
         layers=("encoder.block", "decoder.block"),
+        stack_heads=StackHeads(
+            blocks=("layer.0.SelfAttention", "layer.1.EncDecAttention"),
+            inputs=("q", "k", "v"),
+            output="o",
+            bias="layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
         feed_forward=_T5_FFN,
         depth=("num_layers", "num_decoder_layers"),
-        fixed={"heads": _SHARED_BIAS},
     ),
     Family(
         model_types=("bart", "mbart"),

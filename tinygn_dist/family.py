@@ -34,6 +34,20 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class StackHeads:
+    """Heads that go from all layers of a stack at once, because one parameter of its first layer, `bias` (..., heads), serves
+    all. blocks: paths of attention modules in a layer, as far as it has them, each with the linear modules `inputs` and
+    `output`."""
+
+    blocks: tuple[str, ...]
+    inputs: tuple[str, ...]
+    output: str
+    bias: str
+    num_heads: str = "num_heads"
+    num_kv_heads: str = "num_heads"
+
+
+@dataclass(frozen=True)
 class FeedForward:
     """Channel j is output feature j of every part in `inputs` and input feature j of `output`."""
 
@@ -90,6 +104,7 @@ class Family:
     model_types: tuple[str, ...]
     layers: str | tuple[str, ...]
     attention: Attention | None = None
+    stack_heads: StackHeads | None = None
     feed_forward: FeedForward | tuple[FeedForward, ...] | None = None
     experts: Experts | None = None
     filters: Filters | None = None

@@ -19,8 +19,8 @@ from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.unit_scores import UnitScores, score_units
-from tinygn_dist.units import KeptUnits, Trial
+from tinygn_dist.kept import KeptUnits, Removal
+from tinygn_dist.unit_scores import score_units
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,7 @@ def dense_params(anatomy: Anatomy) -> int:
     return anatomy.total_params
 
 
-def remove_units(
-    setting: Setting, candidates: Sequence[Mix], options: PruneConfig
-) -> tuple[KeptUnits, UnitScores, list[Trial]]:
+def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
     """Choose the filters that go. Nothing is changed in the live model: `shrink` takes them out, and `reestimate_norms`
     makes up for them."""
     (mix,), anatomy = candidates, setting.anatomy
@@ -92,7 +90,7 @@ def remove_units(
         index: tuple(sorted(value.argsort(stable=True, descending=True)[: kept[index]].tolist()))
         for index, value in ranked.items()
     }
-    return KeptUnits((), filters=chosen), scores, []
+    return Removal(KeptUnits((), filters=chosen), scores, [], {})
 
 
 def reestimate_norms(setting: Setting) -> None:

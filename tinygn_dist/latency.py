@@ -1,17 +1,19 @@
 """Latency as a budget: what a layer costs on this device at a few widths, measured before the weights load.
 
-Seconds depend on shapes, not on values. So models of the same class with a few layers and fresh weights are timed, on one
-forward of a fixed batch (for language models the prefill, with its cache and the logits of the last token).
+Seconds depend on shapes, not on values. So models of the same class with fresh weights are timed, on one forward of a fixed
+batch (for language models the prefill, with its cache and the logits of the last token). They have as many layers as weigh
+a GiB, at least four: fewer would stay in the processor's caches, and narrow ones more than wide ones.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,38 +22,58 @@ from transformers import PretrainedConfig
 from tinygn_dist import load
 from tinygn_dist.anatomy import Anatomy
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.budget import Latency, channel_step
+from tinygn_dist.budget import Latency, Mix, channel_step
 from tinygn_dist.config import Config, EvaluateConfig, PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import Batch, last_logits_only
 from tinygn_dist.shrink import smaller_config
-from tinygn_dist.units import KeptUnits
+from tinygn_dist.units import plan_mixes
 
 log = logging.getLogger(__name__)
-_LAYERS = 4
-"""of the timed models; with one alone its weights would stay in the processor's cache"""
-_RUNS = 7
+_LEAST_LAYERS = 4
+_LAYERS_BYTES = 2**30
+_RUNS = 5
+_KINDS = ("heads", "channels")
 _SHARES = (0.75, 0.5, 0.25)
 
 
 class LatencyTarget:
-    """table: what layers cost on the main rank's device, the same on every rank. figures: what the report says."""
+    """mixes: those that meet the target by what layers cost on the main rank's device, the same on every rank. figures: what the
+    report says."""
 
     def __init__(self, source: load.Source, config: Config, anatomy: Anatomy, backend: Backend) -> None:
-        """A collective."""
-        self._backend, table, dtype = backend, None, load.dtype_of(source)
+        """A collective. UserError when no mix meets the target."""
+        self._backend, self._anatomy, self._options = backend, anatomy, config.prune
+        dtype = load.dtype_of(source)
         self._batch = inputs_of(source.config, source.task, config.evaluate)
-        with backend.together("measuring latency"):
-            if backend.is_main:
-                table = cost_table(
-                    lambda smaller: load.rebuild(source, smaller, dtype),
-                    source.config,
-                    anatomy,
-                    config.prune,
-                    self._batch,
-                    backend.device,
-                )
-        self.table: Latency = backend.everyone(table)[0]
+        self._layers = Layers(
+            lambda smaller: load.rebuild(source, smaller, dtype),
+            source.config,
+            anatomy,
+            dtype,
+            self._batch,
+            backend.device,
+        )
+        self.table = self._on_main(lambda: cost_table(self._layers, config.prune))
         self.figures = {"timed": told(self._batch), "table": asdict(self.table)}
+        with backend.together("checking the request"):
+            self.mixes = plan_mixes(anatomy, config.prune, self.table)
+
+    def replanned(self, mix: Mix) -> list[Mix]:
+        """The mixes that meet the target once this one was timed beside the dense model, the table corrected by what was found: it
+        is among them where it is still the least that does. A collective."""
+        whole, cut = self._on_main(lambda: (self._layers.seconds(), self._layers.seconds_of(mix)))
+        before = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
+        self.table = self.table.corrected(mix, whole.rest, whole.layer, cut.layer)
+        after = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
+        self.figures["corrected"] = {"mix": str(mix), "expected": before, "timed": after, "table": asdict(self.table)}
+        log.info("without %s: expected %.3f of the latency, timed %.3f", mix, before, after)
+        try:
+            return plan_mixes(self._anatomy, self._options, self.table)
+        except UserError as error:  # nothing meets it any more: the mix that came nearest stays, and the report says so
+            self.figures["corrected"]["missed"] = str(error)
+            return [mix]
 
     def time(self, which: str, model: nn.Module) -> None:
         """The latency of a model as the backend placed it. which: dense, then smaller. A collective."""
@@ -60,6 +82,12 @@ class LatencyTarget:
         self.figures[f"{which}_seconds"] = self._backend.everyone(seconds)[0]
         if which == "smaller":
             self.figures["ratio"] = self.figures["smaller_seconds"] / self.figures["dense_seconds"]
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """What the main rank measured, on every rank."""
+        with self._backend.together("measuring latency"):
+            found = work() if self._backend.is_main else None
+        return self._backend.everyone(found)[0]
 
 
 def inputs_of(config: PretrainedConfig, task: str, options: EvaluateConfig) -> Batch:
@@ -86,34 +114,56 @@ def forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> flo
     return min(_timed(run, device) for _ in range(_RUNS))
 
 
-def cost_table(
-    build: Callable[[PretrainedConfig], nn.Module],
-    config: PretrainedConfig,
-    anatomy: Anatomy,
-    options: PruneConfig,
-    batch: Batch,
-    device: torch.device,
-) -> Latency:
-    """Seconds of a layer at a few counts of each kind that may go, and of the rest of the model.
+class Timed(NamedTuple):
+    """Seconds of everything but the layers, and of one layer."""
 
-    build: a model of the same class from another config, with any finite weights, on the CPU. options: which kinds may
-    go, and the multiple that channels are kept at.
-    """
-    layers = tuple(range(min(_LAYERS, anatomy.num_layers)))
+    rest: float
+    layer: float
 
-    def layer_and_rest(**kept: int) -> tuple[float, float]:
+
+@dataclass(frozen=True)
+class Layers:
+    """Models of one class with fresh weights, to be timed at other widths. build: the model of a config, with any finite weights
+    of `dtype`, on the CPU."""
+
+    build: Callable[[PretrainedConfig], nn.Module]
+    config: PretrainedConfig
+    anatomy: Anatomy
+    dtype: torch.dtype
+    batch: Batch
+    device: torch.device
+
+    @property
+    def num(self) -> int:
+        """How many layers the timed models have."""
+        enough = math.ceil(_LAYERS_BYTES / (max(self.anatomy.layer_params) * self.dtype.itemsize))
+        return min(self.anatomy.num_layers, max(_LEAST_LAYERS, enough))
+
+    def seconds(self, **kept: int) -> Timed:
+        """kept: how many heads (KV groups) or channels every layer keeps; all of what is not named."""
+        layers = tuple(range(self.num))
         units = {kind: dict.fromkeys(layers, tuple(range(count))) for kind, count in kept.items()}
-        model = build(smaller_config(copy.deepcopy(config), anatomy, KeptUnits(layers, **units))).eval().to(device)
-        in_layers, whole = _least_in_layers(model, anatomy.layers_path, batch, device)
-        return in_layers / len(layers), whole - in_layers
+        config = smaller_config(copy.deepcopy(self.config), self.anatomy, KeptUnits(layers, **units))
+        model = self.build(config).eval().to(self.device)
+        in_layers, whole = _least_in_layers(model, self.anatomy.layers_path, self.batch, self.device)
+        return Timed(whole - in_layers, in_layers / len(layers))
 
-    layer, rest = layer_and_rest()
-    table = Latency(anatomy.num_layers, rest, layer)
-    for kind in ("heads", "channels"):
-        groups = anatomy.of_kind(kind) if kind in options.unit_kinds else ()
+    def seconds_of(self, mix: Mix) -> Timed:
+        """With what a mix leaves of every layer."""
+        gone = {kind: getattr(mix, kind) for kind in _KINDS}
+        return self.seconds(**{k: self.anatomy.of_kind(k)[0].num_units - n for k, n in gone.items() if n})
+
+
+def cost_table(layers: Layers, options: PruneConfig) -> Latency:
+    """Seconds of a layer at a few counts of each kind that may go, and of the rest of the model. options: which kinds may go,
+    and the multiple that channels are kept at."""
+    rest, layer = layers.seconds()
+    table = Latency(layers.anatomy.num_layers, rest, layer)
+    for kind in _KINDS:
+        groups = layers.anatomy.of_kind(kind) if kind in options.unit_kinds else ()
         if groups and groups[0].num_units > 1:
             full, multiple = groups[0].num_units, options.multiple_of if kind == "channels" else 1
-            seconds = {count: layer_and_rest(**{kind: count})[0] for count in _counts(full, multiple)}
+            seconds = {count: layers.seconds(**{kind: count}).layer for count in _counts(full, multiple)}
             table = replace(table, **{kind: seconds | {full: layer}})
     log.info("measured %s", table)
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import resource
 import time
@@ -158,8 +159,7 @@ class _Run(TrainingStage):
         """Where a latency is asked for: what layers cost on this device, and the mixes that meet the target by that."""
         if self.config.prune.asks_latency:
             self.latency = LatencyTarget(self.source, self.config, self.anatomy, self.backend)
-            with self.backend.together("checking the request"):
-                self.mixes = units.plan_mixes(self.anatomy, self.config.prune, self.latency.table)
+            self.mixes = self.latency.mixes
 
     def load(self) -> None:
         self.model, self.dtypes = placed(self.source, self.backend)
@@ -222,7 +222,9 @@ class _Run(TrainingStage):
             mixes = self.cut.plan_mixes(self.anatomy, asked.model_copy(update={"sparsity": left})) if left else []
         if not mixes:
             return
-        kept, scores, trials = self.cut.remove_units(self.setting(self.model, self.splits.calibration), mixes, asked)
+        closer = {"replan": self.latency.replanned} if self.latency else {}
+        setting = self.setting(self.model, self.splits.calibration)
+        kept, scores, trials, shifts = self.cut.remove_units(setting, mixes, asked, **closer)
         self.backend.agree(kept.fingerprint(), "the kept units")
         if self.report.selection:
             self.report.earlier_rounds.append(self.report.selection)
@@ -238,11 +240,9 @@ class _Run(TrainingStage):
             "probe_steps": scores.steps,
             "kinked_gates": scores.kinked,
         }
-        bare = self.backend.unwrap(self.model)
-        config, dtype = smaller_config(bare.config, self.anatomy, kept), next(iter(self.dtypes.values()))
-        smaller = smaller_origin(
-            lambda: load.rebuild(self.source, config, dtype), self.model, self.anatomy, kept, self.backend
-        )
+        config = smaller_config(self.backend.unwrap(self.model).config, self.anatomy, kept)
+        build = functools.partial(load.rebuild, self.source, config, next(iter(self.dtypes.values())))
+        smaller = smaller_origin(build, self.model, self.anatomy, kept, self.backend, shifts)
         self.model, self.dtypes = self.backend.place(smaller), smaller.dtypes
         self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
         if self.cut is filters and self.config.prune.compensate:

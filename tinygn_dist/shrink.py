@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig
 from tinygn_dist.anatomy import Anatomy, Slice
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
-from tinygn_dist.units import KeptUnits
+from tinygn_dist.kept import KeptUnits
 
 
 def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) -> PretrainedConfig:
@@ -31,7 +32,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
     for stack in anatomy.stacks:
         stack.set_depth(small, len(stack.kept(kept.layers)))
     if kept.heads:
-        attention = family.attention
+        attention = family.attention or family.stack_heads
         groups = len(next(iter(kept.heads.values())))
         heads, kv_heads = getattr(config, attention.num_heads), getattr(config, attention.num_kv_heads)
         small.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -95,10 +96,16 @@ class Cut:
 
 
 def smaller_origin(
-    build: Callable[[], nn.Module], dense: nn.Module, anatomy: Anatomy, kept: KeptUnits, backend: Backend
+    build: Callable[[], nn.Module],
+    dense: nn.Module,
+    anatomy: Anatomy,
+    kept: KeptUnits,
+    backend: Backend,
+    shifts: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Origin:
     """The smaller model, to be placed by the backend, with the kept weights of the prepared `dense` one. build: makes it
-    from `smaller_config`. Placing it is a collective: one dense tensor at a time is whole on a rank."""
+    from `smaller_config`. shifts: added to the dense one's tensors of these names. Placing it is a collective: one dense
+    tensor at a time is whole on a rank."""
     bare = backend.unwrap(dense)
     # ZeRO-3 says the shape of a weight that is not there in its own way
     shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in bare.state_dict(keep_vars=True).items()}
@@ -109,6 +116,8 @@ def smaller_origin(
         whole = backend.whole(dense, source)
         if source in scales:
             whole = whole * scales[source]
+        if source in shifts:
+            whole = whole + shifts[source].to(whole)
         return cut.of(source, whole).reshape(-1)[low:high]
 
     def empty() -> tuple[nn.Module, Run]:

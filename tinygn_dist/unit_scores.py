@@ -53,12 +53,13 @@ def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: Inpu
 
 
 def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> str:
-    """What auto means for a kind. Experts have no solver, as layers have none: obs then means auto."""
-    if kind == "experts" and options.criterion in ("auto", "obs"):
-        return "removal" if groups and groups[0].num_units <= MANY else "activation"
-    if options.criterion != "auto":
+    """What auto and obs mean for a kind. Experts have no solver, and heads that several weights read have several."""
+    unsolved = kind in ("experts", "filters") or bool(groups and groups[0].also_read_by)
+    if options.criterion not in ("auto", "obs"):
         return options.criterion
-    return "obs" if kind == "channels" else "removal"
+    if kind == "experts" and groups and groups[0].num_units > MANY:
+        return "activation"
+    return "removal" if unsolved or options.criterion == "auto" and kind != "channels" else "obs"
 
 
 def _order_by_score(scores: UnitScores, setting: Setting, criterion: str, options: PruneConfig) -> None:

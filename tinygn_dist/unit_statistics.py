@@ -7,23 +7,27 @@ from collections.abc import Sequence
 import torch
 
 from tinygn_dist import score
-from tinygn_dist.anatomy import UnitGroup
+from tinygn_dist.anatomy import Target, UnitGroup
 from tinygn_dist.estimate.activations import InputMoments
 from tinygn_dist.estimate.setting import Setting
 
 
 def column_energies(setting: Setting, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
-    """||W_:,j||^2 sum x_j^2 of every input feature of the groups' outputs, over the data of all ranks."""
+    """||W_:,j||^2 sum w x_j^2 of every input feature of each group's output, over the data of all ranks, with the moments'
+    weights of tokens; the sum of all weights that read the group, where there are several."""
     assert moments is not None
-    targets = [setting.anatomy.target_of(group.output) for group in groups]
-    diagonals = [moments.moments.sum(moments.of(target)).diagonal().clone() for target in targets]
-    setting.backend.sum_over_data(diagonals)
-    energies = []
-    for target, diagonal in zip(targets, diagonals, strict=True):
+    read_by = [[setting.anatomy.target_of(module) for module, _ in group.readers] for group in groups]
+    squares = {
+        t.name: moments.moments.sum(moments.of(t)).diagonal()[: t.shape[1]].clone() for ts in read_by for t in ts
+    }
+    setting.backend.sum_over_data(list(squares.values()))
+
+    def energy(target: Target) -> torch.Tensor:
         weight = setting.backend.shard(setting.model, target).weight
         weight = target.matrix(setting.backend.gather(setting.model, target, weight))
-        energies.append(score.column_energy(weight, diagonal.float()))
-    return energies
+        return score.column_energy(weight, squares[target.name].float())
+
+    return [torch.stack([energy(target) for target in targets]).sum(0) for targets in read_by]
 
 
 def unit_magnitude(setting: Setting, group: UnitGroup) -> torch.Tensor:

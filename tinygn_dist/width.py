@@ -23,8 +23,8 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.activations import input_moments
 from tinygn_dist.estimate.directions import key_of, uniform
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.kept import KeptUnits, Removal
 from tinygn_dist.unit_scores import UnitScores
-from tinygn_dist.units import KeptUnits, Trial
 
 log = logging.getLogger(__name__)
 _CRITERIA = ("auto", "activation", "magnitude", "random")
@@ -63,9 +63,7 @@ def dense_params(anatomy: Anatomy) -> int:
     return anatomy.total_params
 
 
-def remove_units(
-    setting: Setting, candidates: Sequence[Mix], options: PruneConfig
-) -> tuple[KeptUnits, UnitScores, list[Trial]]:
+def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
     """Choose the dimensions that go. Nothing is changed in the live model: `shrink` takes them out. What stays is not re-fitted."""
     (mix,), group = candidates, setting.anatomy.hidden
     values = _scores(setting, options)
@@ -75,7 +73,7 @@ def remove_units(
         setting.notes.append("hidden dimensions: norms are scaled to their number, weights are not re-fitted")
     log.info("hidden dimensions that stay: %d of %d", len(kept), group.num_units)
     layers = tuple(range(setting.anatomy.num_layers))
-    return KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))}), scores, []
+    return Removal(KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))}), scores, [], {})
 
 
 def _scores(setting: Setting, options: PruneConfig) -> torch.Tensor:

@@ -26,6 +26,7 @@ from tests import plain
 from tests.contract.gradual_checks import gradual, resumed
 from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
+from tests.contract.unit_checks import stacks, to_a_latency
 from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
@@ -246,7 +247,7 @@ def units(backend: Backend) -> dict[str, str]:
     for case in UNIT_CASES:
         build = mixtral if case["pattern"] == "experts" else llama
         here, options = setting(backend, build()), PruneConfig(**case)
-        kept, _, trials = remove_units(here, plan_mixes(here.anatomy, options), options)
+        kept, _, trials, _ = remove_units(here, plan_mixes(here.anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
     return found
@@ -384,6 +385,8 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
         ("masks", lambda: masks(backend)),
         ("units", lambda: units(backend)),
         ("reconstructed", lambda: reconstructed(backend)),
+        ("stacks", lambda: stacks(backend)),
+        ("latency", lambda: None if offload != "none" else to_a_latency(backend, folder)),  # refused by the config
         ("training", lambda: training_keeps_zeros(backend, torch.float32, False)),
         ("training tied", lambda: training_keeps_zeros(backend, torch.float32, True)),
         ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 import transformers as hf
@@ -26,7 +27,7 @@ def llama(tied: bool = False) -> nn.Module:
         num_key_value_heads=2, head_dim=10, max_position_embeddings=64, tie_word_embeddings=tied,
         attn_implementation="eager", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return _seeded(config)
+    return seeded(config)
 
 
 def gpt2() -> nn.Module:
@@ -35,7 +36,7 @@ def gpt2() -> nn.Module:
         vocab_size=VOCAB, n_embd=32, n_inner=44, n_layer=2, n_head=4, n_positions=64, attn_implementation="eager",
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return _seeded(config)
+    return seeded(config)
 
 
 def mixtral() -> nn.Module:
@@ -45,12 +46,12 @@ def mixtral() -> nn.Module:
         num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
         attn_implementation="eager", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return _seeded(config)
+    return seeded(config)
 
 
-def _seeded(config: hf.PretrainedConfig) -> nn.Module:
+def seeded(config: hf.PretrainedConfig, auto: Any = hf.AutoModelForCausalLM) -> nn.Module:
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
+    model = auto.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))

@@ -78,7 +78,7 @@ UNIT_CASES = [
 def _units(backend: Backend, family: str, pattern: str, criterion: str, estimator: str = "auto") -> dict[str, Any]:
     setting = tiny.setting(family, backend, count=5)
     options = PruneConfig(pattern=pattern, criterion=criterion, estimator=estimator, sparsity=0.15, multiple_of=8)
-    kept, scores, trials = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, scores, trials, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
     return {
         "fingerprint": kept.fingerprint(),
         "kept": kept,
@@ -125,7 +125,7 @@ def _few_rows(backend: Backend, criterion: str, room: float) -> tuple[str, str]:
     setting = tiny.setting("llama", backend, count=1)
     masks = sparsify(setting, setting.anatomy.targets, options)
     channels = PruneConfig(pattern="channels", sparsity=0.15, multiple_of=8)
-    kept, _, _ = remove_units(setting, plan_mixes(setting.anatomy, channels), channels)
+    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, channels), channels)
     return masks.fingerprint(setting.model, backend), kept.fingerprint()
 
 

@@ -15,6 +15,7 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,16 @@ def write_inputs(folder: Path) -> None:
     (folder / "rows.txt").write_text("\n".join(texts[:200]), encoding="utf-8")
 
 
-layouts = pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
-)
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in names]
+
+
+layouts = pytest.mark.parametrize("layout", marked(LAYOUTS))
+spread = pytest.mark.parametrize("layout", marked(name for name in LAYOUTS if "offload" not in name))
 
 and_four = pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
-    + [pytest.param(f"{name}-4", marks=pytest.mark.slow) for name in AT_FOUR],
+    marked(LAYOUTS) + [pytest.param(f"{name}-4", marks=pytest.mark.slow) for name in AT_FOUR],
 )
 
 
@@ -150,6 +153,23 @@ def test_the_same_block_reconstruction(run: Any, layout: str):
     for name, facts in wanted.items():
         assert found[name]["zeros"] == facts["zeros"]
         assert found[name] == pytest.approx(facts, rel=2e-2 if "bf16" in name else 1e-4), name
+
+
+@layouts
+def test_the_same_units_of_several_stacks_as_one_process(run: Any, layout: str):
+    """T5, BART and ConvNeXt: what stays, every bit of the smaller model, and its loss."""
+    wanted, found = run("alone")["stacks"], run(layout)["stacks"]
+    assert len(wanted) == 3 and wanted.keys() == found.keys()
+    for name, (kept, weights, loss) in wanted.items():
+        assert found[name] == [kept, weights, pytest.approx(loss, rel=1e-6)], name
+
+
+@spread
+def test_the_same_units_to_a_latency_as_one_process(run: Any, layout: str):
+    """A parameter takes a second, so what the table says is what is built: 0.6 or less is left."""
+    wanted = run("alone")["latency"]
+    assert run(layout)["latency"] == wanted
+    assert 0 < wanted["left"] <= 0.6 and wanted["tried"] > 2
 
 
 @layouts

@@ -23,10 +23,10 @@ from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.budget import Mix
 from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import causal_lm, classification, continuation, decoder_start, seq2seq_lm
 from tinygn_dist.progress import Progress
 from tinygn_dist.shrink import smaller_config
-from tinygn_dist.units import KeptUnits
 
 LAYERS, HEADS, KV_HEADS, HIDDEN, WIDTH, EXPERTS, TOP_K, VOCAB = 4, 4, 2, 32, 48, 5, 2, 96
 _BASE = dict(
@@ -107,7 +107,7 @@ NO_HEADS = (
     "camembert",
 )
 SEVERAL_STACKS = ("t5", "mt5", "bart", "mbart", "convnext")
-NO_HEADS += ("electra", "distilbert", "vit", *SEVERAL_STACKS)
+NO_HEADS += ("electra", "distilbert", "vit", "bart", "mbart", "convnext")
 
 
 def removable(model_type: str) -> list[str]:
@@ -115,7 +115,7 @@ def removable(model_type: str) -> list[str]:
     kinds = ["layers"]
     if model_type == "qwen2_moe" or model_type in SEVERAL_STACKS:  # layers differ in size
         kinds = []
-    kinds += [] if model_type in NO_HEADS else ["heads"]
+    kinds += [] if model_type in NO_HEADS else ["heads"]  # of T5 by their number
     kinds += [] if model_type in (*MOE, "bloom", "convnext") else ["channels"]
     return kinds + (["experts"] if model_type in MOE else [])
 
@@ -213,7 +213,8 @@ def gated(setting: Setting, kept: KeptUnits):
             router = model.get_submodule(group.router)
             handles.append(router.register_forward_hook(lambda m, _, out, gone=gone: route(m, out[0], gone)))
         else:
-            hooks.append((model.get_submodule(group.output), InputGate((~gone).float(), group.output_width)))
+            readers = [(group.output, group.output_width), *group.also_read_by]
+            hooks += [(model.get_submodule(path), InputGate((~gone).float(), width)) for path, width in readers]
     for layer in set(range(LAYERS)) - set(kept.layers):
         hooks.append((model.get_submodule(anatomy.path_of(layer)), LayerGate(torch.tensor(0.0))))
     try:

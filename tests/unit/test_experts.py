@@ -210,7 +210,7 @@ def test_experts_are_removed(moe, criterion):
     """The pipeline's own path, from the plan to the smaller model; the report has every score."""
     options = PruneConfig(pattern="experts", counts={"experts": 2}, criterion=criterion, estimator="backprop")
     plan = plan_mixes(moe.anatomy, options)
-    kept, scores, _ = remove_units(moe, plan, options)
+    kept, scores, *_ = remove_units(moe, plan, options)
     groups = moe.anatomy.of_kind("experts")
     assert set(kept.experts) == {group.layer for group in groups}
     assert all(len(units) == EXPERTS - 2 for units in kept.experts.values())
@@ -230,7 +230,7 @@ def test_unrouted_experts_go_first(moe, caplog):
         real = sum(int(batch["attention_mask"].sum()) for batch in moe.batches)
         assert tokens.sum() == real * TOP_K
     options = PruneConfig(pattern="experts", counts={"experts": 1}, criterion="activation")
-    kept, _, _ = remove_units(moe, plan_mixes(moe.anatomy, options), options)
+    kept, *_ = remove_units(moe, plan_mixes(moe.anatomy, options), options)
     assert all(3 not in units for units in kept.experts.values())
     assert "no calibration token was routed to experts [3]" in caplog.text
 
@@ -241,7 +241,7 @@ def test_units_tries_mixes_with_experts(backend):
     options = PruneConfig(pattern="units", sparsity=0.4)
     plan = plan_mixes(moe.anatomy, options)
     assert any(mix.experts for mix in plan) and any(mix.layers for mix in plan)
-    kept, _, trials = remove_units(moe, plan, options)
+    kept, _, trials, _ = remove_units(moe, plan, options)
     best = min(trials, key=lambda trial: trial.loss)
     small = shrunk(moe, kept)
     with torch.no_grad():

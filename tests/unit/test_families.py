@@ -34,8 +34,9 @@ from tinygn_dist.estimate.probes import Probe, measure
 from tinygn_dist.estimate.restart import PrefixCache, running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.families import FAMILIES
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import causal_lm, seq2seq_lm
-from tinygn_dist.units import KeptUnits, plan_mixes, remove_units, unit_sizes
+from tinygn_dist.units import plan_mixes, remove_units, unit_sizes
 from tinygn_dist.weights import sparsify
 
 
@@ -60,13 +61,14 @@ def check_removal(setting: Setting, kinds: list[str], folder) -> None:
 
     before, after = (sum(p.numel() for p in m.parameters()) for m in (setting.model, small))
     gone = set(range(LAYERS)) - set(kept.layers)
-    if gone and len(setting.anatomy.stacks) > 1:
+    if len(setting.anatomy.stacks) > 1:
         promised = sum(setting.anatomy.layer_params[layer] for layer in gone)
-        promised += sum(
-            (group.num_units - len(units)) * group.unit_params
-            for group in setting.anatomy.groups
-            if (units := kept.of(group.kind).get(group.layer)) is not None
-        )
+        for group in setting.anatomy.groups:
+            units = kept.of(group.kind).get(group.layer, range(group.num_units))
+            for piece in group.slices:  # of heads some lie in layers that are gone
+                if setting.anatomy.layer_of(piece.tensor) not in gone:
+                    shape = setting.model.get_parameter(piece.tensor).shape
+                    promised += (group.num_units - len(units)) * piece.width * shape.numel() // shape[piece.dim]
     else:
         promised = unit_sizes(setting.anatomy).removed_params(mix)
     assert before - after == promised
@@ -95,7 +97,8 @@ def test_kinds(setting):
     found = [
         kind for kind in UNIT_KINDS if kind not in ("filters", "hidden") and unit_sizes(setting.anatomy).most(kind)
     ]
-    assert found == removable(setting.model.config.model_type)
+    by_count = ["heads"] if setting.anatomy.family.stack_heads else []
+    assert by_count + found == removable(setting.model.config.model_type)
     whole = {"hidden"} if setting.anatomy.hidden else set()
     assert set(UNIT_KINDS) - set(found) - whole == set(setting.anatomy.fixed)
 
@@ -109,7 +112,7 @@ def test_removed_equals_gated(model_type, kind, backend, tmp_path):
 def test_layers_of_every_stack_go_by_their_number(model_type, backend):
     setting = make_setting(build(model_type), backend)
     (mix,) = plan_mixes(setting.anatomy, PruneConfig(pattern="layers", counts={"layers": 2}))
-    kept, _, _ = remove_units(setting, [mix], PruneConfig(pattern="layers", counts={"layers": 2}))
+    kept, *_ = remove_units(setting, [mix], PruneConfig(pattern="layers", counts={"layers": 2}))
     assert kept.layers == (0, 2), "the first layer of each stack stays"
     with pytest.raises(UserError, match="asks 3 layers to go"):
         plan_mixes(setting.anatomy, PruneConfig(pattern="layers", counts={"layers": 3}))
@@ -186,9 +189,41 @@ def test_two_of_four_along_inputs(setting, criterion):
 @pytest.mark.parametrize("model_type", NO_HEADS)
 def test_fixed_heads_name_the_reason(model_type):
     reasons = dict(olmo2="run over all heads", olmoe="run over all heads", convnext="no attention")
-    reason = reasons.get(model_type, "share one position bias" if "t5" in model_type else "derives head_dim from")
+    reason = reasons.get(model_type, "derives head_dim from")
     with pytest.raises(UserError, match=f"heads cannot be removed: .*{reason}"):
         plan_mixes(on_meta(model_type), PruneConfig(pattern="heads", sparsity=0.1))
+
+
+@pytest.mark.parametrize("criterion", ["auto", "obs", "activation", "magnitude", "gate"])
+def test_heads_of_t5_go_from_every_layer_of_a_stack(criterion, backend):
+    """By number only; what is left of the live model computes what the smaller one will, whichever heads of each stack went."""
+    setting = make_setting(build("t5"), backend)
+    asked = PruneConfig(pattern="heads", counts={"heads": 1}, criterion=criterion, estimator="finite-difference")
+    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, asked), asked)
+    assert {layer: len(units) for layer, units in kept.heads.items()} == {0: 3, 2: 3}
+    small = shrunk(setting, kept)
+    assert small.config.num_heads == 3 and small.config.d_kv == 16
+    close(logits(small, setting.batches[0]), logits(setting.model, setting.batches[0]))
+
+
+def test_the_head_of_t5_that_goes_is_the_one_whose_loss_is_least(backend):
+    setting = make_setting(build("t5"), backend)
+    asked = PruneConfig(pattern="heads", counts={"heads": 1}, compensate=False)
+    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, asked), asked)
+    setting = make_setting(build("t5"), backend)
+    for stack in (0, 2):
+        losses = {}
+        for gone in range(4):
+            stays = tuple(head for head in range(4) if head != gone)
+            with torch.no_grad(), gated(setting, KeptUnits(tuple(range(LAYERS)), heads={stack: stays})):
+                losses[stays] = sum(float(setting.objective(setting.model, b).total.sum()) for b in setting.batches)
+        assert kept.heads[stack] == min(losses, key=losses.get)
+
+
+@pytest.mark.parametrize("asked", [dict(sparsity=0.1), dict(counts={"heads": 4})])
+def test_heads_of_t5_go_by_their_number(asked):
+    with pytest.raises(UserError, match="share one position bias.*prune.counts|asks 4 heads to go"):
+        plan_mixes(on_meta("t5"), PruneConfig(pattern="heads", **asked))
 
 
 def test_some_configs_fix_heads():

@@ -21,11 +21,11 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.probes import single_units
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import classification
 from tinygn_dist.progress import Progress
 from tinygn_dist.shrink import smaller_config
 from tinygn_dist.unit_scores import score_units
-from tinygn_dist.units import KeptUnits
 from tinygn_dist.vgg import VggConfig, VggForImageClassification
 
 SIDE = 16
@@ -208,7 +208,7 @@ def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(backend
     for uneven in (False, True):
         options = asked.model_copy(update={"uneven": uneven})
         mixes = filters.plan_mixes(setting.anatomy, options)
-        kept, scores, _ = filters.remove_units(setting, mixes, options)
+        kept, scores, *_ = filters.remove_units(setting, mixes, options)
         left = filters.params_left(setting.anatomy, {index: len(units) for index, units in kept.filters.items()})
         assert left <= round(0.6 * setting.anatomy.total_params)
         lost = [

@@ -69,20 +69,38 @@ def test_the_table_is_measured_on_smaller_models_of_the_class(monkeypatch):
     monkeypatch.setattr(latency, "_least_in_layers", count)
     anatomy, model = on_meta("qwen3", num_hidden_layers=6), build("qwen3", num_hidden_layers=6)
     batch = latency.inputs_of(model.config, "causal-lm", EvaluateConfig(batch_size=2, prefill_tokens=10))
-    table = latency.cost_table(
+    layers = latency.Layers(
         lambda config: auto_class(config).from_config(config),
         model.config,
         anatomy,
-        PruneConfig(pattern="units", multiple_of=16),
+        torch.float32,
         batch,
         torch.device("cpu"),
     )
+    assert layers.num == 6  # they weigh far less than a GiB
+    monkeypatch.setattr(latency, "_LAYERS_BYTES", 4 * 4 * max(anatomy.layer_params))
+    table = latency.cost_table(layers, PruneConfig(pattern="units", multiple_of=16))
     layer, head, channel = anatomy.layer_params[0], *(anatomy.of_kind(k)[0].unit_params for k in ("heads", "channels"))
     assert table.layers == 6 and table.layer == layer and table.rest == 7
     assert table.heads == {2: layer, 1: layer - head}
     assert table.channels == {n: layer - (WIDTH - n) * channel for n in (16, 32, WIDTH)}
     assert {config.num_hidden_layers for config in seen} == {4}
     assert (model.config.num_hidden_layers, model.config.intermediate_size) == (6, WIDTH)
+    seen.clear()
+    cut = layers.seconds_of(Mix(layers=2, heads=1, channels=16))
+    assert cut.layer == layer - head - 16 * channel and len(seen) == 1
+
+
+def test_a_corrected_table_agrees_with_what_was_timed():
+    """24 channels fewer were expected to save 4 of 20 seconds a layer and saved 2 of 18: so all savings are halved."""
+    table = TABLE.corrected(Mix(layers=1, channels=24), rest=10.0, layer=18.0, cut=16.0)
+    assert (table.rest, table.layer, table.layers) == (10, 18, 4)
+    assert table.heads == {1: 15.5, 2: 18.0} and table.channels == {8: 13.0, 24: 16.0, 48: 18.0}
+    assert table.removed_seconds(Mix(layers=1, channels=24)) == 18 + 3 * 2
+    whole = TABLE.corrected(
+        Mix(layers=2), rest=10.0, layer=10.0, cut=10.0
+    )  # nothing of a layer was cut: all alike faster
+    assert whole.channels == {8: 5.0, 24: 8.0, 48: 10.0}
 
 
 def test_stamps_enclose_the_layers_of_every_forward(monkeypatch):
@@ -92,7 +110,7 @@ def test_stamps_enclose_the_layers_of_every_forward(monkeypatch):
     model = build("llama")
     batch = latency.inputs_of(model.config, "causal-lm", EvaluateConfig(prefill_tokens=8))
     inside, whole = latency._least_in_layers(model, "model.layers", batch, torch.device("cpu"))
-    assert (inside, whole) == (1, 3) and next(readings) == 2 + 4 * 7  # the warm-up is not timed
+    assert (inside, whole) == (1, 3) and next(readings) == 2 + 4 * 5  # the warm-up is not timed
     assert not model.model.layers[0]._forward_pre_hooks and not model.model.layers[-1]._forward_hooks
 
 
@@ -106,17 +124,23 @@ def test_images_and_positions_bound_what_is_timed():
     assert latency.told(words) == "1 x 62 tokens"
 
 
-def test_a_run_meets_the_table_and_reports_both_seconds(monkeypatch, saved_model, tmp_path):
-    """Of 80 seconds of 3 layers 24 must go: 32 channels save 3 * 7, 40 save 3 * 10: so 40 go."""
+@pytest.mark.parametrize(("timed", "kept"), [(10.0, 8), (14.0, 8), (4.0, 16)])
+def test_a_run_meets_the_table_and_reports_both_seconds(monkeypatch, saved_model, tmp_path, timed: float, kept: int):
+    """Of 80 seconds of 3 layers 24 must go: 32 channels save 3 * 7, 40 save 3 * 10: so 40 go. A layer without them then takes
+    `timed` seconds: as expected; longer, and nothing is left to cut; less, and 32 are enough."""
     monkeypatch.setattr(latency, "cost_table", lambda *_: replace(TABLE, layers=3))
+    monkeypatch.setattr(latency.Layers, "seconds", lambda _, **kept: latency.Timed(20.0, timed if kept else 20.0))
     asked = {"model.name": str(saved_model("llama")), "output.dir": str(tmp_path / "out")}
     asked |= {"prune.pattern": "channels", "prune.target": "latency=0.7", "prune.multiple_of": 8}
     asked |= {"data.seq_len": 16, "data.num_samples": 2, "data.eval_samples": 1, "evaluate.latency": False}
     report = compress(load_config(None, asked))
-    assert all(len(units) == 8 for units in report.selection["kept"]["channels"].values())
+    assert all(len(units) == kept for units in report.selection["kept"]["channels"].values())
     told = report_of(tmp_path / "out")["latency"]
     assert told["ratio"] == pytest.approx(told["smaller_seconds"] / told["dense_seconds"]) and told["dense_seconds"] > 0
     assert told["table"]["layer"] == 20 and told["timed"] == "1 x 126 tokens"
+    assert told["corrected"]["expected"] == pytest.approx(50 / 80)
+    assert told["corrected"]["timed"] == pytest.approx((20 + 3 * timed) / 80)
+    assert ("cannot reach" in told["corrected"].get("missed", "")) == (timed > 12)
     assert "latency of 1 x 126 tokens" in report.to_markdown() and report.asked() == "channels latency=0.7"
 
 
@@ -134,16 +158,24 @@ def test_what_cannot_be_reached_is_refused_before_weights(model_type: str, asked
         units.plan_mixes(anatomy, options, TABLE)
 
 
-def _table_of_rank(backend) -> Latency:
+def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:
     """What a rank holds when each would have measured something else."""
-    config = load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"})
+    config = load_config(
+        None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"} | {"prune.multiple_of": 8}
+    )
     source = SimpleNamespace(config=build("llama").config, task="causal-lm", options=config.model, gguf_file=None)
-    with patch.object(latency, "cost_table", lambda *_: replace(TABLE, rest=20.0 + backend.rank)):
-        return latency.LatencyTarget(source, config, on_meta("llama"), backend).table
+    timed = latency.Timed(20.0 + backend.rank, 20.0)
+    with (
+        patch.object(latency, "cost_table", lambda *_: replace(TABLE, rest=20.0 + backend.rank)),
+        patch.object(latency.Layers, "seconds", lambda *_, **kept: timed._replace(layer=10.0) if kept else timed),
+    ):
+        target = latency.LatencyTarget(source, config, on_meta("llama"), backend)
+        return target.table, target.replanned(Mix(channels=40)), target.table
 
 
 def test_every_rank_uses_the_main_ranks_table(process_groups):
-    assert process_groups(2).call(_table_of_rank) == [TABLE, TABLE]
+    one, two = process_groups(2).call(_table_of_rank)
+    assert one == two and one[0] == TABLE and one[2].rest == 20
 
 
 @pytest.mark.parametrize("more", [{"schedule.kind": "iterative", "recover.steps": 9}, {"distributed.offload": "cpu"}])

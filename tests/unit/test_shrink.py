@@ -14,8 +14,9 @@ from tinygn_dist.anatomy import Anatomy, read_anatomy
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
+from tinygn_dist.kept import KeptUnits
 from tinygn_dist.shrink import smaller_config
-from tinygn_dist.units import KeptUnits, plan_mixes, unit_sizes
+from tinygn_dist.units import plan_mixes, unit_sizes
 
 CHANNELS = {0: list(range(0, 16)), 1: list(range(20, 36)), 2: [0, *range(30, 45)]}  # what goes; layers differ
 HEADS = {0: [0], 1: [1], 2: [0]}

@@ -24,9 +24,9 @@ def test_every_pattern_has_four_rows_and_the_dense_model_two(training: ModuleTyp
 
 def test_a_table_goes_on_after_the_rows_it_holds(training: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "rows.md"
-    table = training.Table(path, "settings")
+    table = training.Table(path, "settings", training.HEAD, 3)
     table.add("50%", "one-shot", "alone", "25.58", "37.08")
-    again = training.Table(path, "settings")
+    again = training.Table(path, "settings", training.HEAD, 3)
     assert again.has("50%", "one-shot", "alone")
     assert not again.has("50%", "one-shot", "distilled")
     again.add("50%", "one-shot", "distilled", "25.58", "37.08")
@@ -40,6 +40,6 @@ def test_a_table_goes_on_after_the_rows_it_holds(training: ModuleType, tmp_path:
 
 
 def test_a_table_of_other_settings_is_not_mixed(training: ModuleType, tmp_path: Path) -> None:
-    training.Table(tmp_path / "rows.md", "40 steps")
+    training.Table(tmp_path / "rows.md", "40 steps", training.HEAD, 3)
     with pytest.raises(SystemExit, match="is of '40 steps', asked was '80 steps'"):
-        training.Table(tmp_path / "rows.md", "80 steps")
+        training.Table(tmp_path / "rows.md", "80 steps", training.HEAD, 3)

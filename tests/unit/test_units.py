@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import plain, tiny
+from tinygn_dist import units
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
@@ -100,7 +101,7 @@ CHOICES = [("layers", 0.3), ("heads", 0.1), ("channels", 0.2), ("units", 0.4)]
 def test_the_live_model_computes_what_the_smaller_one_will(
     backend, no_backward, family: str, pattern: str, sparsity: float
 ):
-    """After remove_units the dense-shaped model is zeroed and re-fitted; cutting it must not change the outputs; as
+    """After remove_units the dense-shaped model is zeroed, re-fitted and its biases shifted; cutting it must not change the outputs; as
     many units are gone as were planned; the loss told for the chosen mix is the loss of the result."""
     if pattern == "heads" and family in tiny.FIXED_HEADS:
         assert not read_anatomy(tiny.build(family), needs_units=True).of_kind("heads")
@@ -108,7 +109,10 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     setting = tiny.setting(family, backend)
     options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probe_samples=64)
     candidates = plan_mixes(setting.anatomy, options)
-    kept, _, trials = remove_units(setting, candidates, options)
+    kept, _, trials, shifts = remove_units(setting, candidates, options)
+    with torch.no_grad():  # what the live model lacks until it is cut
+        for name, shift in shifts.items():
+            setting.model.get_parameter(name).add_(shift)
     small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
     small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
     small.tie_weights()
@@ -133,7 +137,7 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
     def losses(candidates: list[Mix] | None = None) -> dict[Mix, float]:
         setting = tiny.setting("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
         options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probe_samples=64)
-        _, _, trials = remove_units(setting, candidates or plan_mixes(setting.anatomy, options), options)
+        _, _, trials, _ = remove_units(setting, candidates or plan_mixes(setting.anatomy, options), options)
         return {trial.mix: trial.loss for trial in trials}
 
     everything = losses()
@@ -145,6 +149,33 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
     fewer = losses(sorted({last, *largest}))
     assert fewer.keys() < everything.keys()
     assert all(everything[mix] == loss for mix, loss in fewer.items())
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_report_says_how_many_mixes_were_left_out(backend, most: int):
+    setting = tiny.setting("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
+    options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, most_mixes=most)
+    candidates = plan_mixes(setting.anatomy, options)
+    kept, _, trials, _ = remove_units(setting, candidates, options)
+    assert len(trials) == most < len(candidates)
+    (note,) = [note for note in setting.notes if "left out" in note]
+    assert note.startswith(f"{len(trials)} of the mixes") and f"{len(candidates) - len(trials)} left out" in note
+    assert 6 - len(kept.layers) == min(trials, key=lambda trial: trial.loss).mix.layers
+
+
+@pytest.mark.parametrize(("tokens", "micro_batches"), [(20, 1), (21, 2), (10**6, 3)])
+def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, tokens: int, micro_batches: int):
+    """Three micro-batches of two sequences of ten tokens; the mixes are measured on all."""
+    monkeypatch.setattr(units, "_PROBE_TOKENS", tokens)
+    setting = tiny.setting("llama", backend)
+    options = PruneConfig(pattern="units", sparsity=0.4, multiple_of=8, probe_adaptive=False)
+    kept, scores, trials, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    assert scores.forwards == micro_batches * len(scores.table) > 0
+    small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
+    small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
+    assert not shifts and mean_loss(small, setting.batches, "llama") == pytest.approx(
+        min(trial.loss for trial in trials), rel=1e-4
+    )
 
 
 def test_refitting_lowers_the_loss_of_the_layer_outputs(backend):
@@ -162,7 +193,7 @@ def test_refitting_lowers_the_loss_of_the_layer_outputs(backend):
 def test_counts_are_met_exactly(backend):
     setting = tiny.setting("llama", backend)
     options = PruneConfig(pattern="units", counts={"layers": 1, "heads": 1, "channels": 7})
-    kept, _, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
     assert len(kept.layers) == 2 and set(kept.heads) == set(kept.channels) == set(kept.layers)
     assert {len(u) for u in kept.heads.values()} == {1} and {len(u) for u in kept.channels.values()} == {41}
 
@@ -174,7 +205,7 @@ def test_every_criterion_removes_the_same_number(backend, no_backward, criterion
         pattern="channels", sparsity=0.2, multiple_of=8, criterion=criterion, estimator="finite-difference"
     )
     (mix,) = plan_mixes(setting.anatomy, options)
-    kept, _, _ = remove_units(setting, [mix], options)
+    kept, *_ = remove_units(setting, [mix], options)
     assert mix.channels > 0 and {len(u) for u in kept.channels.values()} == {48 - mix.channels}
 
 
@@ -185,15 +216,18 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
     asked = dict(counts={"channels": 32}, probe_channels=16, compensate=False, probe_samples=64)
     wanted: dict[int, list[int]] = {}
     for layer in range(3):
-        weight, seen = plain.columns_of(model, "llama", layer, "channels"), []
-        handle = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.append(args[0].detach())
-        )
+        weight, seen, here = plain.columns_of(model, "llama", layer, "channels"), [], model.model.layers[layer]
+        handles = [
+            here.mlp.down_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach())),
+            here.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.detach())),
+        ]
         rows = []
         for batch in setting.batches:
             plain.logits(model, batch)
-            rows.append(seen.pop()[batch["attention_mask"].bool()])
-        handle.remove()
+            stream, inputs = seen.pop(), seen.pop()  # a token counts by the size of the stream it is added to
+            rows.append((inputs / stream.square().mean(-1, keepdim=True).sqrt())[batch["attention_mask"].bool()])
+        for handle in handles:
+            handle.remove()
         energy = torch.cat(rows).square().sum(0) * weight.square().sum(0)
         blocks = energy.argsort().split(16)
         cost = [
@@ -204,7 +238,7 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
         gone = set(torch.cat([blocks[i] for i in best]).tolist())
         wanted[layer] = [unit for unit in range(96) if unit not in gone]
     options = PruneConfig(pattern="channels", criterion="removal", **asked)
-    kept, _, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
     assert {layer: list(units) for layer, units in kept.channels.items()} == wanted
 
 

@@ -50,7 +50,7 @@ def test_cut_dimensions_equal_zeroed_ones(model_type: str, tied: bool, backend, 
     never_read(model, UNREAD)
     setting = make_setting(model, backend)
     options = HALF.model_copy(update={"sparsity": len(UNREAD) / HIDDEN - 0.02})
-    kept, _, _ = width.remove_units(setting, width.plan_mixes(setting.anatomy, options), options)
+    kept, *_ = width.remove_units(setting, width.plan_mixes(setting.anatomy, options), options)
     assert sorted(set(range(HIDDEN)) - set(kept.hidden[0])) == UNREAD
     before = [logits(model, batch) for batch in setting.batches]
     config = smaller_config(model.config, setting.anatomy, kept)

@@ -66,7 +66,8 @@ class FSDP2(Backend):
             return model, self._accelerator.prepare_optimizer(optimizer)
         for name, asked in self._wrapping.items():  # settled by the first model, which need not be of this class
             setattr(self._accelerator.state.fsdp_plugin, name, asked)
-        fsdp2_prepare_model(self._accelerator, model)
+        with _embeddings_in_one_group(model):
+            fsdp2_prepare_model(self._accelerator, model)
         model.set_reshard_after_forward(True)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not whole, f"{whole[0]} is not sharded"
@@ -252,3 +253,26 @@ class FSDP2(Backend):
         num_ranks = dist.get_world_size(group)
         length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
         return Slices(shape, 0, length, dist.get_rank(group), num_ranks, group)
+
+
+@contextlib.contextmanager
+def _embeddings_in_one_group(model: nn.Module) -> Iterator[None]:
+    """Accelerate gives the input embedding, with a head tied to it, a group of its own, and torch refuses a weight that two groups
+    see. Where other modules have the weight too (both stacks of an encoder-decoder), or a model has no input embedding, it is
+    kept from looking: all of them then lie in the root's group."""
+    try:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except NotImplementedError:  # of images
+        embedding = head = None
+    weight = getattr(embedding, "weight", None)
+    holders = [module for module in model.modules() if getattr(module, "weight", None) is weight]
+    hidden = ("get_input_embeddings", "get_output_embeddings")
+    if weight is not None and all(module is embedding or module is head for module in holders):
+        hidden = ()
+    try:
+        for name in hidden:
+            setattr(model, name, lambda: None)
+        yield
+    finally:
+        for name in hidden:
+            delattr(model, name)

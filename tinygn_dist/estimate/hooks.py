@@ -125,6 +125,21 @@ class LayerGate(ModelHook):
         return with_first(output, gated)
 
 
+class _OutputShift(ModelHook):
+    def __init__(self, shift: torch.Tensor) -> None:
+        self.shift = shift
+
+    def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return output + self.shift.to(output.device, output.dtype)
+
+
+def shifted(bare: nn.Module, shifts: Mapping[str, torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Inside the context these biases, by their names, are larger by so much."""
+    return attached(
+        [(bare.get_submodule(name.rpartition(".")[0]), _OutputShift(shift)) for name, shift in shifts.items()]
+    )
+
+
 class Observer(ModelHook):
     """Calls `seen(input, output)` with a module's first input and output; `output` is None for inputs only."""
 
