@@ -54,6 +54,8 @@ class Compressor:
         self.config = config
         self.backend = make_backend(config.distributed, accelerator)
         self.masks: GradualMasks | None = None
+        self._targets: tuple[Target, ...] | None = None
+        """what gets masks; None before `compress`, and none where units go"""
         self._progress = Progress(shown=self.backend.is_main)
         self._saved_in: Path | None = None
         self.backend.on_state(self.save_state, self.load_state)
@@ -87,7 +89,7 @@ class Compressor:
         if prune.unit_kinds:
             prune = meet_target(prune, self._anatomy, skeleton, dense_params(self._anatomy))
             mixes = plan_mixes(self._anatomy, prune)
-        self._targets: tuple[Target, ...] = ()
+        self._targets = ()
         if not mixes:
             self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)
             weights.check(self._anatomy, self._targets, prune)
@@ -125,8 +127,13 @@ class Compressor:
         num_steps: optimizer steps of the whole training, which a schedule divides; only steps of the first optimizer
         that really move weights count. after_update: called when masks changed. Nothing to do where units were removed.
         """
+        self._need_compressed()
         if not self._targets:
             return
+        if not optimizers:
+            raise UserError(
+                "attach() got no optimizer; call attach(model, optimizer) with what accelerator.prepare returned"
+            )
         schedule = self.config.schedule
         if schedule.changes and not num_steps:
             raise UserError(
@@ -158,6 +165,7 @@ class Compressor:
 
         Raises UserError when the folder is not empty (without output.overwrite) or the masks no longer hold.
         """
+        self._need_compressed()
         if self._targets and self.masks is None:
             raise UserError("no masks were chosen; call attach() after prepare() and before training")
         if self.masks is not None and (wrong := self.masks.masks.violations(model, self.backend)):
@@ -173,6 +181,12 @@ class Compressor:
             self.backend.together("writing the checkpoint"),
         ):
             export.write_checkpoint(draft, model, {}, processor, output.max_shard_gib, self.backend)
+
+    def _need_compressed(self) -> None:
+        if self._targets is None:
+            raise UserError(
+                "nothing is compressed yet; call model = compressor.compress(model, tokenizer) before prepare()"
+            )
 
     # -- checkpoints that somebody else writes -------------------------------------------------------------------------
     def save_state(self, folder: Path) -> None:

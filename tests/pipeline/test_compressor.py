@@ -141,6 +141,16 @@ def test_several_optimizers_and_a_skipped_step(started):
     assert compressor.masks.history[-1].sparsity == 0.5
 
 
+def test_forgotten_calls_are_told(started, tmp_path: Path):
+    compressor, model, tokenizer = started()
+    with pytest.raises(UserError, match="got no optimizer"):
+        compressor.attach(model)
+    anew = Compressor(compressor.config, Accelerator(cpu=True))
+    for call in (lambda: anew.attach(model, None), lambda: anew.save_pretrained(model, tmp_path / "out", tokenizer)):
+        with pytest.raises(UserError, match="call model = compressor.compress"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("asked", "steps", "message"),
     [
