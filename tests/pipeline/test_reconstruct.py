@@ -23,6 +23,7 @@ def test_layers_come_closer_to_the_dense_model(
     compress, saved_model, text_file, tmp_path, pattern: str, sparsity: float, layers: int
 ):
     asked = [f"--pattern={pattern}", f"--sparsity={sparsity}", "--data", text_file]
+    asked.append("--prune.compensate=false")  # a re-fit of units leaves nothing to gain on so small a model
     done = compress(saved_model("llama"), tmp_path / "plain", *asked, *TUNED, "--prune.reconstruct=0")
     assert done.code == 0, done.err
     assert report_of(tmp_path / "plain")["reconstruction"] == {}
