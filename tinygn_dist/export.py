@@ -169,7 +169,7 @@ def write_checkpoint(
         if not backend.is_main or failure is not None:
             continue
         try:
-            checkpoint = checkpoint or _Checkpoint(folder, backend.unwrap(model), dtypes, processor, max_shard_gib)
+            checkpoint = checkpoint or _Checkpoint(folder, model, backend, dtypes, processor, max_shard_gib)
             checkpoint.add(name, tensor)
         except Exception as error:
             failure = error
@@ -187,13 +187,18 @@ class _Checkpoint:
     one by one): each tensor is converted alone, and those that can only be converted together wait for each other."""
 
     def __init__(
-        self, folder: Path, bare: nn.Module, dtypes: Mapping[str, torch.dtype], processor: Any, max_shard_gib: float
+        self,
+        folder: Path,
+        model: nn.Module,
+        backend: Backend,
+        dtypes: Mapping[str, torch.dtype],
+        processor: Any,
+        max_shard_gib: float,
     ) -> None:
+        bare = backend.unwrap(model)
         self._bare, self._dtypes, self._waiting = bare, dtypes, {}
         state = {
-            name: torch.empty(
-                getattr(tensor, "ds_shape", tensor.shape), dtype=dtypes.get(name, tensor.dtype), device="meta"
-            )
+            name: torch.empty(backend.shape(tensor), dtype=dtypes.get(name, tensor.dtype), device="meta")
             for name, tensor in tensors_of(bare).items()
         }
         stored = revert_weight_conversion(bare, dict(state))

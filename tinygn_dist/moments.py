@@ -31,13 +31,10 @@ class Moments:
             self._sums[name] = contribution.to(torch.float64, copy=True)
 
     def add_gram(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add sum_t w_t x_t x_t^T of one micro-batch's (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) sum. Only
-        what lies on and above the diagonal, in blocks of rows: `fill_gram` does the rest, once for all micro-batches; until then
-        a CPU does not even give the memory below the diagonal."""
-        left, width = rows if weights is None else rows * weights[:, None], rows.shape[1]
-        self.reserve(name, (width, width), rows.device)
-        for start, stop in _blocks(width):
-            _add_in_cache(self._sums[name][start:stop, start:], left[:, start:stop].t() @ rows[:, start:])
+        """Add one micro-batch's Gram matrix (see the function of this name) to an (in, in) sum; `fill_gram` completes it, once
+        for all micro-batches."""
+        self.reserve(name, (rows.shape[1],) * 2, rows.device)
+        add_gram(self._sums[name], rows, weights)
 
     def fill_gram(self, name: str) -> None:
         """Complete a sum of `add_gram`."""
@@ -80,8 +77,17 @@ class Moments:
         self._sums = dict(state)
 
 
+def add_gram(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Add sum_t w_t x_t x_t^T of (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) fp64 total. Only what lies on and
+    above the diagonal, in blocks of rows: `fill_below` does the rest; until then a CPU does not even give the memory below the
+    diagonal."""
+    left = rows if weights is None else rows * weights[:, None]
+    for start, stop in _blocks(rows.shape[1]):
+        _add_in_cache(total[start:stop, start:], left[:, start:stop].t() @ rows[:, start:])
+
+
 def fill_below(gram: torch.Tensor) -> torch.Tensor:
-    """A sum of `Moments.add_gram`, (in, in), completed in place: what lies below the diagonal blocks is what lies above them."""
+    """A sum of `add_gram`, (in, in), completed in place: what lies below the diagonal blocks is what lies above them."""
     for start, stop in _blocks(len(gram)):
         gram[stop:, start:stop] = gram[start:stop, stop:].t()
     return gram

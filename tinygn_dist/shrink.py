@@ -107,8 +107,7 @@ def smaller_origin(
     from `smaller_config`. shifts: added to the dense one's tensors of these names. Placing it is a collective: one dense
     tensor at a time is whole on a rank."""
     bare = backend.unwrap(dense)
-    # ZeRO-3 says the shape of a weight that is not there in its own way
-    shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in bare.state_dict(keep_vars=True).items()}
+    shapes = {name: backend.shape(t) for name, t in bare.state_dict(keep_vars=True).items()}
     cut, scales = Cut(anatomy, kept, shapes), norm_scales(anatomy, kept)
 
     def run(name: str, low: int, high: int) -> torch.Tensor:

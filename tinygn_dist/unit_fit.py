@@ -27,11 +27,15 @@ def with_bias(setting: Setting, targets: Sequence[Target], options: PruneConfig)
     if not options.compensate:
         return frozenset()
     biased = [t for t in targets if getattr(setting.bare.get_submodule(t.module), "bias", None) is not None]
-    names = (sorted({t.module.rpartition(".")[2] for t in some}) for some in (targets, biased))
-    without = sorted(set(next(names)).difference(next(names)))
+    without = sorted(_leaves(targets) - _leaves(biased))
     if without:
         setting.notes.append(f"no bias takes up the mean of what removed units gave {', '.join(without)}: it has none")
     return frozenset(target.name for target in biased)
+
+
+def _leaves(targets: Sequence[Target]) -> set[str]:
+    """The last names of their modules, such as o_proj."""
+    return {target.module.rpartition(".")[2] for target in targets}
 
 
 def fit_jobs(setting: Setting, moments: InputMoments, groups: Sequence[UnitGroup], biased: frozenset[str]) -> list[Job]:

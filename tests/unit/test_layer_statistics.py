@@ -88,7 +88,8 @@ def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
 def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(family: str) -> None:
     """Against whole forwards of a second model, whose layers are solved one after the other by hand."""
     options = IN_GROUPS.model_copy(update=FORWARD | {"allocation": 0.0})
-    setting, by_hand = (tiny.setting(family, count=6, size=4, length=12) for _ in range(2))
+    # few tokens leave Gram matrices so near to singular that rounding moves what is solved on them by some per cent
+    setting, by_hand, at_once = (tiny.setting(family, count=48, size=4, length=16) for _ in range(3))
     weights.sparsify(setting, setting.anatomy.targets, options)
     with fast_products(setting.backend.device):  # a tie goes by the last bit of a product
         for layer in range(setting.anatomy.num_layers):
@@ -97,18 +98,12 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
                 weight = target.matrix(by_hand.bare.get_parameter(target.parameter).data)
                 solved = obs.prune(weight, gram.float(), round(0.5 * target.numel), row_energy=torch.ones(len(weight)))
                 weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
-    at_once = tiny.setting(family, count=6, size=4, length=12)
     weights.sparsify(at_once, at_once.anatomy.targets, options.model_copy(update={"gram_gib": 16.0}))
     apart = []
-    for target in by_hand.anatomy.targets:
-        wanted, found, other = (
-            target.matrix(s.bare.get_parameter(target.parameter).detach()) for s in (by_hand, setting, at_once)
-        )
-        # rounding of a near-singular Gram matrix may flip a tie, and the rest of that row makes up for another weight then
-        flipped = (found == 0) != (wanted == 0)
-        assert int(flipped.sum()) <= 0.005 * target.numel, target.name
-        alike = ~flipped.any(1)
-        assert float((found - wanted)[alike].norm()) <= 0.05 * float(wanted.norm()), target.name
+    for target in by_hand.anatomy.targets:  # rounding of a near-singular Gram matrix may flip a tie
+        wanted, found, other = (s.bare.get_parameter(target.parameter).detach() for s in (by_hand, setting, at_once))
+        assert int(((found == 0) != (wanted == 0)).sum()) <= 0.005 * target.numel, target.name
+        assert float((found - wanted).norm()) <= 0.05 * float(wanted.norm()), target.name
         apart.append(float((other - wanted).norm() / wanted.norm()))
     assert max(apart) > 0.1  # the test can fail
 

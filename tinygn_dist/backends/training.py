@@ -84,9 +84,9 @@ class Training(ABC):
         """Refused for a caller's model that something else than this backend has spread."""
         refuse_spread(self.running(model))
 
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        """Of the whole parameter of a placed model."""
-        return tuple(parameter.shape)
+    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """Of a whole parameter or buffer of a placed model."""
+        return tuple(tensor.shape)
 
     def place_added(self, model: nn.Module, added: Sequence[nn.Module]) -> None:
         """Modules that were put into a placed model, with the same values on every rank and on its device, are placed as

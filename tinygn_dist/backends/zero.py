@@ -286,8 +286,8 @@ class ZeroParameters(Zero):
         return [live_run(parameter), *([master_run(training, parameter)] if known and parameter.requires_grad else [])]
 
     # -- training ----------------------------------------------------------------------------------------------------
-    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(parameter.ds_shape) if hasattr(parameter, "ds_shape") else tuple(parameter.shape)
+    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
     def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
         parameter, zero = self.unwrap(model).get_parameter(name), self._training.optimizer

@@ -93,6 +93,8 @@ class PruneConfig(Section):
     """learning rate of that (Adam, falling to zero), relative to each matrix's root mean square"""
     reconstruct_batch: int = Field(2, ge=1)
     """sequences per step of that, over all ranks"""
+    most_mixes: int = Field(12, ge=1)
+    """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
     probe_samples: int = Field(8, ge=1)
     """calibration sequences each probe is measured on (where several mixes are tried: that those are measured on, while layers and
     heads are probed on as few as make 512 tokens)"""
@@ -105,8 +107,6 @@ class PruneConfig(Section):
     probe_pairs: int = Field(0, ge=0)
     """instead: remove so many pairs of the cheapest heads, blocks of channels or experts together, and count what both cost beyond
     the two alone; the report lists it"""
-    most_mixes: int = Field(12, ge=1)
-    """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
     probe_subsets: int = Field(0, ge=0)
     """instead: the loss without so many random subsets as large as what goes in all layers together, and a regression on who
     was in them"""

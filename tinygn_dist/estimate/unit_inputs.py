@@ -15,7 +15,7 @@ import torch
 from tinygn_dist.estimate.activations import InputMoments, Read, complete, input_hooks
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import add_gram, fill_below
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
 from tinygn_dist.targets import Target
 
@@ -69,9 +69,8 @@ def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     total, about = weights.double().sum(), (weights @ rows) / weights.sum()
     apart = rows - about
     rest, about = (weights @ apart).double(), about.double()
-    mixed, squares = torch.outer(about, rest), Moments()
-    squares.add_gram("", apart, weights)
-    squares.fill_gram("")
-    second = squares.sum("") + mixed + mixed.t() + total * torch.outer(about, about)
+    mixed, squares = torch.outer(about, rest), rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float64)
+    add_gram(squares, apart, weights)
+    second = fill_below(squares) + mixed + mixed.t() + total * torch.outer(about, about)
     sums = rest + total * about
     return torch.cat([torch.cat([second, sums[None]]), torch.cat([sums, total[None]])[:, None]], 1)
