@@ -32,6 +32,7 @@ from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.checkpoint import Checkpoints
+from tinygn_dist.cli import leave
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
 from tinygn_dist.errors import Stopped
 from tinygn_dist.estimate.setting import Setting
@@ -414,3 +415,4 @@ if __name__ == "__main__":
     parser.add_argument("checks", nargs="*")
     asked = parser.parse_intermixed_args()
     main(asked.folder, asked.sharded, asked.offload, asked.checks)
+    leave(0)  # gloo sometimes aborts in the teardown of a finished rank

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from tinygn_dist import load_config  # +
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # this test has no GPU
+from tinygn_dist.cli import leave
 from tinygn_dist.trainer import TinyGNCallback  # +
 
 folder, data, out, *words = sys.argv[1:]
@@ -85,3 +86,4 @@ state = {name: tensor.detach().cpu().clone() for name, tensor in whole}
 if trainer.is_world_process_zero():
     AutoModelForCausalLM.from_config(model.config).save_pretrained(f"{out}/final", state_dict=state)
 trainer.accelerator.wait_for_everyone()
+leave(0)  # gloo sometimes aborts in the teardown of a finished rank

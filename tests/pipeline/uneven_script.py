@@ -9,6 +9,7 @@ from torch.distributed.algorithms.join import Join
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinygn_dist import Compressor, load_config
+from tinygn_dist.cli import leave
 
 folder, data, out, how, *overrides = sys.argv[1:]
 accelerator = Accelerator(
@@ -45,3 +46,4 @@ else:
 print(f"rank {accelerator.process_index}: {steps} steps", flush=True)
 compressor.save_pretrained(model, out, tokenizer)
 accelerator.end_training()
+leave(0)  # gloo sometimes aborts in the teardown of a finished rank
