@@ -23,6 +23,7 @@ from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, Update, plan_of
 from tinygn_dist.load import task_of
 from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
+from tinygn_dist.products import fast_products
 from tinygn_dist.progress import Progress
 from tinygn_dist.saved_training import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.shrink import smaller_config, smaller_origin
@@ -108,7 +109,8 @@ class Compressor:
         training = model.training
         model = self.backend.prepare(model.eval())
         setting = self._setting(model, self._batches)
-        kept, _, _, shifts = remove_units(setting, mixes, prune)
+        with fast_products(self.backend.device):
+            kept, _, _, shifts = remove_units(setting, mixes, prune)
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)
         build = functools.partial(type(model)._from_config, config, dtype=model.dtype)

@@ -16,6 +16,7 @@ from tinygn_dist.config import EvaluateConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.objective import Batch, model_inputs
+from tinygn_dist.products import stock_products
 
 
 def mean_loss(setting: Setting, doing: str) -> float:
@@ -80,7 +81,7 @@ def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, 
     bare = backend.unwrap(model)
 
     def measure() -> dict[str, Any]:
-        with torch.no_grad():
+        with torch.no_grad(), stock_products():
             if task == "causal-lm":
                 figures = _language_speed(bare, example, options, backend.device)
             else:

@@ -27,6 +27,7 @@ from tinygn_dist.config import Config, EvaluateConfig, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.kept import KeptUnits
 from tinygn_dist.objective import Batch, last_logits_only
+from tinygn_dist.products import stock_products
 from tinygn_dist.shrink import smaller_config
 from tinygn_dist.units import plan_mixes
 
@@ -78,14 +79,15 @@ class LatencyTarget:
     def time(self, which: str, model: nn.Module) -> None:
         """The latency of a model as the backend placed it. which: dense, then smaller. A collective."""
         bare, device = self._backend.unwrap(model), self._backend.device
-        seconds = self._backend.on_main(lambda: forward_seconds(bare, self._batch, device))
+        with stock_products():
+            seconds = self._backend.on_main(lambda: forward_seconds(bare, self._batch, device))
         self.figures[f"{which}_seconds"] = self._backend.everyone(seconds)[0]
         if which == "smaller":
             self.figures["ratio"] = self.figures["smaller_seconds"] / self.figures["dense_seconds"]
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What the main rank measured, on every rank."""
-        with self._backend.together("measuring latency"):
+        with self._backend.together("measuring latency"), stock_products():
             found = work() if self._backend.is_main else None
         return self._backend.everyone(found)[0]
 

@@ -27,6 +27,7 @@ from tinygn_dist.latency import LatencyTarget
 from tinygn_dist.lm_tasks import check_tasks
 from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.origin import placed
+from tinygn_dist.products import fast_products
 from tinygn_dist.progress import Progress
 from tinygn_dist.recover import Course, check_training
 from tinygn_dist.report import REPORT_FILE, Report, versions
@@ -52,8 +53,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     with backend.together("checking the request"):
         run.check()
     run.measure_costs()
-
-    with export.only_writer(run.destination, backend):
+    with export.only_writer(run.destination, backend), fast_products(backend.device):
         run.every_stage()
     return run.report
 

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+_found: list[str] = []
+"""what the flag was before each `fast_products` that is open"""
+
 
 @contextlib.contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
@@ -23,9 +26,29 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or not _allowed_and_exact():
         yield
         return
+    _found.append(torch.backends.mkldnn.matmul.fp32_precision)
+    try:
+        with _flag("bf16"):
+            yield
+    finally:
+        _found.pop()
+
+
+@contextlib.contextmanager
+def stock_products() -> Iterator[None]:
+    """Inside, products are those that the caller of the outermost `fast_products` has: for timing a model as others will run it."""
+    if not _found:
+        yield
+        return
+    with _flag(_found[0]):
+        yield
+
+
+@contextlib.contextmanager
+def _flag(precision: str) -> Iterator[None]:
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = precision
     try:
         yield
     finally:
@@ -37,13 +60,12 @@ def _allowed_and_exact() -> bool:
     """Whether oneDNN is there, may be asked, and keeps all bits of fp32 when it may round."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return exact(torch.mm)
-    finally:
-        matmul.fp32_precision = before
+    with _flag("bf16"):
+        return exact(torch.mm) and exact(torch.nn.functional.linear) and exact(_batched)
+
+
+def _batched(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(left.expand(4, -1, -1), right.expand(4, -1, -1))[3]
 
 
 def exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tests import plain, tiny
 from tests.conftest import Cli
 from tests.pipeline.conftest import SMALL, report_of
-from tinygn_dist import calibration, pipeline
+from tinygn_dist import calibration, evaluate, latency, pipeline, products, units
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import load_config
 
@@ -337,3 +337,31 @@ def test_forward_only_compression_never_calls_backward(
     report = check(out, "llama", pattern)
     assert report["after"]["loss"] < report["compressed"]["loss"]
     assert report["recovery"]["probes"]["learning_rate"] > 0 and report["recovery"]["probes"]["step"]["noise"] > 0
+
+
+def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_model, text_file, tmp_path, monkeypatch):
+    """A speed is what others will see who run the model."""
+    matmul, seen = torch.backends.mkldnn.matmul, {}
+
+    def noting(owner, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*arguments, **named):
+            seen.setdefault(name, set()).add(matmul.fp32_precision)
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    monkeypatch.setattr(products, "_allowed_and_exact", lambda: True)
+    before = matmul.fp32_precision
+    for owner, name in (
+        (evaluate, "mean_loss"),
+        (evaluate, "_median_seconds"),
+        (latency, "_timed"),
+        (units, "score_units"),
+    ):
+        noting(owner, name)
+    asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
+    asked |= {"prune.pattern": "layers", "prune.target": "latency=0.8"}
+    pipeline.compress(load_config(overrides=asked | {"data.seq_len": 32, "data.num_samples": 8}))
+    assert seen == {"mean_loss": {"bf16"}, "_median_seconds": {before}, "_timed": {before}, "score_units": {"bf16"}}

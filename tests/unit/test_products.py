@@ -25,3 +25,18 @@ def test_inside_products_are_fp32_and_afterwards_the_flag_is_as_before() -> None
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     with products.fast_products(torch.device("meta")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_what_is_timed_has_the_products_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_allowed_and_exact", lambda: True)
+    matmul, cpu, before = torch.backends.mkldnn.matmul, torch.device("cpu"), torch.backends.mkldnn.matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with products.fast_products(cpu), products.fast_products(cpu):
+            with products.stock_products():
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "bf16"
+        with products.stock_products():
+            assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
