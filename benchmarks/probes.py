@@ -4,7 +4,8 @@
 
 Probes take out every `--every`-th layer (blocks: its whole attention and its whole FFN, by gates), once with each probe
 running all that is left of the model and once restarting from the cached input of its layer. The plain forward is that of
-evaluation, loss included, timed before, between and after the rows. One process of one thread, and then
+evaluation, loss included, timed before, between and after the rows: with the fp32 products that a compress run uses (see
+tinygn_dist/products.py; the probes run with them), and with those of stock torch. One process of one thread, and then
 `--ranks` connected ones, which share the probes of one window and the windows where there are more. Seconds are of the
 rank with the most. Memory is the peak of the whole process (resident set) while it evaluates and while it probes.
 """
@@ -26,6 +27,7 @@ from prepared import add_arguments, on_ranks, setting_of
 from tinygn_dist.estimate.probes import Probe, measure
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
+from tinygn_dist.products import fast_products, stock_products
 
 MOST_PLAIN = 5
 """plain forwards of each window between two rows"""
@@ -45,14 +47,18 @@ def main() -> None:
     words += ["--seq-len", str(asked.seq_len), "--every", str(asked.every)]
     one = on_ranks(__file__, 1, [*words, "--skip", *asked.skip])
     many = on_ranks(__file__, asked.ranks, [*words, "--skip", "whole", "blocks"])
-    print("| ranks | probes | forwards | CPU s | s | CPU s per forward / plain | s per forward / plain |")
-    print("|---|---|---|---|---|---|---|")
-    plain = one["plain"]
+    print(
+        "| ranks | probes | forwards | CPU s | s | CPU s per forward / plain | s per forward / plain | ... / stock torch's |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for ranks, facts in ((1, one), (asked.ranks, many)):
         for name, row in facts.items():
             if "forwards" in row:
-                cpu, wall = (row[c] / row["forwards"] / (plain[c] / plain["forwards"]) for c in ("cpu", "wall"))
-                told = f"{row['forwards']} | {row['cpu']:.1f} | {row['wall']:.1f} | {cpu:.3f} | {wall:.3f}"
+                each = [_per_forward(row, clock) / _per_forward(one["plain"], clock) for clock in ("cpu", "wall")]
+                each += [_per_forward(row, "wall") / _per_forward(one["plain, stock torch"], "wall")]
+                told = f"{row['forwards']} | {row['cpu']:.1f} | {row['wall']:.1f} | " + " | ".join(
+                    f"{x:.3f}" for x in each
+                )
                 print(f"| {ranks} | {name} | {told} |")
     speedup = one["layers, restarting"]["wall"] / many["layers, restarting"]["wall"]
     memory = one["memory"]
@@ -61,6 +67,10 @@ def main() -> None:
         f"Peak memory {memory['probing'] / 2**20:.0f} MiB, of evaluation {memory['evaluation'] / 2**20:.0f} MiB: "
         f"{memory['probing'] / memory['evaluation']:.3f} times as much."
     )
+
+
+def _per_forward(row: dict[str, float], clock: str) -> float:
+    return row[clock] / row["forwards"]
 
 
 def timed(folder: Path, asked: argparse.Namespace) -> None:
@@ -74,30 +84,50 @@ def timed(folder: Path, asked: argparse.Namespace) -> None:
         if group.layer in layers
     ]
     backend, few = setting.backend, [alone[0], alone[-1]]
-    measure(setting, few)  # warm
-    facts = {"memory": {"evaluation": peak(lambda: mean_loss(setting, "evaluation"))}}
-    facts["memory"]["probing"] = peak(lambda: measure(setting, few))
-    evaluated = max(1, min(MOST_PLAIN, len(alone) // 2))
     rows = {"layers, restarting": (alone, True)}
     if "whole" not in asked.skip:
         rows["layers, whole"] = (alone, False)
     if "blocks" not in asked.skip:
         rows["blocks, restarting"] = (blocks, True)
-    plain = [] if backend.num_ranks > 1 else [clocked(setting, lambda: mean_loss(setting, "plain"), evaluated)]
-    for name, (asked_probes, reuse) in rows.items():
-        row = clocked(setting, lambda p=asked_probes, r=reuse: measure(setting, p, reuse=r))
-        facts[name] = row | {"forwards": len(asked_probes) * len(setting.batches)}
-        if backend.num_ranks == 1:
-            plain.append(clocked(setting, lambda: mean_loss(setting, "plain"), evaluated))
-    if plain:
-        facts["plain"] = {clock: sum(row[clock] for row in plain) for clock in ("cpu", "wall")}
-        facts["plain"]["forwards"] = len(plain) * evaluated * len(setting.batches)
-    everyone = backend.everyone(facts)
+    with fast_products(backend.device):
+        measure(setting, few)  # warm
+        facts = {"memory": {"evaluation": peak(lambda: mean_loss(setting, "evaluation"))}}
+        facts["memory"]["probing"] = peak(lambda: measure(setting, few))
+        plain = Plain(setting, max(1, min(MOST_PLAIN, len(alone) // 2)))
+        for name, (asked_probes, reuse) in rows.items():
+            row = clocked(setting, lambda p=asked_probes, r=reuse: measure(setting, p, reuse=r))
+            facts[name] = row | {"forwards": len(asked_probes) * len(setting.batches)}
+            plain.again()
+    everyone = backend.everyone(facts | plain.facts)
     if backend.is_main:
-        worst = {name: {key: max(told[name][key] for told in everyone) for key in facts[name]} for name in facts}
+        worst = {
+            name: {key: max(told[name][key] for told in everyone) for key in row} for name, row in everyone[0].items()
+        }
         (folder / "facts.json").write_text(json.dumps(worst))
     backend.close()
     os._exit(0)
+
+
+class Plain:
+    """facts: seconds of plain forwards on one rank so far, with the products in use and with stock torch's. times: forwards of
+    each window and kind at once."""
+
+    def __init__(self, setting: Setting, times: int) -> None:
+        self.setting, self.times = setting, times
+        self.facts: dict[str, dict[str, float]] = {}
+        self.again()
+
+    def again(self) -> None:
+        if self.setting.backend.num_ranks == 1:
+            self._add("plain")
+            with stock_products():
+                self._add("plain, stock torch")
+
+    def _add(self, name: str) -> None:
+        row = clocked(self.setting, lambda: mean_loss(self.setting, "plain"), self.times)
+        row["forwards"] = self.times * len(self.setting.batches)
+        before = self.facts.get(name, {})
+        self.facts[name] = {key: value + before.get(key, 0) for key, value in row.items()}
 
 
 def clocked(setting: Setting, work: Callable[[], object], times: int = 1) -> dict[str, float]:
