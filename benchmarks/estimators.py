@@ -31,6 +31,7 @@ from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.products import fast_products
 
 KINDS = {"layers": None, "attention": "heads", "ffn": "channels", "heads": "heads"}
 STEPS = {"forward": 2.0**-9, "central": 2.0**-5}
@@ -51,7 +52,9 @@ def main() -> None:
     if asked.command == "table":
         return table(Path(asked.folder))
     Path(asked.out).mkdir(exist_ok=True)
-    torch.save(measured(asked), Path(asked.out) / f"{asked.kind}.pt")
+    with fast_products(torch.device("cpu")):
+        found = measured(asked)
+    torch.save(found, Path(asked.out) / f"{asked.kind}.pt")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------------
