@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 import resource
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,11 +30,10 @@ from tinygn_dist.recover import Course, check_training
 from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import smaller_config, smaller_origin
+from tinygn_dist.stages import Stages
 from tinygn_dist.target import meet_target
 from tinygn_dist.teacher_cache import TeacherCache
 from tinygn_dist.training_stage import TrainingStage
-
-log = logging.getLogger(__name__)
 
 
 def compress(config: Config, backend: Backend | None = None, stopping: Callable[[], bool] = lambda: False) -> Report:
@@ -70,21 +66,12 @@ class _Run(TrainingStage):
     def __init__(self, config: Config, backend: Backend, stopping: Callable[[], bool]) -> None:
         self.config, self.backend, self.stopping = config, backend, stopping
         self.progress = Progress(shown=backend.is_main)
-        self.seconds: dict[str, float] = {}
-        self.cpu_seconds: dict[str, float] = {}
+        self.stage = Stages()
         self.masks: GradualMasks | None = None
         self.latency: LatencyTarget | None = None
         self.teacher: nn.Module | TeacherCache | None = None
         self.course, self.round = Course(), 0
         self.protected = config.prune.protect
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        log.info("stage: %s", name)
-        start, used = time.monotonic(), time.process_time()
-        yield
-        self.seconds[name] = round(time.monotonic() - start, 2)
-        self.cpu_seconds[name] = time.process_time() - used
 
     def every_stage(self) -> None:
         """The order of the method."""
@@ -200,7 +187,7 @@ class _Run(TrainingStage):
                 "calibration_tokens": self.splits.num_tokens(),
                 "fingerprint": self.splits.fingerprint(),
             },
-            seconds=self.seconds,
+            seconds=self.stage.seconds,
             versions=versions(),
         )
         if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
@@ -303,8 +290,8 @@ class _Run(TrainingStage):
                 self.latency.time("smaller", reloaded)
             used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
-            cpu = self.backend.everyone(self.cpu_seconds)
-            self.report.cpu_seconds = {name: round(sum(rank[name] for rank in cpu), 1) for name in self.cpu_seconds}
+            cpu = self.backend.everyone(self.stage.cpu_seconds)
+            self.report.cpu_seconds = {name: round(sum(rank[name] for rank in cpu), 1) for name in cpu[0]}
             if self.backend.is_main:
                 (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
                 (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
