@@ -2,17 +2,19 @@
 
 Seconds depend on shapes, not on values. So models of the same class with fresh weights are timed, on one forward of a fixed
 batch (for language models the prefill, with its cache and the logits of the last token). They have as many layers as weigh
-a GiB, at least four: fewer would stay in the processor's caches, and narrow ones more than wide ones.
+a GiB, at least four: fewer would stay in the processor's caches, and narrow ones more than wide ones. What is compared runs in
+turns, one forward of each: a machine that is slower for a while is so for all of them.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -57,33 +59,46 @@ class LatencyTarget:
             backend.device,
         )
         self.table = self._on_main(lambda: cost_table(self._layers, config.prune))
-        self.figures = {"timed": told(self._batch), "table": asdict(self.table)}
+        self.figures = {"timed": told(self._batch), "table": asdict(self.table), "looked_at": []}
+        self._timed: dict[Mix, float] = {}
         with backend.together("checking the request"):
             self.mixes = plan_mixes(anatomy, config.prune, self.table)
 
     def replanned(self, mix: Mix) -> list[Mix]:
         """The mixes that meet the target once this one was timed beside the dense model, the table corrected by what was found: it
-        is among them where it is still the least that does. A collective."""
-        whole, cut = self._on_main(lambda: (self._layers.seconds(), self._layers.seconds_of(mix)))
+        is among them where it is still the least that does. What was timed and missed the target is not. A collective."""
+        whole, cut = self._on_main(lambda: self._layers.timed({}, self._layers.left_by(mix)))
         before = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
         self.table = self.table.corrected(mix, whole.rest, whole.layer, cut.layer)
         after = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
-        self.figures["corrected"] = {"mix": str(mix), "expected": before, "timed": after, "table": asdict(self.table)}
+        self._timed[mix] = after
+        self.figures["looked_at"].append({"mix": str(mix), "expected": before, "timed": after})
+        self.figures["corrected_table"] = asdict(self.table)
         log.info("without %s: expected %.3f of the latency, timed %.3f", mix, before, after)
         try:
-            return plan_mixes(self._anatomy, self._options, self.table)
+            met = plan_mixes(self._anatomy, self._options, self.table)
         except UserError as error:  # nothing meets it any more: the mix that came nearest stays, and the report says so
-            self.figures["corrected"]["missed"] = str(error)
+            self.figures["missed"] = str(error)
             return [mix]
+        return [other for other in met if self._timed.get(other, 0.0) <= 1 - self._options.sparsity]
 
     def time(self, which: str, model: nn.Module) -> None:
-        """The latency of a model as the backend placed it. which: dense, then smaller. A collective."""
-        bare, device = self._backend.unwrap(model), self._backend.device
+        """The latency of a model as the backend placed it. which: dense, then smaller, which runs beside a dense one where that is
+        small enough to be built once more. A collective."""
+        backend, bare, layers = self._backend, self._backend.unwrap(model), self._layers
+        again = which == "smaller" and layers.num == self._anatomy.num_layers and not backend.shards_weights
+
+        def seconds() -> list[float]:
+            models = [layers.built({}), bare] if again else [bare]
+            return forward_seconds(models, self._batch, backend.device)
+
         with stock_products():
-            seconds = self._backend.on_main(lambda: forward_seconds(bare, self._batch, device))
-        self.figures[f"{which}_seconds"] = self._backend.everyone(seconds)[0]
+            *beside, own = backend.everyone(backend.on_main(seconds))[0]
+        self.figures[f"{which}_seconds"] = own
+        if beside:
+            self.figures["dense_seconds"] = beside[0]
         if which == "smaller":
-            self.figures["ratio"] = self.figures["smaller_seconds"] / self.figures["dense_seconds"]
+            self.figures["ratio"] = own / self.figures["dense_seconds"]
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What the main rank measured, on every rank."""
@@ -110,10 +125,10 @@ def told(batch: Batch) -> str:
 
 
 @torch.no_grad()
-def forward_seconds(model: nn.Module, batch: Batch, device: torch.device) -> float:
-    """Least time of several forwards: what else runs on a machine only ever adds."""
-    run = _forward(model, batch, device)
-    return min(_timed(run, device) for _ in range(_RUNS))
+def forward_seconds(models: Sequence[nn.Module], batch: Batch, device: torch.device) -> list[float]:
+    """Least time of several forwards of each model, in turns: what else runs on a machine only ever adds."""
+    runs = [_forward(model, batch, device) for model in models]
+    return [min(each) for each in zip(*([_timed(run, device) for run in runs] for _ in range(_RUNS)), strict=True)]
 
 
 class Timed(NamedTuple):
@@ -141,34 +156,50 @@ class Layers:
         enough = math.ceil(_LAYERS_BYTES / (max(self.anatomy.layer_params) * self.dtype.itemsize))
         return min(self.anatomy.num_layers, max(_LEAST_LAYERS, enough))
 
-    def seconds(self, **kept: int) -> Timed:
+    def timed(self, *kept: Mapping[str, int]) -> list[Timed]:
+        """Models of these widths, as of `built`, one forward of each in turn."""
+        models = [self.built(one) for one in kept]
+        found = _least_in_layers(models, self.anatomy.layers_path, self.batch, self.device)
+        return [Timed(whole - in_layers, in_layers / self.num) for in_layers, whole in found]
+
+    def built(self, kept: Mapping[str, int]) -> nn.Module:
         """kept: how many heads (KV groups) or channels every layer keeps; all of what is not named."""
         layers = tuple(range(self.num))
         units = {kind: dict.fromkeys(layers, tuple(range(count))) for kind, count in kept.items()}
         config = smaller_config(copy.deepcopy(self.config), self.anatomy, KeptUnits(layers, **units))
-        model = self.build(config).eval().to(self.device)
-        in_layers, whole = _least_in_layers(model, self.anatomy.layers_path, self.batch, self.device)
-        return Timed(whole - in_layers, in_layers / len(layers))
+        return self.build(config).eval().to(self.device)
 
-    def seconds_of(self, mix: Mix) -> Timed:
-        """With what a mix leaves of every layer."""
+    def left_by(self, mix: Mix) -> dict[str, int]:
+        """What a mix leaves of every layer."""
         gone = {kind: getattr(mix, kind) for kind in _KINDS}
-        return self.seconds(**{k: self.anatomy.of_kind(k)[0].num_units - n for k, n in gone.items() if n})
+        return {kind: self.anatomy.of_kind(kind)[0].num_units - count for kind, count in gone.items() if count}
 
 
 def cost_table(layers: Layers, options: PruneConfig) -> Latency:
-    """Seconds of a layer at a few counts of each kind that may go, and of the rest of the model. options: which kinds may go,
-    and the multiple that channels are kept at."""
-    rest, layer = layers.seconds()
-    table = Latency(layers.anatomy.num_layers, rest, layer)
+    """Seconds of a layer at a few counts of each kind that may go, each timed beside a whole one, and of the rest of the model.
+    options: which kinds may go, and the multiple that channels are kept at."""
+    wholes, shares = [], {}
     for kind in _KINDS:
         groups = layers.anatomy.of_kind(kind) if kind in options.unit_kinds else ()
         if groups and groups[0].num_units > 1:
             full, multiple = groups[0].num_units, options.multiple_of if kind == "channels" else 1
-            seconds = {count: layers.seconds(**{kind: count}).layer for count in _counts(full, multiple)}
-            table = replace(table, **{kind: seconds | {full: layer}})
+            shares[kind] = {full: 1.0}
+            for count in _counts(full, multiple):
+                whole, cut = layers.timed({}, {kind: count})
+                wholes.append(whole)
+                shares[kind][count] = cut.layer / whole.layer
+    wholes = wholes or layers.timed({})
+    rest, layer = (min(each) for each in zip(*wholes, strict=True))
+    kinds = {kind: {n: layer * share for n, share in _rising(found).items()} for kind, found in shares.items()}
+    table = Latency(layers.anatomy.num_layers, rest, layer, **kinds)
     log.info("measured %s", table)
     return table
+
+
+def _rising(shares: Mapping[int, float]) -> dict[int, float]:
+    """No more for fewer units: what seems so was measured while something else ran."""
+    counts = sorted(shares, reverse=True)
+    return dict(zip(counts, itertools.accumulate((shares[n] for n in counts), min), strict=True))
 
 
 def _counts(full: int, multiple_of: int) -> list[int]:
@@ -177,29 +208,32 @@ def _counts(full: int, multiple_of: int) -> list[int]:
     return sorted(({max(step, round(full * share / step) * step) for share in _SHARES} | {step}) - {full})
 
 
-def _least_in_layers(model: nn.Module, layers_path: str, batch: Batch, device: torch.device) -> tuple[float, float]:
-    """Least seconds from the first layer's start to the last one's end, and of the whole forward."""
-    layers, stamps = model.get_submodule(layers_path), [0.0, 0.0]
+def _least_in_layers(
+    models: Sequence[nn.Module], layers_path: str, batch: Batch, device: torch.device
+) -> list[tuple[float, float]]:
+    """Of each model the least seconds from the first layer's start to the last one's end, and of the whole forward."""
+    inside: list[list[float]] = [[] for _ in models]
+    starts, handles = [0.0], []
 
-    def stamp(index: int) -> Callable[..., None]:
+    def start(*_: Any) -> None:
+        _wait(device)
+        starts[0] = time.perf_counter()
+
+    def end(own: list[float]) -> Callable[..., None]:
         def note(*_: Any) -> None:
             _wait(device)
-            stamps[index] = time.perf_counter()
+            own.append(time.perf_counter() - starts[0])
 
         return note
 
-    handles = [
-        layers[0].register_forward_pre_hook(stamp(0)),
-        layers[len(layers) - 1].register_forward_hook(stamp(1)),
-    ]
-    run, inside, whole = _forward(model, batch, device), [], []
-    with torch.no_grad():
-        for _ in range(_RUNS):
-            whole.append(_timed(run, device))
-            inside.append(stamps[1] - stamps[0])
+    for model, own in zip(models, inside, strict=True):
+        layers = model.get_submodule(layers_path)
+        handles.append(layers[0].register_forward_pre_hook(start))
+        handles.append(layers[len(layers) - 1].register_forward_hook(end(own)))
+    whole = forward_seconds(models, batch, device)
     for handle in handles:
         handle.remove()
-    return min(inside), min(whole)
+    return [(min(own[1:]), seconds) for own, seconds in zip(inside, whole, strict=True)]  # but for the warm-up
 
 
 def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Callable[[], Any]:

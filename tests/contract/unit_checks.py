@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -81,9 +82,9 @@ def _batches(build) -> list[dict[str, torch.Tensor]]:
 def to_a_latency(backend: Backend, folder: Path) -> dict[str, object]:
     """A whole run to 0.6 of a latency. The main rank really builds what it would time; a parameter takes a second."""
 
-    def seconds(model: nn.Module, layers_path: str, *_) -> tuple[float, float]:
-        inside = float(sum(p.numel() for p in model.get_submodule(layers_path).parameters()))
-        return inside, inside + 1000
+    def seconds(models: Sequence[nn.Module], layers_path: str, *_) -> list[tuple[float, float]]:
+        insides = (sum(p.numel() for p in model.get_submodule(layers_path).parameters()) for model in models)
+        return [(float(inside), inside + 1000.0) for inside in insides]
 
     config = Config(
         model={"name": str(folder / "model")},
@@ -94,5 +95,5 @@ def to_a_latency(backend: Backend, folder: Path) -> dict[str, object]:
     )
     with mock.patch.object(latency, "_least_in_layers", seconds):
         report = compress(config, backend)
-    left = report.latency["corrected"]["timed"]
+    left = report.latency["looked_at"][-1]["timed"]
     return {"kept": report.selection["fingerprint"], "tried": len(report.selection["tried"]), "left": left}
