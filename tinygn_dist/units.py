@@ -155,7 +155,8 @@ def remove_units(
 
 
 def _closer(trials: _Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
-    """Looks at the best mix until that is still the best afterwards. most: as of `apply_mix`."""
+    """Has the best mix timed until it is the best by its own time too, `_MOST_LOOKS` times at most: the last may then be one that
+    only the corrected table speaks for. most: as of `apply_mix`."""
     for _ in range(_MOST_LOOKS):
         others = [mix for mix in replan(best) if all(getattr(most, k) or not getattr(mix, k) for k in UNIT_KINDS)]
         if not others or best in others:
