@@ -6,7 +6,7 @@ Per-token losses are computed in fp32 and summed in fp64: finite differences sub
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 IGNORED = -100
 AT_ONCE = 1 << 22
-"""logits whose softmax is taken at once where no gradient is asked"""
+"""logits whose softmax is taken at once"""
 Batch = dict[str, torch.Tensor]
 
 
@@ -74,19 +74,48 @@ def continuation(batch: Batch, start: int) -> Batch:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
-    """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence.
-
-    Without gradients some tokens at a time: beside the logits, which outweigh all layers' activations, the whole would
-    take as much again for their softmax (and as much again for bf16 logits in fp32).
-    """
-    rows, wanted = logits.flatten(0, 1), labels.flatten()
-    step = len(rows) if logits.requires_grad else max(1, AT_ONCE // rows.shape[1])
-    parts = [
-        F.cross_entropy(part.float(), label, ignore_index=IGNORED, reduction="none")
-        for part, label in zip(rows.split(step), wanted.split(step), strict=True)
-    ]
-    flat = torch.cat(parts)
+    """Cross-entropy of (batch, seq, vocab) logits against (batch, seq) labels, summed per sequence."""
+    flat = _CrossEntropy.apply(logits.flatten(0, 1), labels.flatten())
     return Losses(flat.view(labels.shape).sum(1, dtype=torch.float64), (labels != IGNORED).sum(1), flat)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """(tokens,) fp32 losses of (tokens, vocab) logits, some tokens at a time.
+
+    The logits of a language model outweigh all layers' activations. Autograd would keep as much again for their softmax, once
+    more for its gradient, and for bf16 logits all of it and a copy in fp32; here nothing is kept but the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, labels)
+        parts = [
+            F.cross_entropy(part.float(), label, ignore_index=IGNORED, reduction="none")
+            for part, label in _at_once(logits, labels)
+        ]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        parts = (_slopes(*some) for some in _at_once(logits, labels[:, None], slope[:, None]))
+        if torch.is_grad_enabled():  # a gradient of this gradient is to be taken
+            return torch.cat(list(parts)).to(logits.dtype), None
+        found = torch.empty_like(logits)
+        for (place,), part in zip(_at_once(found), parts, strict=True):
+            place.copy_(part)
+        return found, None
+
+
+def _slopes(logits: torch.Tensor, labels: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """(n, vocab) fp32 gradients of n losses by their logits. labels, slope: (n, 1)."""
+    away = logits.float().softmax(1).scatter_add(1, labels.clamp(min=0), -torch.ones_like(slope))
+    return away * (slope * (labels != IGNORED))
+
+
+def _at_once(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    step = max(1, AT_ONCE // logits.shape[1])
+    return zip(*(rows.split(step) for rows in (logits, *others)), strict=True)
 
 
 def seq2seq_lm(model: nn.Module, batch: Batch) -> Losses:

@@ -42,6 +42,42 @@ def test_token_losses_are_the_plain_cross_entropy_per_sequence(monkeypatch, at_o
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("at_once", [1, 14, 1000])
+def test_token_losses_have_the_gradients_of_torchs_cross_entropy(monkeypatch, at_once: int, dtype: torch.dtype):
+    """To the last bit of the logits' dtype or nearly, the second derivatives too."""
+    monkeypatch.setattr(objective, "AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 5, 7, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(7, (2, 5), generator=generator)
+    labels[1, 3:] = IGNORED
+    weights, along = torch.randn(2, generator=generator).double(), torch.randn(2, 5, 7, generator=generator).to(dtype)
+
+    def derivatives(total: torch.Tensor) -> list[torch.Tensor]:
+        (slope,) = torch.autograd.grad((total * weights).sum(), logits, retain_graph=True)
+        (again,) = torch.autograd.grad((total * weights).sum(), logits, create_graph=True)
+        (curvature,) = torch.autograd.grad((again * along).sum(), logits)
+        return [slope, again, curvature]
+
+    plain = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    exact = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    for found, wanted in zip(
+        derivatives(token_losses(logits, labels).total), derivatives(plain.sum(1, dtype=torch.float64)), strict=True
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=4 * exact, atol=4 * exact)
+
+
+def test_token_losses_keep_the_logits_alone():
+    """What autograd holds between forward and backward: logits and labels, at any number of tokens at once."""
+    logits, labels = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        token_losses(logits, labels)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held if t.is_floating_point()}
+    assert sum(storages.values()) == logits.untyped_storage().nbytes()
+
+
 def test_causal_lm_is_the_models_own_loss():
     model, batch = tiny.build("llama"), tiny.batches("llama", 1, padded=False)[0]
     found = causal_lm(model, batch)

@@ -87,7 +87,7 @@ class TokenWeights:
             self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
             self.rows.add(name, gone.rows_energy)
 
-        _each_gradient(setting, targets, seen)
+        _each_gradient(setting, targets, seen, _lengths)
 
     def of(self, name: str, number: int, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`. tokens: (n,) ascending
@@ -112,7 +112,7 @@ class Arrived(NamedTuple):
     number: int
     """which of this rank's micro-batches"""
     rows: torch.Tensor
-    """(n, in) fp32 x, what the target read"""
+    """(n, in) fp32 x, what the target read, or (n, 1) its lengths"""
     tokens_energy: torch.Tensor
     """(n,) fp32 mean_o dy_to^2"""
     rows_energy: torch.Tensor
@@ -122,7 +122,7 @@ class Arrived(NamedTuple):
 
 
 def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both energies of (n, in) rows and (n, out) gradients; on a CPU of some tokens at a time, whose squares stay in a core's
+    """Both energies of (n, in) rows, or their (n, 1) lengths, and (n, out) gradients; on a CPU of some tokens at a time, whose squares stay in a core's
     cache."""
     at_once = 64 if grad.device.type == "cpu" else max(1, len(grad))
     lengths, by_row = rows.square().sum(1), grad.new_zeros(grad.shape[1])
@@ -134,15 +134,21 @@ def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, tor
     return torch.cat(by_token), by_row
 
 
-def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[str, Arrived], None]) -> None:
-    """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts."""
+def _each_gradient(
+    setting: Setting,
+    targets: Sequence[Target],
+    seen: Callable[[str, Arrived], None],
+    of_rows: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+) -> None:
+    """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts. of_rows: what
+    of a target's inputs waits for the gradient, which may be all that keeps them in memory."""
     inputs: dict[str, torch.Tensor] = {}
     mask: torch.Tensor | None = None
     number, counts, wanted = 0, True, {target.name for target in targets}
 
     def linear(name: str) -> Observer:
         def forward(hidden: torch.Tensor, output: Any) -> None:
-            inputs[name] = hidden.detach()
+            inputs[name] = of_rows(hidden)
             output.register_hook(lambda grad: arrived(name, inputs.pop(name), grad, None))
 
         return Observer(forward, output=True)
@@ -176,6 +182,10 @@ def _each_gradient(setting: Setting, targets: Sequence[Target], seen: Callable[[
             setting.objective(setting.model, batch).total.sum().backward()
             inputs.clear()  # of targets that no gradient reached
             step()
+
+
+def _lengths(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(hidden.detach(), dim=-1, keepdim=True, dtype=torch.float32)
 
 
 def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
