@@ -20,7 +20,7 @@ from tinygn_dist.estimate.blocks import run_layers
 from tinygn_dist.estimate.energy import LossMoments, TokenWeights, loss_moments
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.restart import PrefixCache
-from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.gathering import in_parts
 from tinygn_dist.moments import fill_below
 from tinygn_dist.objective import real_tokens
@@ -29,11 +29,15 @@ PLAIN, PLAIN_NM = 0.0, 4.0
 """What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each other
 alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
 
+BUDGET_SEQUENCES = 16
+"""from which budgets are taken, at least, where Gram matrices are measured for them alone"""
+
 
 class LayerStatistics(Protocol):
     """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
     will solve each: a Gram matrix in fp32, then the energies (out,) of each target's rows. They are to be used up before the next
-    group is asked for. solving: whether the caller changes the weights of a group before it asks for the next."""
+    group is asked for. solving: whether the caller changes the weights of a group before it asks for the next; else
+    fewer sequences may do, as for budgets."""
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]: ...
 
@@ -132,17 +136,20 @@ class _InGroups:
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
         starts: list[PrefixCache] = []
+        setting = self._setting if solving else self._setting.first(_for_budgets(self._setting))
         for group in self._groups:
-            jobs, ends = self._measured(group, starts)
+            jobs, ends = self._measured(setting, group, starts)
             yield jobs
             for job in jobs:
                 job.moments.clear()
             if solving and group is not self._groups[-1]:
-                ends = run_layers(self._setting, group.layers, starts)
+                ends = run_layers(setting, group.layers, starts)
             starts = ends
 
-    def _measured(self, group: Group, starts: list[PrefixCache]) -> tuple[list[Job], list[PrefixCache]]:
-        setting, found, inputs = self._setting, InputMoments(), {}
+    def _measured(
+        self, setting: Setting, group: Group, starts: list[PrefixCache]
+    ) -> tuple[list[Job], list[PrefixCache]]:
+        found, inputs = InputMoments(), {}
         if self._weights:
             for target in group.targets:
                 found.moments.reserve(target.name, (target.shape[1],) * 2, setting.backend.device)
@@ -163,6 +170,11 @@ class _InGroups:
         _round(jobs)
         _add_energies(jobs, self._energies)
         return jobs, ends
+
+
+def _for_budgets(setting: Setting) -> int:
+    """Sequences that say enough of how large the saliencies of one layer are beside another's."""
+    return max(BUDGET_SEQUENCES, sum(map(batch_size, setting.batches)) // 4)
 
 
 def _round(jobs: Sequence[Job]) -> None:

@@ -43,6 +43,15 @@ def test_no_more_than_allowed_and_the_best_of_those(most: int):
     assert len(untried) == len(CANDIDATES) - most
 
 
+@pytest.mark.parametrize("edge", [Mix(0, 0, 256), Mix(3, 0, 0), Mix(0, 2, 0)])
+def test_one_kind_alone_is_never_missed(edge: Mix):
+    """Mixes as they are for a tenth of SmolLM2-135M's layers, whatever the losses between those of one kind: three whole layers
+    remove exactly a tenth, one or two more than that, for the channels are rounded up."""
+    some = [Mix(0, 0, 256), Mix(1, 0, 192), Mix(2, 0, 128), Mix(3, 0, 0), Mix(0, 1, 64), Mix(1, 1, 64), Mix(0, 2, 0)]
+    best, _ = search(some, lambda mix: 1.0 if mix == edge else 2.0 + mix.layers + mix.heads, 12)
+    assert best == edge
+
+
 def test_one_rise_is_noise():
     """A bump at one layer does not hide the minimum behind it."""
     best, _ = search(CANDIDATES[:8], lambda mix: 5.0 if mix.layers == 1 else 4.0 - mix.layers, 99)
