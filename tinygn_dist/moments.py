@@ -25,10 +25,12 @@ class Moments:
 
     def add(self, name: str, contribution: torch.Tensor) -> None:
         """Add one micro-batch's contribution (any shape, the same each time)."""
-        if name in self._sums:
+        if name not in self._sums:
+            self._sums[name] = contribution.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        elif contribution.dim() < 2 or not contribution.numel():
             self._sums[name] += contribution
         else:
-            self._sums[name] = contribution.to(torch.float64, copy=True)
+            _add_in_cache(self._sums[name].view(len(contribution), -1), contribution.flatten(1))
 
     def add_gram(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Add one micro-batch's Gram matrix (see the function of this name) to an (in, in) sum; `fill_gram` completes it, once

@@ -30,7 +30,7 @@ from tinygn_dist.recover import Course, check_training
 from tinygn_dist.report import REPORT_FILE, Report, versions
 from tinygn_dist.selftext import write_rows
 from tinygn_dist.shrink import smaller_config, smaller_origin
-from tinygn_dist.stages import Stages
+from tinygn_dist.stages import Stages, give_back
 from tinygn_dist.target import meet_target
 from tinygn_dist.teacher_cache import TeacherCache
 from tinygn_dist.training_stage import TrainingStage
@@ -274,6 +274,8 @@ class _Run(TrainingStage):
                 written = export.write_checkpoint(
                     draft, self.model, self.dtypes, self.processor, output.max_shard_gib, backend
                 )
+            held = export.digests(self.model, self.dtypes, backend)
+            self.let_go()
             backend.barrier()
             with backend.together("reading the checkpoint back (every rank must see the output folder)"):
                 disk = export.read_back(draft, written)
@@ -282,7 +284,7 @@ class _Run(TrainingStage):
             disk = backend.everyone(disk)[0]  # of the rank that wrote it
             reloaded, _ = placed(source, backend)
             with backend.together("comparing what was reloaded"):
-                export.check_reloaded(reloaded, self.model, self.dtypes, backend)
+                export.check_reloaded(reloaded, held, self.dtypes, backend)
             self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.all_figures(reloaded) | size
@@ -299,6 +301,13 @@ class _Run(TrainingStage):
         if isinstance(self.teacher, TeacherCache):
             self.teacher.remove(self.backend)
         self.backend.track({f"after/{k}": v for k, v in self.report.after.items() if isinstance(v, float)})
+
+    def let_go(self) -> None:
+        """Of the model: from here on there is what the files say, and the two would take twice the memory."""
+        self.masks = None
+        self.teacher = self.teacher if isinstance(self.teacher, TeacherCache) else None
+        del self.model
+        give_back()
 
     def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
         costs = costs_of(self.config.prune)

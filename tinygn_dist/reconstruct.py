@@ -24,7 +24,7 @@ from tinygn_dist.estimate.hooks import first
 from tinygn_dist.estimate.restart import PrefixCache
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.objective import Batch, real_tokens
-from tinygn_dist.optim import adam
+from tinygn_dist.optim import BETAS
 from tinygn_dist.progress import Progress
 
 HELD_OUT = 8
@@ -174,27 +174,27 @@ class _Part:
 
 
 class _Moved:
-    """This rank's piece of a target that is tuned: in fp32, with Adam's moments, and as it was at its best."""
+    """This rank's piece of a target that is tuned: in fp32, and as it was at its best. rms: of all its weights that are not
+    zero."""
 
     def __init__(self, setting: Setting, target: Target, keep: torch.Tensor | None) -> None:
         self.target, self._setting = target, setting
         weight = setting.backend.shard(setting.model, target).weight
-        self._best, self._value, self._keep = weight.clone(), weight.float().clone(), keep
-        sums = [float(self._value.double().square().sum()), float((self._value != 0).sum())]
+        self._best, self.value, self._keep = weight.clone(), weight.float().clone(), keep
+        sums = [float(self.value.double().square().sum()), float((self.value != 0).sum())]
         squares, count = setting.backend.sum_over_shards(torch.tensor(sums, dtype=torch.float64)).tolist()
-        self._rms = (squares / max(count, 1)) ** 0.5
-        self._mean, self._square, self._steps = torch.zeros_like(self._value), torch.zeros_like(self._value), 0
+        self.rms = (squares / max(count, 1)) ** 0.5
 
-    def step(self, gradient: torch.Tensor, rate: float) -> None:
-        """rate: relative to the root mean square of the weights that are not zero."""
-        self._steps += 1
-        if self._keep is not None:
-            gradient = gradient * self._keep
-        self._value -= adam(self._mean, self._square, gradient, self._steps) * (rate * self._rms)
-        self._write(self._value.to(self._best.dtype))
+    def take(self, gradient: torch.Tensor) -> None:
+        """For the optimizer's next step. gradient: its own to keep."""
+        self.value.grad = gradient if self._keep is None else gradient.mul_(self._keep)
+
+    def show(self) -> None:
+        """Writes the value to the model."""
+        self._write(self.value.to(self._best.dtype))
 
     def remember(self) -> None:
-        self._best.copy_(self._value)
+        self._best.copy_(self.value)
 
     def take_best(self) -> None:
         self._write(self._best)
@@ -218,12 +218,17 @@ def _tune(
     taken = 0
     parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
     order = torch.Generator().manual_seed(options.seed)
+    optimizer = _optimizer(moved)
     with gradients_of(setting.bare, parameters):
         for epoch in range(1, epochs + 1):
             for index in torch.randperm(len(fit), generator=order).tolist() if moved else ():
                 gradients = fit[index].gradients(block, targets)
+                for one, group in zip(moved, optimizer.param_groups, strict=True):
+                    one.take(gradients.pop(one.target.name))
+                    group["lr"] = options.reconstruct_rate * (1 - done / steps) * one.rms
+                optimizer.step()
                 for one in moved:
-                    one.step(gradients[one.target.name], options.reconstruct_rate * (1 - done / steps))
+                    one.show()
                 done += 1
             now = held_out.error(block)
             if now < best:
@@ -234,6 +239,13 @@ def _tune(
     for one in moved:
         one.take_best()
     return Outcome(block.layer, before, best, taken)
+
+
+def _optimizer(moved: Sequence[_Moved]) -> torch.optim.Optimizer | None:
+    if not moved:
+        return None
+    groups = [{"params": [one.value]} for one in moved]
+    return torch.optim.Adam(groups, betas=BETAS, eps=1e-12, fused=True)
 
 
 def _only(block: Block) -> range:

@@ -3,7 +3,7 @@
 What a sharded backend leaves in `.grad` is a mean over ranks, that is over micro-batches that ran at the same time:
 no square of a single micro-batch's gradient can be had from it, and its rounding depends on the number of ranks. So
 the gradient is taken where autograd puts it, before any reduction, one weight at a time: the function is applied to
-this rank's micro-batch alone, the fp64 result is summed over the owners of the weight, and only the owned piece stays.
+this rank's micro-batch alone, the result is summed over the owners of the weight in fp64, and only the owned piece stays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tinygn_dist.anatomy import Target
 from tinygn_dist.moments import Moments
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# from this rank's whole fp64 target to the owned piece of the sum over the weight's owners
+# from this rank's whole fp32 target to the owned piece of the sum over the weight's owners, in fp64 where there are several
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,9 +43,9 @@ class GradientSums:
         """Add the gradients of targets that lie in one parameter, and drop the parameter's."""
         grad, parameter.grad = parameter.grad, None
         for target, reduce in targets:
-            contribution = self._function(target.within(grad).float()).double()
+            contribution = self._function(target.within(grad).float())
             if not self._counts:
-                contribution.zero_()
+                contribution = torch.zeros_like(contribution)
             self.moments.add(target.name, reduce(contribution))
             self._taken.update(target.name.encode())
 

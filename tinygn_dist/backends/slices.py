@@ -66,13 +66,13 @@ class Slices:
         return torch.cat(parts).view(self.shape)
 
     def reduce(self, whole: torch.Tensor) -> torch.Tensor:
-        """Flat piece of this rank of the sum over the group of every rank's whole tensor. A collective."""
+        """Flat fp64 piece of this rank of the sum over the group of every rank's whole tensor. A collective."""
         flat, size = whole.reshape(-1), self._largest()
-        sent = whole.new_zeros(self.num_ranks, size)
+        sent = torch.zeros(self.num_ranks, size, dtype=torch.float64, device=whole.device)
         for rank in range(self.num_ranks):
             low, high = self.bounds(rank)
             sent[rank, : high - low] = flat[low:high]
-        received = whole.new_empty(size)
+        received = sent.new_empty(size)
         _reduce_scatter(received, sent.view(-1), group=self.group)
         low, high = self.bounds()
         return received[: high - low]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tinygn_dist.anatomy import Target, UnitGroup
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
@@ -28,6 +31,28 @@ def gradients_of(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[N
         for p, flag, grad in before:
             p.requires_grad_(flag)
             p.grad = grad
+
+
+@contextlib.contextmanager
+def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A backward inside runs each module's forward once more and keeps of it only what it read until then (Chen et al. 2016,
+    arXiv 1604.06174). Hooks within a module see its forward twice, and a gradient once."""
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for module in modules:
+            before.append((module, {"forward": module.__dict__["forward"]} if "forward" in module.__dict__ else {}))
+            module.forward = functools.partial(
+                checkpoint,
+                module.forward,
+                use_reentrant=False,
+                preserve_rng_state=module.training,
+                early_stop=False,  # hooks that fetch weights also give them back, behind the forward
+            )
+        yield
+    finally:
+        for module, state in reversed(before):
+            del module.forward
+            module.__dict__.update(state)
 
 
 def weight_gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:

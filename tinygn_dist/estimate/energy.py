@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Target
-from tinygn_dist.estimate.backprop import gradients_of
+from tinygn_dist.estimate.backprop import gradients_of, recomputed
 from tinygn_dist.estimate.experts import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
@@ -64,7 +64,7 @@ def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> L
         found.grams.add_gram(name, gone.rows, token_weights(gone.tokens_energy, plain))
         found.rows.add(name, gone.rows_energy)
 
-    _each_gradient(setting, targets, seen)
+    _each_gradient(setting, targets, seen, of_rows=lambda rows: rows)
     return found
 
 
@@ -76,7 +76,8 @@ class TokenWeights:
     """
 
     def __init__(self, setting: Setting, targets: Sequence[Target], plain: float) -> None:
-        """One backward pass per micro-batch, with no sum larger than a row of a target."""
+        """One backward pass per micro-batch, with no sum larger than a row of a target and no more kept of a layer than what it
+        read."""
         self.rows, self._unknown = Moments(), plain + 1
         self._held: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
         for target in targets:
@@ -87,7 +88,10 @@ class TokenWeights:
             self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
             self.rows.add(name, gone.rows_energy)
 
-        _each_gradient(setting, targets, seen, _lengths)
+        anatomy = setting.anatomy
+        layers = [setting.bare.get_submodule(anatomy.path_of(layer)) for layer in range(anatomy.num_layers)]
+        with recomputed(layers):
+            _each_gradient(setting, targets, seen, of_rows=_lengths)
 
     def of(self, name: str, number: int, tokens: torch.Tensor) -> torch.Tensor:
         """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`. tokens: (n,) ascending
@@ -138,7 +142,7 @@ def _each_gradient(
     setting: Setting,
     targets: Sequence[Target],
     seen: Callable[[str, Arrived], None],
-    of_rows: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    of_rows: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
     """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts. of_rows: what
     of a target's inputs waits for the gradient, which may be all that keeps them in memory."""
@@ -148,7 +152,7 @@ def _each_gradient(
 
     def linear(name: str) -> Observer:
         def forward(hidden: torch.Tensor, output: Any) -> None:
-            inputs[name] = of_rows(hidden)
+            inputs[name] = of_rows(hidden.detach())
             output.register_hook(lambda grad: arrived(name, inputs.pop(name), grad, None))
 
         return Observer(forward, output=True)
@@ -185,7 +189,7 @@ def _each_gradient(
 
 
 def _lengths(hidden: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(hidden.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
 
 
 def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

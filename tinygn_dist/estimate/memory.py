@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.stages import give_back
 
 log = logging.getLogger(__name__)
 Estimator = Literal["finite-difference", "backprop"]
@@ -82,6 +83,7 @@ def backward_bytes(setting: Setting) -> int:
     learning = [p for p in setting.bare.parameters() if p.is_floating_point()]
     with gradients_of(setting.bare, learning), saved_sizes(own) as sizes:
         setting.objective(setting.model, setting.on_device(batch))
+    give_back()  # what is free is asked next
     return sum(sizes) + 2 * max(sizes, default=0)
 
 
