@@ -79,6 +79,23 @@ class Moments:
         self._sums = dict(state)
 
 
+class Shelf:
+    """Small tensors that stay, in few large blocks. One by one they come to lie where a large temporary was, whose like then fits
+    there no more: among the backward passes of 32 windows of SmolLM2-135M glibc took 0.3 GiB more that way."""
+
+    def __init__(self, dtype: torch.dtype, at_once: int = 1 << 22) -> None:
+        """On the CPU. at_once: elements of a block."""
+        self._free, self._at_once = torch.empty(0, dtype=dtype), at_once
+
+    def put(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of the same shape."""
+        count = values.numel()
+        if count > len(self._free):
+            self._free = self._free.new_empty(max(self._at_once, count))
+        place, self._free = self._free[:count].view(values.shape), self._free[count:]
+        return place.copy_(values)
+
+
 def add_gram(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
     """Add sum_t w_t x_t x_t^T of (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) fp64 total. Only what lies on and
     above the diagonal, in blocks of rows: `fill_below` does the rest; until then a CPU does not even give the memory below the

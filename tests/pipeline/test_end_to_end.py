@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,27 @@ def test_forward_only_compression_never_calls_backward(
     report = check(out, "llama", pattern)
     assert report["after"]["loss"] < report["compressed"]["loss"]
     assert report["recovery"]["probes"]["learning_rate"] > 0 and report["recovery"]["probes"]["step"]["noise"] > 0
+
+
+@pytest.mark.parametrize("pattern", [("unstructured", {"recover.steps": 2, "recover.distill": 0.5}), ("channels", {})])
+def test_the_compressed_model_is_gone_before_its_files_are_read_back(
+    saved_model, text_file, tmp_path, monkeypatch, pattern
+):
+    """With its teacher; the largest model that a run has room for is then not half of what it could be."""
+    placed, alive = pipeline.placed, []
+    seen: list[weakref.ref] = []
+
+    def noted(source, backend):
+        alive.append(sum(one() is not None for one in seen))
+        model, dtypes = placed(source, backend)
+        seen.extend(map(weakref.ref, model.parameters()))
+        return model, dtypes
+
+    monkeypatch.setattr(pipeline, "placed", noted)
+    asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
+    asked |= {"prune.pattern": pattern[0], "data.seq_len": 32, "data.num_samples": 8} | pattern[1]
+    pipeline.compress(load_config(overrides=asked))
+    assert len(alive) > 1 and alive[-1] == 0
 
 
 def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_model, text_file, tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests import plain, tiny
 from tinygn_dist.budget import blend
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.backprop import recomputed
 from tinygn_dist.estimate.energy import loss_moments
 from tinygn_dist.layer_budgets import CANDIDATES
 from tinygn_dist.moments import fill_below
@@ -34,6 +36,35 @@ def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
         close = dict(rtol=1e-4, atol=1e-6 * float(gram[name].abs().max()))
         torch.testing.assert_close(fill_below(found.grams.sum(name)), gram[name], **close)
         torch.testing.assert_close(found.rows.sum(name), rows[name], rtol=1e-4, atol=1e-6 * float(rows[name].max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
+def test_recomputed_layers_give_the_same_gradients_and_keep_nothing_in_between(family: str) -> None:
+    """Between forward and backward none of the memory is held that matrices inside of layers wrote; plain autograd holds some.
+    The layers' forwards are as they were afterwards."""
+    setting = tiny.setting(family)
+    bare, batch = setting.bare, setting.batches[0]
+    layers = [bare.get_submodule(setting.anatomy.path_of(layer)) for layer in range(setting.anatomy.num_layers)]
+    inside = [bare.get_submodule(target.module) for target in setting.anatomy.targets]
+    before = [set(layer.__dict__) for layer in layers]
+
+    def gradients() -> tuple[int, list[torch.Tensor]]:
+        written: list[StorageWeakRef] = []
+        note = lambda _, __, out: written.append(StorageWeakRef(out.untyped_storage()))  # noqa: E731
+        handles = [module.register_forward_hook(note) for module in inside]
+        loss = setting.objective(bare, batch).total.sum()
+        held = sum(not storage.expired() for storage in written)
+        for handle in handles:
+            handle.remove()
+        return held, list(torch.autograd.grad(loss, [module.weight for module in inside]))
+
+    held, wanted = gradients()
+    with recomputed(layers):
+        held_then, found = gradients()
+    assert held > held_then == 0
+    assert [set(layer.__dict__) for layer in layers] == before
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def _seen(setting, batch):

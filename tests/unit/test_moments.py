@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, Shelf
 
 
 def contributions() -> list[torch.Tensor]:
@@ -72,3 +72,14 @@ def test_gram_is_the_weighted_sum_of_outer_products(shape: tuple[int, int]) -> N
     wanted = torch.einsum("t,ti,tj->ij", weights.double() + 1, exact, exact)
     torch.testing.assert_close(moments.sum("x"), wanted, rtol=1e-5, atol=1e-4)
     assert torch.equal(moments.sum("x")[256:, :256], moments.sum("x")[:256, 256:].t())
+
+
+def test_what_is_put_on_a_shelf_stays_as_it_was() -> None:
+    """Whatever comes after it, in blocks that hold one, some or less than one."""
+    for at_once in (1, 7, 1000):
+        shelf, generator = Shelf(torch.bfloat16, at_once), torch.Generator().manual_seed(0)
+        values = [torch.randn(shape, generator=generator) for shape in [(3,), (2, 2), (0,), (5,), (1, 6), (4,)]]
+        put = [shelf.put(value) for value in values]
+        assert all(torch.equal(one, value.bfloat16()) for one, value in zip(put, values, strict=True))
+        blocks = {one.untyped_storage().data_ptr() for one in put if one.numel()}
+        assert len(blocks) == {1: 5, 7: 4, 1000: 1}[at_once]

@@ -22,7 +22,7 @@ from tinygn_dist.estimate.backprop import gradients_of, recomputed
 from tinygn_dist.estimate.experts import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import Moments
+from tinygn_dist.moments import Moments, Shelf
 from tinygn_dist.objective import real_tokens
 
 
@@ -83,8 +83,10 @@ class TokenWeights:
         for target in targets:
             self.rows.reserve(target.name, (target.shape[0],), setting.backend.device)
 
+        kept = Shelf(torch.bfloat16)
+
         def seen(name: str, gone: Arrived) -> None:
-            weights = token_weights(gone.tokens_energy, plain).bfloat16().cpu()  # exact, see `coarse`
+            weights = kept.put(token_weights(gone.tokens_energy, plain))  # exact, see `coarse`
             self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
             self.rows.add(name, gone.rows_energy)
 
