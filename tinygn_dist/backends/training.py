@@ -58,6 +58,8 @@ class Training(ABC):
     """whether what the optimizer holds are plain tensors, and no DTensors"""
     weights_wait = False
     """whether weights are fetched to the device for each forward"""
+    recomputes = True
+    """whether a layer may run again inside of a backward"""
 
     def running(self, model: nn.Module) -> nn.Module:
         """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do not."""

@@ -136,6 +136,9 @@ class ZeroParameters(Zero):
     """
 
     splits_weights = True
+    recomputes = (
+        False  # autograd would compare a weight that is gathered with the empty one of before (torch's CheckpointError)
+    )
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)

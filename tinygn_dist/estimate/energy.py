@@ -76,8 +76,8 @@ class TokenWeights:
     """
 
     def __init__(self, setting: Setting, targets: Sequence[Target], plain: float) -> None:
-        """One backward pass per micro-batch, with no sum larger than a row of a target and no more kept of a layer than what it
-        read."""
+        """One backward pass per micro-batch, with no sum larger than a row of a target and, where the backend recomputes, no more
+        kept of a layer than what it read."""
         self.rows, self._unknown = Moments(), plain + 1
         self._held: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
         for target in targets:
@@ -92,7 +92,7 @@ class TokenWeights:
 
         anatomy = setting.anatomy
         layers = [setting.bare.get_submodule(anatomy.path_of(layer)) for layer in range(anatomy.num_layers)]
-        with recomputed(layers):
+        with recomputed(layers if setting.backend.recomputes else ()):
             _each_gradient(setting, targets, seen, of_rows=_lengths)
 
     def of(self, name: str, number: int, tokens: torch.Tensor) -> torch.Tensor:
