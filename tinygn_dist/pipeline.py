@@ -305,7 +305,8 @@ class _Run(TrainingStage):
     def let_go(self) -> None:
         """Of the model: from here on there is what the files say, and the two would take twice the memory."""
         self.masks = None
-        self.teacher = self.teacher if isinstance(self.teacher, TeacherCache) else None
+        if not isinstance(self.teacher, TeacherCache):
+            self.teacher = None
         del self.model
         give_back()
 

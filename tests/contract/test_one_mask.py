@@ -10,6 +10,7 @@ import torch
 
 from tests import plain, tiny
 from tests.ranks import Ranks
+from tinygn_dist import layer_statistics
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
@@ -117,6 +118,23 @@ def test_the_same_channels_in_other_families(ranks: Ranks, family: str):
 
 def test_the_same_heads_by_backpropagation(ranks: Ranks):
     check_units(ranks, "llama", "heads", "gate", "backprop")
+
+
+def _budgets_of_some(backend: Backend, least: int) -> str:
+    setting = tiny.setting("llama", backend, count=9)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(layer_statistics, "BUDGET_SEQUENCES", least)
+        masks = sparsify(
+            setting, setting.anatomy.targets, PruneConfig(pattern="unstructured", sparsity=0.4, gram_gib=0)
+        )
+    return masks.fingerprint(setting.model, backend)
+
+
+def test_budgets_of_a_quarter_of_the_sequences_are_those_of_one_process(ranks: Ranks):
+    """A count of micro-batches that no number of ranks divides: what tokens weigh is found by each rank's own numbers."""
+    few, all_of_them = (_budgets_of_some(make_backend(DistributedConfig()), least) for least in (1, 99))
+    assert few != all_of_them
+    assert ranks.call(_budgets_of_some, 1) == [few] * ranks.size
 
 
 def _few_rows(backend: Backend, criterion: str, room: float) -> tuple[str, str]:

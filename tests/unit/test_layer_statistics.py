@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from tests import tiny
 from tests.unit import family_cases
-from tinygn_dist import layer_budgets, moments, weights
+from tinygn_dist import layer_budgets, layer_statistics, moments, weights
 from tinygn_dist.anatomy import Target, read_anatomy
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
@@ -49,6 +49,24 @@ def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
     assert seen == {target.name for target in targets}
     assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
     assert not any("_hf_hook" in module.__dict__ for module in setting.bare.modules())
+
+
+@pytest.mark.parametrize(("least", "sequences"), [(1, 3), (5, 6), (99, 12)])
+def test_budgets_of_groups_come_from_the_first_sequences(
+    monkeypatch: pytest.MonkeyPatch, least: int, sequences: int
+) -> None:
+    """A quarter of twelve, or whole micro-batches of three that hold as many as are asked at least; the energies of rows are of
+    all, and so is what is solved on."""
+    monkeypatch.setattr(layer_statistics, "BUDGET_SEQUENCES", least)
+    setting = tiny.setting("llama", count=4, size=3)
+    targets = setting.anatomy.targets
+    everything, some = (loss_moments(s, targets, 0.0) for s in (setting, setting.first(sequences)))
+    for solving, wanted in ((False, some), (True, everything)):
+        for jobs in measure(setting, targets, IN_GROUPS).jobs(solving=solving):
+            for job in jobs:
+                name, (gram, rows) = job.targets[0].name, job.moments
+                family_cases.close(gram, fill_below(wanted.grams.sum(name)).float())
+                family_cases.close(rows, everything.rows.sum(name))
 
 
 @pytest.mark.parametrize("options", [HALF, HALF.model_copy(update=FORWARD)], ids=["loss-aware", "forward-only"])

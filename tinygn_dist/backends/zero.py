@@ -136,9 +136,7 @@ class ZeroParameters(Zero):
     """
 
     splits_weights = True
-    recomputes = (
-        False  # autograd would compare a weight that is gathered with the empty one of before (torch's CheckpointError)
-    )
+    recomputes = False  # torch's checkpoint would find other shapes: a weight is empty but while its module runs
 
     def __init__(self, accelerator: Any) -> None:
         super().__init__(accelerator)
