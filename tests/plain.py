@@ -80,6 +80,11 @@ def without_layers(model: nn.Module, family: str, gone: list[int]) -> nn.Module:
     return short.to(next(model.parameters()).dtype).eval()
 
 
+def hidden(output: Any) -> torch.Tensor:
+    """The hidden states that a layer returns, alone or at the head of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def forward(model: nn.Module, batch: Batch) -> Any:
     """The model's output, computed without a KV cache."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "reference")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -40,7 +40,8 @@ class UnitGroup:
     slices: everything that goes with a unit. output: the module whose input the gates multiply: `output_width`
     consecutive features per unit (for experts: the experts module, whose routing weights they multiply). also_read_by:
     further modules that read the units, with their features per unit (filters; `layer` then only numbers the groups). router: the
-    module that chooses between the units, if any. least: how many have to stay.
+    module that chooses between the units, if any. least: how many have to stay. added: whether `output` is known to write straight
+    to the residual stream (`FeedForward.added`).
     """
 
     kind: str
@@ -53,6 +54,7 @@ class UnitGroup:
     router: str | None = None
     least: int = 1
     also_read_by: tuple[tuple[str, int], ...] = ()
+    added: bool = False
 
     @property
     def readers(self) -> tuple[tuple[str, int], ...]:
@@ -193,7 +195,8 @@ def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> I
     if ffn:
         channels = input_features(model.get_submodule(prefix + ffn.output))
         slices = [piece for part in ffn.inputs for piece in _rows(model, prefix, part, channels)]
-        yield _fed_by(model, "channels", layer, channels, slices, prefix + ffn.output)
+        group = _fed_by(model, "channels", layer, channels, slices, prefix + ffn.output)
+        yield replace(group, added=ffn.added(config))
     if experts and _has_module(model, prefix + experts.experts):  # some layers of a family may be dense
         paths = (prefix + experts.router, prefix + experts.experts)
         slices = [Slice(f"{p}.{n}", 0, 0, 1) for p in paths for n, _ in model.get_submodule(p).named_parameters()]

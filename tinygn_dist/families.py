@@ -7,6 +7,7 @@ written here; sizes are read from the model itself, so a family covers every che
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tinygn_dist.family import Attention, Experts, Family, FeedForward, Filters, Part, Residual, StackHeads
@@ -53,6 +54,7 @@ _NO_CHANNELS = {"channels": "its feed-forward layers are mixtures of experts; us
 _SEPARATE_QKV = _separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GROUPED = Attention(inputs=_SEPARATE_QKV, output="self_attn.o_proj")
 _GATED = FeedForward(inputs=_separate("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj")
+_GATED_THEN_NORMED = replace(_GATED, added=lambda config: False)
 _RMS = Residual(
     reads=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
     writes=("self_attn.o_proj", "mlp.down_proj"),
@@ -82,15 +84,27 @@ FAMILIES = (
         residual=_RMS,
     ),
     Family(  # gated FFN, head_dim in the config
-        model_types=("qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite"),
+        model_types=("qwen3", "gemma", "smollm3"),
         layers="layers",
         attention=_GROUPED,
         feed_forward=_GATED,
     ),
+    Family(  # the same, and what it gives is normed
+        model_types=("gemma2", "gemma3_text"),
+        layers="layers",
+        attention=_GROUPED,
+        feed_forward=_GATED_THEN_NORMED,
+    ),
+    Family(
+        model_types=("granite",),
+        layers="layers",
+        attention=_GROUPED,
+        feed_forward=replace(_GATED, added=lambda config: config.residual_multiplier == 1),
+    ),
     Family(
         model_types=("olmo2",),
         layers="layers",
-        feed_forward=_GATED,
+        feed_forward=_GATED_THEN_NORMED,
         fixed=_JOINT_NORMS,
     ),
     Family(
@@ -140,19 +154,21 @@ FAMILIES = (
     Family(
         model_types=("opt",),
         layers="decoder.layers",
-        feed_forward=FeedForward(inputs=_separate("fc1"), output="fc2", width="ffn_dim"),
+        feed_forward=FeedForward(
+            _separate("fc1"), "fc2", width="ffn_dim", added=lambda config: config.do_layer_norm_before
+        ),
         fixed=_derived_head_dim("num_attention_heads"),
     ),
     Family(  # post-norm encoders
         model_types=("bert", "roberta", "xlm-roberta", "electra", "camembert"),
         layers="encoder.layer",
-        feed_forward=FeedForward(inputs=_separate("intermediate.dense"), output="output.dense"),
+        feed_forward=FeedForward(_separate("intermediate.dense"), "output.dense", added=lambda config: False),
         fixed=_derived_head_dim("num_attention_heads"),
     ),
     Family(
         model_types=("distilbert",),
         layers="transformer.layer",
-        feed_forward=FeedForward(inputs=_separate("ffn.lin1"), output="ffn.lin2", width="hidden_dim"),
+        feed_forward=FeedForward(_separate("ffn.lin1"), "ffn.lin2", width="hidden_dim", added=lambda config: False),
         depth="n_layers",
         fixed=_derived_head_dim("n_heads", "dim"),
     ),
@@ -177,7 +193,12 @@ FAMILIES = (
     Family(
         model_types=("bart", "mbart"),
         layers=("encoder.layers", "decoder.layers"),
-        feed_forward=FeedForward(_separate("fc1"), "fc2", width=("encoder_ffn_dim", "decoder_ffn_dim")),
+        feed_forward=FeedForward(
+            _separate("fc1"),
+            "fc2",
+            width=("encoder_ffn_dim", "decoder_ffn_dim"),
+            added=lambda config: config.model_type == "mbart",  # BART norms after it
+        ),
         depth=("encoder_layers", "decoder_layers"),
         fixed=_derived_head_dim("encoder_attention_heads", "d_model"),
     ),

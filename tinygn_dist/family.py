@@ -55,6 +55,9 @@ class FeedForward:
     output: str
     width: str | tuple[str, ...] = "intermediate_size"
     """the config's entry, or all its entries, that say how many channels there are"""
+    added: Callable[[Any], bool] = lambda config: True
+    """whether what `output` gives is added to the residual stream as it is, with no norm or factor between or after: then it can
+    also give what removed layers gave"""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from tinygn_dist.unit_statistics import column_energies, unit_magnitude
 log = logging.getLogger(__name__)
 REPROBED = 4
 """candidates probed again after each removed one: removing one changes what the others are worth"""
+JUDGED = 2 * REPROBED
+"""layers that a judge looks at before one is gone"""
 MANY = 64
 """units per group above which single probes are too many, and the report lists none"""
 
@@ -72,6 +74,11 @@ class Removals:
         """Whether the budget is. The same on every rank."""
         return self.limit.forwards <= 0 or late(self.setting, self.limit)
 
+    def spend(self, forwards: int) -> None:
+        """Of what is no probe, and is never cut short."""
+        self.scores.forwards += forwards
+        self.scores.exhaustive += forwards
+
     def affordable(self) -> float:
         """Probes on all micro-batches that the budget of forwards has left."""
         return self.limit.forwards / len(self.setting.batches)
@@ -85,8 +92,7 @@ class Removals:
         return found
 
     def count(self, effects: Effects) -> Effects:
-        self.scores.forwards += effects.forwards
-        self.scores.exhaustive += effects.forwards
+        self.spend(effects.forwards)
         return effects
 
     def greedy(self, probes: Sequence[Probe], contests: Sequence[Contest], found: Standing) -> list[int]:
@@ -116,12 +122,15 @@ class Removals:
 
 
 def take_out(
-    contests: Sequence[Contest], found: Standing, again: Callable[[list[int], list[int]], Mapping[int, float]]
+    contests: Sequence[Contest],
+    found: Standing,
+    again: Callable[[list[int], list[int]], Mapping[int, float]],
+    *,
+    at_once: bool = False,
 ) -> list[int]:
     """Indices of what goes, in order: of all whose contest has room the one with the least loss, one after the other.
 
-    again: given those that may go, best first, and those that are gone, new losses of some (the first time none is gone, and it
-    is not asked).
+    again: given those that may go, best first, and those that are gone, new losses of some. at_once: also asked when none is gone.
     """
     known: dict[int, float] = {}
     for contest in contests:  # what few sequences decided stands, whatever the means became on more
@@ -131,7 +140,7 @@ def take_out(
     number = {index: number for number, contest in enumerate(contests) for index in contest.probes}
     while True:
         able = [i for i in known if room[number[i]] > 0 and i not in gone]
-        if able and gone:
+        if able and (gone or at_once):
             able.sort(key=lambda i: (known[i], int(found.place[i]), i))
             known |= again(able, gone)
         if not able:
@@ -140,17 +149,32 @@ def take_out(
         room[number[gone[-1]]] -= 1
 
 
+Judge = Callable[[Removals, list[int], list[int]], Mapping[int, float]]
+"""(the probes, layers that may go with the best first, those that are gone) -> new losses of some of them"""
+
+
 def order_layers(
-    scores: UnitScores, setting: Setting, layers: Sequence[int], removed: int, options: PruneConfig
+    scores: UnitScores,
+    setting: Setting,
+    layers: Sequence[int],
+    removed: int,
+    options: PruneConfig,
+    judge: Judge | None = None,
 ) -> None:
-    """layer_order, of `removed` of these layers: probe all once, then greedily."""
+    """layer_order, of `removed` of these layers: probe all once, then greedily. judge: says better than probes what the best of
+    them cost."""
     removals, probes = Removals(scores, setting, options), [Probe(layer) for layer in layers]
     everyone = tuple(range(len(layers)))
-    found = removals.race(
-        probes, [Contest(everyone, 1), Contest(everyone, 1 + REPROBED)]
-    )  # which goes, and which are probed again
+    goes, asked = Contest(everyone, removed), [1, 1 + REPROBED] if judge is None else [JUDGED]
+    found = removals.race(probes, [Contest(everyone, count) for count in asked])  # which go, or are looked at again
     removals.tell(probes, found.mean, found.error, [])
-    scores.layer_order = [layers[i] for i in removals.greedy(probes, [Contest(everyone, removed)], found)]
+
+    def judged(able: list[int], gone: list[int]) -> dict[int, float]:
+        told = judge(removals, [layers[i] for i in able], [layers[i] for i in gone])
+        return {layers.index(layer): loss for layer, loss in told.items()}
+
+    order = removals.greedy(probes, [goes], found) if judge is None else take_out([goes], found, judged, at_once=True)
+    scores.layer_order = [layers[i] for i in order]
 
 
 def unit_losses(

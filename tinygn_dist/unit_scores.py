@@ -28,19 +28,25 @@ from tinygn_dist.unit_statistics import column_energies, unit_magnitude
 log = logging.getLogger(__name__)
 
 
-def score_units(setting: Setting, most: Mix, options: PruneConfig, moments: InputMoments | None) -> UnitScores:
-    """Scores of every kind of which `most` removes some.
+def score_units(
+    setting: Setting,
+    most: Mix,
+    options: PruneConfig,
+    moments: InputMoments | None = None,
+    scores: UnitScores | None = None,
+) -> UnitScores:
+    """Scores of every kind of which `most` removes some, beside the `scores` of other kinds.
 
     auto: removal probes for layers, heads and experts, the solver's own saliency for channels. moments: unreduced Gram
     matrices of the groups' outputs, read by the criteria activation and removal of channels.
     """
-    scores = UnitScores()
+    scores = scores or UnitScores()
     if options.criterion == "gate":  # the only one that has a choice
         options = settled(setting, options)
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
         if criterion == "removal":
-            order_layers(scores, setting, _removable(setting, options), most.layers, options)
+            order_layers(scores, setting, removable(setting, options), most.layers, options)
         else:
             _order_by_score(scores, setting, criterion, options)
     for kind in ("heads", "channels", "experts", "filters"):
@@ -81,11 +87,12 @@ def _order_by_score(scores: UnitScores, setting: Setting, criterion: str, option
             values = uniform(0, num_layers, key_of(options.seed, "layers"))
         case _:
             raise AssertionError(criterion)
-    scores.layer_order = sorted(_removable(setting, options), key=lambda layer: (float(values[layer]), layer))
+    scores.layer_order = sorted(removable(setting, options), key=lambda layer: (float(values[layer]), layer))
     scores.table += [row_of("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
 
 
-def _removable(setting: Setting, options: PruneConfig) -> list[int]:
+def removable(setting: Setting, options: PruneConfig) -> list[int]:
+    """The layers that may go."""
     stay = {*options.protect, *setting.anatomy.lasting}
     return [layer for layer in range(setting.anatomy.num_layers) if layer not in stay]
 

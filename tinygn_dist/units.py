@@ -10,23 +10,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-
-import torch
+from dataclasses import replace
 
 from tinygn_dist.anatomy import Anatomy
-from tinygn_dist.backends.pieces import Job
 from tinygn_dist.budget import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
+from tinygn_dist.depth import score_layers
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.hooks import routed_to, shifted
-from tinygn_dist.estimate.restart import running_layers
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.estimate.unit_inputs import unit_moments
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.kept import KeptUnits, Removal, Trial
-from tinygn_dist.mix_search import search
-from tinygn_dist.removal import UnitScores
-from tinygn_dist.unit_fit import apply_mix, fit_jobs, with_bias
+from tinygn_dist.estimate.setting import Setting, batch_size
+from tinygn_dist.kept import Removal, Trial
+from tinygn_dist.takeover import takers_of
+from tinygn_dist.trials import Fits, Trials
+from tinygn_dist.unit_fit import add_sums
 from tinygn_dist.unit_scores import score_units
 
 log = logging.getLogger(__name__)
@@ -137,24 +132,39 @@ def remove_units(
     setting: Setting, candidates: Sequence[Mix], options: PruneConfig, replan: Replan | None = None
 ) -> Removal:
     """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
-    and experts are only named: no value of their weights is the same as their absence)."""
+    and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
+    they are compared on sequences that they were not fitted on, and the best is fitted on all."""
     most = _most_of(candidates)
-    groups = [group for group in setting.anatomy.groups if getattr(most, group.kind)]
-    fed = [group for group in groups if group.router is None]
-    targets = [setting.anatomy.target_of(module) for group in fed for module, _ in group.readers]
-    biased = with_bias(setting, targets, options)
-    moments = unit_moments(setting, targets, biased) if fed else None
     probed = setting.first(options.probe_samples)
-    scores = score_units(_enough_to_rank(probed, options) if len(candidates) > 1 else probed, most, options, moments)
-    trials = _Trials(probed, most, options, scores, fit_jobs(setting, moments, fed, biased) if moments else [])
+    probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
+    fitted, tried = _apart(setting, options)
+    scores = score_layers(probed, fitted, tried, most.layers, options)
+    takers = takers_of(setting.anatomy, scores.layer_order[: most.layers]) if options.compensate else {}
+    fits = Fits(setting, most, takers, options)
+    choice = tried is not setting and (len(candidates) > 1 or replan is not None)
+    moments = fits.moments(fitted if choice else setting)
+    score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
+    trials = Trials(tried, most, options, scores, fits.jobs(moments))
     best = trials.best_of(candidates)
     if replan is not None:
         best = _closer(trials, best, most, replan)
+    if choice:
+        add_sums(trials.jobs, fits.jobs(fits.moments(tried)))
     kept, shifts = trials.apply(best)
+    fits.note_losses(kept)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
-def _closer(trials: _Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
+def _apart(setting: Setting, options: PruneConfig) -> tuple[Setting, Setting]:
+    """What mixes are fitted on, and a quarter of the sequences at most that they are compared on: on those of the fit the
+    kind with more weights to fit looks better than it is. One micro-batch serves for both."""
+    if len(setting.batches) < 2:
+        return setting, setting
+    quarter = sum(map(batch_size, setting.batches)) // 4
+    return setting.split(min(options.probe_samples, quarter))
+
+
+def _closer(trials: Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
     """Has the best mix timed until it is the best by its own time too, `_MOST_LOOKS` times at most: the last may then be one that
     only the corrected table speaks for. most: as of `apply_mix`."""
     for _ in range(_MOST_LOOKS):
@@ -163,56 +173,6 @@ def _closer(trials: _Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
             break
         best = trials.best_of(others)
     return best
-
-
-class _Trials:
-    """Mixes applied to the live model, measured, and undone to the last bit. losses: per token, in the order tried."""
-
-    def __init__(
-        self,
-        probed: Setting,
-        most: Mix,
-        options: PruneConfig,
-        scores: UnitScores,
-        jobs: Sequence[Job],
-    ) -> None:
-        self._setting, self._most, self._options, self._scores, self._jobs = probed, most, options, scores, jobs
-        self._dense: dict[str, torch.Tensor] | None = None
-        self.losses: dict[Mix, float] = {}
-
-    def best_of(self, candidates: Sequence[Mix]) -> Mix:
-        """The only one, or the one that leaves the least loss."""
-        if len(candidates) == 1:
-            return candidates[0]
-        best, untried = search(candidates, self._loss_of, self._options.most_mixes, self.losses)
-        if untried:
-            self._setting.notes.append(
-                f"{len(self.losses)} of the mixes that reach the target were tried (losses in the report) and {len(untried)} "
-                f"left out by the search or by prune.most_mixes={self._options.most_mixes}, such as {untried[0]}"
-            )
-        return best
-
-    def apply(self, mix: Mix) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
-        """Leaves the mix in the live weights. These must be the dense ones."""
-        return apply_mix(self._setting, mix, self._most, self._scores, self._jobs, self._options)
-
-    def _loss_of(self, mix: Mix) -> float:
-        setting, backend = self._setting, self._setting.backend
-        changed = [target for job in self._jobs for target in job.targets]
-        if self._dense is None:
-            self._dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
-        kept, shifts = self.apply(mix)
-        routed = {g: kept.experts[g.layer] for g in setting.anatomy.of_kind("experts") if g.layer in kept.experts}
-        with (
-            routed_to(setting.bare, routed),
-            shifted(setting.bare, shifts),
-            running_layers(setting.bare, setting.anatomy, kept.layers),
-        ):
-            loss = mean_loss(setting, "trying a mix")
-        for target in changed:
-            backend.write(setting.model, target, self._dense[target.name])
-        log.info("without %s: loss %.4f", mix, loss)
-        return loss
 
 
 def _enough_to_rank(probed: Setting, options: PruneConfig) -> Setting:

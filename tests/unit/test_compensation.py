@@ -63,7 +63,7 @@ def test_constant_channels_leave_nothing_behind(family: str, backend: Replicated
     options, mix = PruneConfig(pattern="channels"), Mix(channels=len(CONSTANT))
     targets = [setting.anatomy.target_of(group.output) for group in groups]
     biased = with_bias(setting, targets, options)
-    jobs = fit_jobs(setting, unit_moments(setting, targets, biased), groups, biased)
+    jobs = fit_jobs(setting, unit_moments(setting, targets, biased), groups, biased, {})
     kept, shifts = apply_mix(setting, mix, mix, scores, jobs, options)
     with_shifts, without = smaller(setting, kept, shifts), smaller(setting, kept, {})
     for batch, dense in zip(setting.batches, before, strict=True):
@@ -96,7 +96,7 @@ def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Re
     layer = setting.model.model.decoder.layers[0]
     handles = [
         layer.fc2.register_forward_pre_hook(lambda _, args: seen.setdefault("inputs", []).append(args[0])),
-        layer.register_forward_hook(lambda *a: seen.setdefault("stream", []).append(plain_hidden(a[2]))),
+        layer.register_forward_hook(lambda *a: seen.setdefault("stream", []).append(plain.hidden(a[2]))),
     ]
     for batch in setting.batches:
         plain.logits(setting.model, batch)
@@ -123,10 +123,6 @@ def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Re
     apart = columns @ found.t() - inputs @ weight.t() - bias
     best = columns[:, alive] @ wanted.t() - inputs @ weight.t() - bias
     assert float((apart * share).square().sum()) == pytest.approx(float((best * share).square().sum()), rel=1e-3)
-
-
-def plain_hidden(output):
-    return output[0] if isinstance(output, tuple) else output
 
 
 @pytest.mark.parametrize("compensate", [True, False])

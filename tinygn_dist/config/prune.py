@@ -132,8 +132,8 @@ class PruneConfig(Section):
     protect: tuple[int, ...] = ()
     """layers whose units are never removed"""
     compensate: bool = True
-    """after units are removed, re-fit the remaining weights by least squares to the dense activations (filters: re-estimate
-    the running statistics of BatchNorm)"""
+    """after units are removed, re-fit the remaining weights by least squares to the dense activations, and let the feed-forward before
+    removed layers take over what they gave (filters: re-estimate the running statistics of BatchNorm)"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
     counts: dict[Literal["layers", "heads", "channels", "experts"], NonNegativeInt] | None = None

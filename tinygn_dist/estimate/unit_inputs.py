@@ -1,4 +1,5 @@
-"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting.
+"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting; and of what whole
+layers add to the residual stream, for the weight that takes it over.
 
 What an output error does to the layers behind depends on how large the residual stream is there, because they norm it. So
 every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger
@@ -7,33 +8,60 @@ than the others' would otherwise decide alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from tinygn_dist.estimate.activations import InputMoments, Read, complete, input_hooks
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.moments import add_gram, fill_below
+from tinygn_dist.moments import Moments, add_gram, fill_below
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
 from tinygn_dist.targets import Target
 
 _FLOOR = 1e-6
 """of a mean square, as in norms"""
+NOTHING: Mapping[str, Sequence[int]] = {}
 
 
-def unit_moments(setting: Setting, targets: Sequence[Target], with_constant: Collection[str]) -> InputMoments:
-    """Weighted Gram matrices (in, in) over this rank's batches, not yet reduced, one per target.
+class UnitMoments(NamedTuple):
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each target. taken: by `taken_by(target's
+    name, layer)` the sum (out, in) of w d x^T, d being what the layer added to the stream.
 
-    with_constant: names of targets that have a bias: a last input that is always 1 stands beside theirs, so that (in + 1,
-    in + 1) also holds the weighted sums of every input and of the weights.
+    Of targets with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
-    found, inputs = InputMoments(source_of={target.name: target.name for target in targets}), dict[str, Read]()
-    sizes: dict[int, torch.Tensor] = {}
+
+    inputs: InputMoments
+    taken: Moments
+
+
+def taken_by(name: str, layer: int) -> str:
+    return f"{name} < {layer}"
+
+
+def unit_moments(
+    setting: Setting,
+    targets: Sequence[Target],
+    with_constant: Collection[str],
+    takes: Mapping[str, Sequence[int]] = NOTHING,
+) -> UnitMoments:
+    """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the layers
+    behind it that it may have to take over."""
+    found = UnitMoments(InputMoments(source_of={target.name: target.name for target in targets}), Moments())
+    for target in targets:
+        shape = target.shape[0], target.shape[1] + (target.name in with_constant)
+        for layer in takes.get(target.name, ()):
+            found.taken.reserve(taken_by(target.name, layer), shape, setting.backend.device)
+    inputs, sizes, gains = dict[str, Read](), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
+    behind = {layer for layers in takes.values() for layer in layers}
     layers = [
-        (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(_mean_square(sizes, layer), output=True))
-        for layer in sorted({target.layer for target in targets})
+        (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
+        for seen, into, watched in (
+            (_mean_square, sizes, {target.layer for target in targets}),
+            (_gain, gains, behind),
+        )
+        for layer in sorted(watched)
     ]
     hooks, mine = input_hooks(setting.bare, targets, inputs), setting.backend.share(setting.batches)
     with torch.no_grad(), attached([*hooks, *layers]), setting.progress.bar("input statistics", len(mine)) as advance:
@@ -43,19 +71,46 @@ def unit_moments(setting: Setting, targets: Sequence[Target], with_constant: Col
             mask = real_tokens(batch)
             for target in targets if real else ():
                 rows, weights = inputs[target.name].hidden.flatten(0, -2).float(), 1 / sizes[target.layer]
-                rows, weights = (rows, weights) if mask is None else (rows[mask], weights[mask])
-                if target.name in with_constant:
-                    found.moments.add(target.name, _beside_one(rows, weights))
-                else:
-                    found.moments.add_gram(target.name, rows, weights)
+                given = {layer: gains[layer] for layer in takes.get(target.name, ())}
+                if mask is not None:
+                    rows, weights = rows[mask], weights[mask]
+                    given = {layer: gain[mask] for layer, gain in given.items()}
+                _add(found, target.name, rows, weights, given, constant=target.name in with_constant)
             advance()
-    complete(found, setting)
+    complete(found.inputs, setting)
     return found
+
+
+def _add(
+    found: UnitMoments,
+    name: str,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    given: Mapping[int, torch.Tensor],
+    *,
+    constant: bool,
+) -> None:
+    """One micro-batch's inputs (tokens, in) of a target, and by layer what those that it may take over gave (tokens, out)."""
+    if constant:
+        found.inputs.moments.add(name, _beside_one(rows, weights))
+    else:
+        found.inputs.moments.add_gram(name, rows, weights)
+    for layer, gain in given.items():
+        weighted = gain * weights[:, None]
+        with_inputs = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
+        found.taken.add(taken_by(name, layer), with_inputs)
 
 
 def _mean_square(sizes: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor, Any], None]:
     def seen(_: torch.Tensor, output: Any) -> None:
         sizes[layer] = first(output).flatten(0, -2).float().square().mean(-1).clamp(min=_FLOOR)
+
+    return seen
+
+
+def _gain(gains: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor, Any], None]:
+    def seen(hidden: torch.Tensor, output: Any) -> None:
+        gains[layer] = (first(output).float() - hidden.float()).flatten(0, -2)
 
     return seen
 
@@ -74,3 +129,11 @@ def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     second = fill_below(squares) + mixed + mixed.t() + total * torch.outer(about, about)
     sums = rest + total * about
     return torch.cat([torch.cat([second, sums[None]]), torch.cat([sums, total[None]])[:, None]], 1)
+
+
+def _with_one(weighted: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of each, likewise
+    about the rows' mean."""
+    about = (weights @ rows) / weights.sum()
+    apart, sums = weighted.t() @ (rows - about), weighted.sum(0, dtype=torch.float64)
+    return torch.cat([apart.double() + torch.outer(sums, about.double()), sums[:, None]], 1)

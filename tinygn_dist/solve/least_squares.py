@@ -12,13 +12,18 @@ from tinygn_dist.budget import spread
 from tinygn_dist.solve.obs import cholesky, damped
 
 
-def refit(weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float) -> torch.Tensor:
+def refit(
+    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, damping: float, more: torch.Tensor | None = None
+) -> torch.Tensor:
     """(out, len(kept)) fp32 weights re-fitted on the kept inputs. weight (out, in), gram (in, in), kept (k,) int64.
 
-    The damping pulls towards the present weights, not towards zero, so that keeping everything changes nothing.
+    more: (out, in) fp32 sum of y x^T, where y is to be given besides. The damping pulls towards the present weights, not towards
+    zero, so that keeping everything changes nothing.
     """
     solver, ridge = _solver(gram, kept, damping)
     wanted = weight.float() @ gram[:, kept] + ridge * weight[:, kept].float()
+    if more is not None:
+        wanted += more[:, kept]
     return torch.cholesky_solve(wanted.t(), solver).t()
 
 

@@ -1,0 +1,116 @@
+"""Mixes of units tried on the live model: what is re-fitted for them, what loss they leave, and everything put back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from tinygn_dist.backends.pieces import Job
+from tinygn_dist.budget import Mix
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.estimate.hooks import routed_to, shifted
+from tinygn_dist.estimate.restart import running_layers
+from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.unit_inputs import UnitMoments, unit_moments
+from tinygn_dist.evaluate import mean_loss
+from tinygn_dist.kept import KeptUnits
+from tinygn_dist.mix_search import search
+from tinygn_dist.removal import UnitScores
+from tinygn_dist.takeover import Takers, left_to_nobody
+from tinygn_dist.unit_fit import apply_mix, fit_jobs, with_bias
+
+log = logging.getLogger(__name__)
+
+
+class Fits:
+    """The weights that are re-fitted when units go: readers of the kinds of which `most` removes some, and `takers` of layers."""
+
+    def __init__(self, setting: Setting, most: Mix, takers: Takers, options: PruneConfig) -> None:
+        self._setting, self._takers, anatomy = setting, takers, setting.anatomy
+        self._compensate = options.compensate
+        self._groups = [
+            group for group in anatomy.groups if group.router is None and (getattr(most, group.kind) or group in takers)
+        ]
+        self._targets = [anatomy.target_of(module) for group in self._groups for module, _ in group.readers]
+        self._biased = with_bias(setting, self._targets, options)
+
+    def moments(self, setting: Setting) -> UnitMoments | None:
+        """Over these sequences; None where nothing is re-fitted."""
+        takes = {self._setting.anatomy.target_of(group.output).name: taken for group, taken in self._takers.items()}
+        return unit_moments(setting, self._targets, self._biased, takes) if self._targets else None
+
+    def jobs(self, moments: UnitMoments | None) -> list[Job]:
+        """A collective."""
+        return fit_jobs(self._setting, moments, self._groups, self._biased, self._takers) if moments else []
+
+    def note_losses(self, kept: KeptUnits) -> None:
+        """Tells the report what is not made up for: means where there is no bias, layers before which nothing takes over."""
+        if not self._compensate:
+            return
+        without = sorted({t.module.rpartition(".")[2] for t in self._targets if t.name not in self._biased})
+        if without:
+            self._setting.notes.append(
+                f"no bias takes up the mean of what removed units gave {', '.join(without)}: it has none"
+            )
+        gone = set(range(self._setting.anatomy.num_layers)) - set(kept.layers)
+        lost = left_to_nobody(self._takers, gone)
+        if lost:
+            self._setting.notes.append(
+                f"nothing takes over what the removed layers {lost} gave: no feed-forward before them writes straight to the "
+                "residual stream"
+            )
+
+
+class Trials:
+    """Mixes applied to the live model, measured, and undone to the last bit. losses: per token, in the order tried. jobs: of the
+    weights that are re-fitted. most: of every kind the largest number in any mix."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        most: Mix,
+        options: PruneConfig,
+        scores: UnitScores,
+        jobs: Sequence[Job],
+    ) -> None:
+        self._setting, self._most, self._options, self._scores, self.jobs = setting, most, options, scores, jobs
+        self._dense: dict[str, torch.Tensor] | None = None
+        self.losses: dict[Mix, float] = {}
+
+    def best_of(self, candidates: Sequence[Mix]) -> Mix:
+        """The only one, or the one that leaves the least loss."""
+        if len(candidates) == 1:
+            return candidates[0]
+        best, untried = search(candidates, self.loss_of, self._options.most_mixes, self.losses)
+        if untried:
+            self._setting.notes.append(
+                f"{len(self.losses)} of the mixes that reach the target were tried (losses in the report) and {len(untried)} "
+                f"left out by the search or by prune.most_mixes={self._options.most_mixes}, such as {untried[0]}"
+            )
+        return best
+
+    def apply(self, mix: Mix, scores: UnitScores | None = None) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
+        """Leaves the mix in the live weights. These must be the dense ones."""
+        return apply_mix(self._setting, mix, self._most, scores or self._scores, self.jobs, self._options)
+
+    def loss_of(self, mix: Mix, scores: UnitScores | None = None) -> float:
+        """Per token; scores: other ones than at the beginning."""
+        setting, backend = self._setting, self._setting.backend
+        changed = [target for job in self.jobs for target in job.targets]
+        if self._dense is None:
+            self._dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
+        kept, shifts = self.apply(mix, scores)
+        routed = {g: kept.experts[g.layer] for g in setting.anatomy.of_kind("experts") if g.layer in kept.experts}
+        with (
+            routed_to(setting.bare, routed),
+            shifted(setting.bare, shifts),
+            running_layers(setting.bare, setting.anatomy, kept.layers),
+        ):
+            loss = mean_loss(setting, "trying a mix")
+        for target in changed:
+            backend.write(setting.model, target, self._dense[target.name])
+        gone = [layer for layer in range(setting.anatomy.num_layers) if layer not in kept.layers]
+        log.info("without %s%s: loss %.4f", mix, f" {gone}" if gone else "", loss)
+        return loss
