@@ -35,7 +35,9 @@ from tinygn_dist.units import plan_mixes
 OURS = {  # row -> arguments of `tinygn compress`
     "channels": ["--pattern", "channels"],
     "units, best mix": ["--pattern", "units"],
-    "layers by block influence (ShortGPT)": ["--pattern", "layers", "--criterion", "activation"],
+    "layers, taken over": ["--pattern", "layers"],
+    "layers by block influence (ShortGPT)": ["--pattern", "layers", "--criterion", "activation"]
+    + ["--prune.compensate", "false"],
 }
 PEERS = {"Torch-Pruning Taylor": "GroupTaylorImportance", "Torch-Pruning magnitude": "GroupMagnitudeImportance"}
 AS_IT_IS = ["--pattern", "unstructured", "--sparsity", "0", "--criterion", "magnitude"]

@@ -8,17 +8,21 @@ few sequences, one fit each, the loss on other sequences.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.progress import Progress
 from tinygn_dist.removal import JUDGED, REPROBED, Removals, UnitScores, order_layers, row_of
 from tinygn_dist.takeover import Takers, takers_of
 from tinygn_dist.trials import Fits, Trials
 from tinygn_dist.unit_scores import removable, score_units
 
+log = logging.getLogger(__name__)
 _TOKENS_PER_INPUT = 4
 """of the widest feed-forward, that the fits of a trial see: twice as many change no choice (docs/results.md)"""
 _JUDGED_TOKENS = 2048
@@ -52,7 +56,8 @@ class _Judge:
         orders = {layer: [*gone, layer] for layer in worth_trying(able, gone)}
         takers = together([takers_of(anatomy, order) for order in ([*gone], *orders.values())])
         fits = Fits(self._setting, most, takers, options)
-        trials = Trials(self._setting, most, options, UnitScores(), fits.jobs(fits.moments(self._fitted)))
+        quiet = replace(self._setting, progress=Progress(shown=False))
+        trials = Trials(quiet, most, options, UnitScores(), fits.jobs(fits.moments(self._fitted)))
 
         def loss(order: list[int]) -> float:
             if tuple(order) not in self._losses:
@@ -61,8 +66,13 @@ class _Judge:
                 removals.spend(len(self._setting.batches))
             return self._losses[tuple(order)]
 
-        before = loss([*gone])
-        told = {layer: loss(order) - before for layer, order in orders.items()}
+        with self._setting.progress.bar(f"judging layer {len(gone) + 1} to go", 1 + len(orders)) as advance:
+            before, told = loss([*gone]), {}
+            advance()
+            for layer, order in orders.items():
+                told[layer] = loss(order) - before
+                advance()
+        log.info("layers that may go, and what each adds to the loss: %s", _listed(told))
         removals.scores.table += [
             row_of("layers", layer, "removal", value) | {"without": [*gone], "taken_over": True}
             for layer, value in told.items()
@@ -83,6 +93,10 @@ def together(several: Sequence[Takers]) -> Takers:
         for group, behind in takers.items():
             found[group] = max(found.get(group, ()), behind, key=len)
     return found
+
+
+def _listed(losses: Mapping[int, float]) -> str:
+    return ", ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses, key=losses.get))
 
 
 def _of_tokens(setting: Setting, tokens: int) -> Setting:

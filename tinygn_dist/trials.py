@@ -83,7 +83,7 @@ class Trials:
         """The only one, or the one that leaves the least loss."""
         if len(candidates) == 1:
             return candidates[0]
-        best, untried = search(candidates, self.loss_of, self._options.most_mixes, self.losses)
+        best, untried = search(candidates, self._told_loss_of, self._options.most_mixes, self.losses)
         if untried:
             self._setting.notes.append(
                 f"{len(self.losses)} of the mixes that reach the target were tried (losses in the report) and {len(untried)} "
@@ -111,6 +111,9 @@ class Trials:
             loss = mean_loss(setting, "trying a mix")
         for target in changed:
             backend.write(setting.model, target, self._dense[target.name])
-        gone = [layer for layer in range(setting.anatomy.num_layers) if layer not in kept.layers]
-        log.info("without %s%s: loss %.4f", mix, f" {gone}" if gone else "", loss)
+        return loss
+
+    def _told_loss_of(self, mix: Mix) -> float:
+        loss = self.loss_of(mix)
+        log.info("without %s: loss %.4f", mix, loss)
         return loss
