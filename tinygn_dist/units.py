@@ -133,7 +133,8 @@ def remove_units(
 ) -> Removal:
     """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
     and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
-    they are compared on sequences that they were not fitted on, and the best is fitted on all."""
+    they are compared on sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the
+    shorter model gives."""
     most = _most_of(candidates)
     probed = setting.first(options.probe_samples)
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
@@ -150,7 +151,7 @@ def remove_units(
         best = _closer(trials, best, most, replan)
     if choice:
         add_sums(trials.jobs, fits.jobs(fits.moments(tried)))
-    kept, shifts = trials.apply(best)
+    kept, shifts = trials.leave(best, setting)
     fits.note_losses(kept)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 

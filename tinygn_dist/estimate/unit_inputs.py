@@ -8,6 +8,7 @@ than the others' would otherwise decide alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 
 from tinygn_dist.estimate.activations import InputMoments, Read, complete, input_hooks
 from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.restart import running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.moments import Moments, add_gram, fill_below
 from tinygn_dist.objective import last_logits_only, model_inputs, real_tokens
@@ -45,9 +47,10 @@ def unit_moments(
     targets: Sequence[Target],
     with_constant: Collection[str],
     takes: Mapping[str, Sequence[int]] = NOTHING,
+    layers: Sequence[int] | None = None,
 ) -> UnitMoments:
     """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the layers
-    behind it that it may have to take over."""
+    behind it that it may have to take over. layers: those that run, all by default."""
     found = UnitMoments(InputMoments(source_of={target.name: target.name for target in targets}), Moments())
     for target in targets:
         shape = target.shape[0], target.shape[1] + (target.name in with_constant)
@@ -55,16 +58,18 @@ def unit_moments(
             found.taken.reserve(taken_by(target.name, layer), shape, setting.backend.device)
     inputs, sizes, gains = dict[str, Read](), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
     behind = {layer for layers in takes.values() for layer in layers}
-    layers = [
+    watched = [
         (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
-        for seen, into, watched in (
+        for seen, into, which in (
             (_mean_square, sizes, {target.layer for target in targets}),
             (_gain, gains, behind),
         )
-        for layer in sorted(watched)
+        for layer in sorted(which)
     ]
+    running = running_layers(setting.bare, setting.anatomy, layers) if layers is not None else contextlib.nullcontext()
     hooks, mine = input_hooks(setting.bare, targets, inputs), setting.backend.share(setting.batches)
-    with torch.no_grad(), attached([*hooks, *layers]), setting.progress.bar("input statistics", len(mine)) as advance:
+    bar = setting.progress.bar("input statistics", len(mine))
+    with torch.no_grad(), attached([*hooks, *watched]), running, bar as advance:
         for batch, real in mine:
             batch = setting.on_device(batch)
             setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
