@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from tinygn_dist.budget import Mix
@@ -18,7 +18,7 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.progress import Progress
 from tinygn_dist.removal import JUDGED, REPROBED, Removals, UnitScores, order_layers, row_of
-from tinygn_dist.takeover import Takers, takers_of
+from tinygn_dist.takeover import takers_of
 from tinygn_dist.trials import Fits, Trials
 from tinygn_dist.unit_scores import removable, score_units
 
@@ -43,41 +43,57 @@ def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int,
 
 class _Judge:
     def __init__(self, fitted: Setting, tried: Setting, options: PruneConfig) -> None:
-        self._setting, self._options = _of_tokens(tried, _JUDGED_TOKENS), options
+        self._setting, self._options = tried.first(math.ceil(_JUDGED_TOKENS / _losses_of_one(tried))), options
         width = max(group.num_units for group in fitted.anatomy.of_kind("channels"))
-        self._fitted = _of_tokens(fitted, _TOKENS_PER_INPUT * width)
+        self._fitted = fitted.first(math.ceil(_TOKENS_PER_INPUT * width / _rows_of_one(fitted)))
         self._losses: dict[tuple[int, ...], float] = {}
 
     def again(self, removals: Removals, able: Sequence[int], gone: Sequence[int]) -> dict[int, float]:
         """What each of some layers adds to the loss that is left without those gone; able: layers that may go, best first."""
-        if removals.spent:
-            return {}
-        anatomy, options, most = self._setting.anatomy, self._options, Mix(layers=len(gone) + 1)
-        orders = {layer: [*gone, layer] for layer in worth_trying(able, gone)}
-        takers = together([takers_of(anatomy, order) for order in ([*gone], *orders.values())])
-        fits = Fits(self._setting, most, takers, options)
-        quiet = replace(self._setting, progress=Progress(shown=False))
-        trials = Trials(quiet, most, options, UnitScores(), fits.jobs(fits.moments(self._fitted)))
-
-        def loss(order: list[int]) -> float:
-            if tuple(order) not in self._losses:
-                scores = UnitScores(layer_order=order)
-                self._losses[tuple(order)] = trials.loss_of(Mix(layers=len(order)), scores)
-                removals.spend(len(self._setting.batches))
-            return self._losses[tuple(order)]
-
-        with self._setting.progress.bar(f"judging layer {len(gone) + 1} to go", 1 + len(orders)) as advance:
-            before, told = loss([*gone]), {}
-            advance()
-            for layer, order in orders.items():
-                told[layer] = loss(order) - before
-                advance()
+        told: dict[int, float] = {}
+        orders = [[*gone, layer] for layer in worth_trying(able, gone)]
+        with self._setting.progress.bar(f"judging layer {len(gone) + 1} to go", len(orders)) as advance:
+            for some in self._in_room(orders):
+                if removals.spent:
+                    break
+                trials = self._fit(some if tuple(gone) in self._losses else [[*gone], *some], removals)
+                for order in some:
+                    told[order[-1]] = self._loss(order, trials, removals) - self._loss([*gone], trials, removals)
+                    advance()
         log.info("layers that may go, and what each adds to the loss: %s", _listed(told))
         removals.scores.table += [
             row_of("layers", layer, "removal", value) | {"without": [*gone], "taken_over": True}
             for layer, value in told.items()
         ]
         return told
+
+    def _in_room(self, orders: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+        """Orders whose sums fit into prune.gram_gib together, one at least."""
+        room, some, taken = self._options.gram_gib * 2**30, [], 0
+        for order in orders:
+            takers, size = takers_of(self._setting.anatomy, [order]), 0
+            for group, segments in takers.items():
+                out, inputs = self._setting.anatomy.target_of(group.output).shape
+                size += 8 * inputs * (inputs + len(segments) * out)
+            if some and taken + size > room:
+                yield some
+                some, taken = [], 0
+            some, taken = [*some, order], taken + size
+        yield some
+
+    def _fit(self, orders: Sequence[list[int]], removals: Removals) -> Trials:
+        most = Mix(layers=len(orders[-1]))
+        fits = Fits(self._setting, most, takers_of(self._setting.anatomy, orders), self._options)
+        jobs = fits.jobs(fits.moments(self._fitted))
+        removals.spend(len(self._fitted.batches))
+        quiet = replace(self._setting, progress=Progress(shown=False))
+        return Trials(quiet, most, self._options, UnitScores(), jobs)
+
+    def _loss(self, order: list[int], trials: Trials, removals: Removals) -> float:
+        if tuple(order) not in self._losses:
+            self._losses[tuple(order)] = trials.loss_of(Mix(layers=len(order)), UnitScores(layer_order=order))
+            removals.spend(len(self._setting.batches))
+        return self._losses[tuple(order)]
 
 
 def worth_trying(able: Sequence[int], gone: Sequence[int]) -> list[int]:
@@ -86,21 +102,16 @@ def worth_trying(able: Sequence[int], gone: Sequence[int]) -> list[int]:
     return best + [layer for layer in able if layer not in best and {layer - 1, layer + 1} & set(gone)]
 
 
-def together(several: Sequence[Takers]) -> Takers:
-    """Takers of any of several orders; what one has to take over in one of them is the beginning of it in another."""
-    found: Takers = {}
-    for takers in several:
-        for group, behind in takers.items():
-            found[group] = max(found.get(group, ()), behind, key=len)
-    return found
-
-
 def _listed(losses: Mapping[int, float]) -> str:
     return ", ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses, key=losses.get))
 
 
-def _of_tokens(setting: Setting, tokens: int) -> Setting:
-    """The first micro-batches with so many tokens."""
-    batch = setting.batches[0]
-    size = batch["input_ids"].shape[1] if "input_ids" in batch else 1
-    return setting.first(math.ceil(tokens / size))
+def _rows_of_one(setting: Setting) -> int:
+    """Rows that a sequence gives to a fit; of images that is not known here, and one is too few."""
+    return setting.batches[0]["input_ids"].shape[1] if "input_ids" in setting.batches[0] else 1
+
+
+def _losses_of_one(setting: Setting) -> int:
+    """Values of the loss in a sequence: a classifier has one."""
+    labels = setting.batches[0].get("labels")
+    return 1 if labels is not None and labels.dim() == 1 else _rows_of_one(setting)

@@ -75,7 +75,7 @@ class Removals:
         return self.limit.forwards <= 0 or late(self.setting, self.limit)
 
     def spend(self, forwards: int) -> None:
-        """Of what is no probe, and is never cut short."""
+        """Forwards of what is no probe, which the budget counts and nothing cuts short."""
         self.scores.forwards += forwards
         self.scores.exhaustive += forwards
 
@@ -130,7 +130,8 @@ def take_out(
 ) -> list[int]:
     """Indices of what goes, in order: of all whose contest has room the one with the least loss, one after the other.
 
-    again: given those that may go, best first, and those that are gone, new losses of some. at_once: also asked when none is gone.
+    again: given those that may go, best first, and those that are gone, new losses of some. at_once: also asked when none is gone,
+    and one of those goes.
     """
     known: dict[int, float] = {}
     for contest in contests:  # what few sequences decided stands, whatever the means became on more
@@ -142,7 +143,10 @@ def take_out(
         able = [i for i in known if room[number[i]] > 0 and i not in gone]
         if able and (gone or at_once):
             able.sort(key=lambda i: (known[i], int(found.place[i]), i))
-            known |= again(able, gone)
+            told = again(able, gone)
+            known |= told
+            if told and at_once:  # what others were known to cost is not comparable
+                able = list(told)
         if not able:
             return gone
         gone.append(min(able, key=lambda i: (known[i], int(found.place[i]), i)))

@@ -12,33 +12,37 @@ from collections.abc import Collection, Sequence
 
 from tinygn_dist.anatomy import Anatomy, UnitGroup
 
-Takers = dict[UnitGroup, tuple[int, ...]]
-"""For each feed-forward the layers right behind it, in order, of which it may have to take over the first few."""
+Takers = dict[UnitGroup, tuple[tuple[int, ...], ...]]
+"""For each feed-forward the layers right behind it, in order, cut into segments of which it takes over the first few."""
 
 
-def takers_of(anatomy: Anatomy, order: Sequence[int]) -> Takers:
-    """order: layers in the order in which they go, of which any first few may be gone. Only feed-forwards that write straight to the
-    residual stream take over, within their stack."""
+def takers_of(anatomy: Anatomy, removals: Sequence[Collection[int]]) -> Takers:
+    """removals: every set of layers that may be gone. Only feed-forwards that write straight to the residual stream take over, within
+    their stack. Segments end where one of the removals does, so what a segment's layers gave is only ever needed as one sum."""
     found: Takers = {}
     for group in anatomy.of_kind("channels"):
-        if group.added:
-            stack = next(stack for stack in anatomy.stacks if group.layer in stack.layers)
-            stays = order.index(group.layer) if group.layer in order else len(order)
-            gone = order[:stays]  # by the time that its own layer goes
-            behind = range(group.layer + 1, stack.layers.stop)
-            found[group] = tuple(behind)[: run_behind(behind, gone)]
-    return {group: behind for group, behind in found.items() if behind}
+        stack = next(stack for stack in anatomy.stacks if group.layer in stack.layers)
+        behind = range(group.layer + 1, stack.layers.stop)
+        ends = {_run(behind, gone) for gone in removals if group.layer not in gone} - {0}
+        if group.added and ends:
+            found[group] = tuple(tuple(behind[start:end]) for start, end in itertools.pairwise([0, *sorted(ends)]))
+    return found
 
 
-def run_behind(taken: Sequence[int], gone: Collection[int]) -> int:
-    """How many of the layers behind a feed-forward are gone in a row."""
-    return sum(1 for _ in itertools.takewhile(gone.__contains__, taken))
+def segments_gone(segments: Sequence[Sequence[int]], gone: Collection[int]) -> int:
+    """How many of the segments behind a feed-forward are gone in a row."""
+    return sum(1 for _ in itertools.takewhile(set(gone).issuperset, segments))
 
 
 def left_to_nobody(takers: Takers, gone: Collection[int]) -> list[int]:
     """The removed layers that nothing takes over."""
     taken: set[int] = set()
-    for group, behind in takers.items():
+    for group, segments in takers.items():
         if group.layer not in gone:
-            taken.update(behind[: run_behind(behind, gone)])
+            taken.update(*segments[: segments_gone(segments, gone)])
     return sorted(set(gone) - taken)
+
+
+def _run(layers: Sequence[int], gone: Collection[int]) -> int:
+    """How many of them are gone in a row."""
+    return sum(1 for _ in itertools.takewhile(gone.__contains__, layers))

@@ -19,7 +19,7 @@ from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.kept import KeptUnits
 from tinygn_dist.mix_search import search
 from tinygn_dist.removal import UnitScores
-from tinygn_dist.takeover import Takers, left_to_nobody
+from tinygn_dist.takeover import Takers, left_to_nobody, takers_of
 from tinygn_dist.unit_fit import apply_mix, fit_jobs, with_bias
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ class Fits:
         """layers: those that run, all by default."""
         self._layers = layers
         self._setting, self._takers, anatomy = setting, takers, setting.anatomy
-        self._compensate = options.compensate
         self._groups = [
             group
             for group in anatomy.groups
@@ -54,22 +53,26 @@ class Fits:
         """A collective."""
         return fit_jobs(self._setting, moments, self._groups, self._biased, self._takers) if moments else []
 
-    def note_losses(self, kept: KeptUnits) -> None:
-        """Tells the report what is not made up for: means where there is no bias, layers before which nothing takes over."""
-        if not self._compensate:
-            return
-        without = sorted({t.module.rpartition(".")[2] for t in self._targets if t.name not in self._biased})
+
+def note_losses(setting: Setting, mix: Mix, kept: KeptUnits) -> None:
+    """Tells the report what is not made up for: means where there is no bias, layers before which nothing takes over."""
+    anatomy, gone = setting.anatomy, set(range(setting.anatomy.num_layers)) - set(kept.layers)
+    takers = takers_of(anatomy, [gone])
+    reading = [g for g in anatomy.groups if g.layer in kept.layers and g.router is None and getattr(mix, g.kind)]
+    for what, groups in (("units", reading), ("layers", takers)):
+        modules = [module for group in groups for module, _ in group.readers]
+        without = {
+            m.rpartition(".")[2] for m in modules if getattr(setting.bare.get_submodule(m), "bias", None) is None
+        }
         if without:
-            self._setting.notes.append(
-                f"no bias takes up the mean of what removed units gave {', '.join(without)}: it has none"
-            )
-        gone = set(range(self._setting.anatomy.num_layers)) - set(kept.layers)
-        lost = left_to_nobody(self._takers, gone)
-        if lost:
-            self._setting.notes.append(
-                f"nothing takes over what the removed layers {lost} gave: no feed-forward before them writes straight to the "
-                "residual stream"
-            )
+            told = f"no bias takes up the mean of what removed {what} gave {', '.join(sorted(without))}: it has none"
+            setting.notes.append(told)
+    lost = left_to_nobody(takers, gone)
+    if lost:
+        setting.notes.append(
+            f"nothing takes over what the removed layers {lost} gave: no feed-forward before them writes straight to the "
+            "residual stream"
+        )
 
 
 class Trials:
@@ -84,7 +87,7 @@ class Trials:
         scores: UnitScores,
         jobs: Sequence[Job],
     ) -> None:
-        self._setting, self._most, self._options, self._scores, self.jobs = setting, most, options, scores, jobs
+        self._setting, self._most, self._options, self._scores, self.jobs = setting, most, options, scores, list(jobs)
         self._dense: dict[str, torch.Tensor] | None = None
         self.losses: dict[Mix, float] = {}
 
@@ -104,19 +107,36 @@ class Trials:
         """Leaves the mix in the live weights. These must be the dense ones."""
         return apply_mix(self._setting, mix, self._most, scores or self._scores, self.jobs, self._options)
 
-    def leave(self, mix: Mix, setting: Setting) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
-        """As `apply`, but heads and channels are fitted once the layers are gone, on what the others then read of these sequences:
-        a pass more, and 2 % less perplexity where seven of SmolLM2-135M's layers and a quarter of its channels go
-        (docs/results.md). Not for several stacks, whose heads are of all layers at once."""
-        options, bare = self._options, setting.bare
-        if not (options.compensate and mix.layers and (mix.heads or mix.channels) and len(setting.anatomy.stacks) == 1):
-            return self.apply(mix)
-        kept, gained = self.apply(Mix(layers=mix.layers))
-        fits = Fits(setting, replace(mix, layers=0), {}, options, layers=kept.layers)
-        with shifted(bare, gained):
-            moments = fits.moments(setting)
-        kept, shifts = apply_mix(setting, mix, mix, self._scores, fits.jobs(moments), options)
-        return kept, {name: gained.get(name, 0) + shifts.get(name, 0) for name in (*gained, *shifts)}
+    def leave(self, mix: Mix, setting: Setting, *, anew: bool) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
+        """As `apply`, of the mix that is taken. anew: fitted to these sequences.
+
+        Where layers go, heads and channels are fitted to what the other layers then read: 2 % less perplexity where seven of
+        SmolLM2-135M's layers and a quarter of its channels go (docs/results.md).
+        """
+        self._most, bare, gained = mix, setting.bare, {}
+        if self.in_two(mix):
+            self._fit(setting, Mix(layers=mix.layers))
+            kept, gained = self.apply(Mix(layers=mix.layers))
+            with shifted(bare, gained):
+                self._fit(setting, replace(mix, layers=0), kept.layers)
+        elif anew:
+            self._fit(setting, mix)
+        kept, shifts = self.apply(mix)
+        if self._options.compensate:
+            note_losses(setting, mix, kept)
+        return kept, {name: gained.get(name, 0) + shifts.get(name, 0) for name in {**gained, **shifts}}
+
+    def in_two(self, mix: Mix) -> bool:
+        """Whether layers are fitted before the rest. Not in several stacks, whose heads are of all layers at once."""
+        inner = mix.heads or mix.channels
+        return bool(self._options.compensate and mix.layers and inner and len(self._setting.anatomy.stacks) == 1)
+
+    def _fit(self, setting: Setting, mix: Mix, layers: Sequence[int] | None = None) -> None:
+        self.jobs = []  # their memory goes first
+        gone = self._scores.layer_order[: mix.layers]
+        takers = takers_of(setting.anatomy, [gone]) if self._options.compensate else {}
+        fits = Fits(setting, mix, takers, self._options, layers)
+        self.jobs = fits.jobs(fits.moments(setting))
 
     def loss_of(self, mix: Mix, scores: UnitScores | None = None) -> float:
         """Per token; scores: other ones than at the beginning."""
@@ -124,6 +144,14 @@ class Trials:
         changed = [target for job in self.jobs for target in job.targets]
         if self._dense is None:
             self._dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
+        try:
+            return self._applied_loss(mix, scores)
+        finally:
+            for target in changed:
+                backend.write(setting.model, target, self._dense[target.name])
+
+    def _applied_loss(self, mix: Mix, scores: UnitScores | None) -> float:
+        setting = self._setting
         kept, shifts = self.apply(mix, scores)
         routed = {g: kept.experts[g.layer] for g in setting.anatomy.of_kind("experts") if g.layer in kept.experts}
         with (
@@ -131,10 +159,7 @@ class Trials:
             shifted(setting.bare, shifts),
             running_layers(setting.bare, setting.anatomy, kept.layers),
         ):
-            loss = mean_loss(setting, "trying a mix")
-        for target in changed:
-            backend.write(setting.model, target, self._dense[target.name])
-        return loss
+            return mean_loss(setting, "trying a mix")
 
     def _told_loss_of(self, mix: Mix) -> float:
         loss = self.loss_of(mix)

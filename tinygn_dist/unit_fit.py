@@ -23,7 +23,7 @@ from tinygn_dist.estimate.unit_inputs import UnitMoments, taken_by
 from tinygn_dist.kept import INNER_KINDS, KeptUnits
 from tinygn_dist.removal import UnitScores
 from tinygn_dist.solve import least_squares
-from tinygn_dist.takeover import Takers, run_behind
+from tinygn_dist.takeover import Takers, segments_gone
 
 
 def with_bias(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> frozenset[str]:
@@ -41,22 +41,14 @@ def fit_jobs(
     jobs = []
     for group in groups:
         for module, width in group.readers:
-            target, behind = setting.anatomy.target_of(module), takers.get(group, ())
+            target, segments = setting.anatomy.target_of(module), takers.get(group, ())
             sums = [moments.inputs.moments.pop(moments.inputs.of(target))]
-            sums += [moments.taken.pop(taken_by(target.name, layer)) for layer in behind]
+            sums += [moments.taken.pop(taken_by(target.name, segment)) for segment in segments]
             cost = target.shape[1] ** 3 + target.shape[0] * target.shape[1] ** 2
-            told = {"group": group, "width": width, "biased": target.name in biased, "behind": behind, "orders": {}}
+            told = {"group": group, "width": width, "biased": target.name in biased, "behind": segments, "orders": {}}
             jobs.append(Job((target,), sums, cost, told))
     setting.backend.sum_for_jobs(jobs)
     return jobs
-
-
-def add_sums(jobs: Sequence[Job], others: Sequence[Job]) -> None:
-    """Adds to the jobs' moments those of the same jobs on other sequences."""
-    for job, other in zip(jobs, others, strict=True):
-        for moment, more in zip(job.moments, other.moments, strict=True):
-            moment += more
-        job.extra["orders"].clear()
 
 
 def apply_mix(
@@ -72,7 +64,7 @@ def apply_mix(
     for job in jobs:
         stays = job.targets[0].layer not in gone
         job.extra["removed"] = getattr(mix, job.extra["group"].kind) if stays else 0
-        job.extra["run"] = run_behind(job.extra["behind"], gone) if stays else 0
+        job.extra["run"] = segments_gone(job.extra["behind"], gone) if stays else 0
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [_solve_columns(job, weights[0], most, scores, options)]

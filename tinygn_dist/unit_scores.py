@@ -41,7 +41,7 @@ def score_units(
     matrices of the groups' outputs, read by the criteria activation and removal of channels.
     """
     scores = scores or UnitScores()
-    if options.criterion == "gate":  # the only one that has a choice
+    if options.criterion == "gate" and most != Mix():  # the only one that has a choice
         options = settled(setting, options)
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
@@ -56,6 +56,17 @@ def score_units(
             values = _group_scores(scores, setting, groups, criterion, options, moments, getattr(most, kind))
             scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
     return scores
+
+
+def reads_moments(setting: Setting, most: Mix, options: PruneConfig) -> bool:
+    """Whether `score_units` needs moments."""
+    for kind in ("heads", "channels"):
+        groups = setting.anatomy.of_kind(kind)
+        if getattr(most, kind) and groups:
+            criterion = _criterion(kind, groups, options)
+            if criterion == "activation" or criterion == "removal" and groups[0].num_units > MANY:
+                return True
+    return False
 
 
 def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> str:

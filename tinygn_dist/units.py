@@ -21,8 +21,7 @@ from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.kept import Removal, Trial
 from tinygn_dist.takeover import takers_of
 from tinygn_dist.trials import Fits, Trials
-from tinygn_dist.unit_fit import add_sums
-from tinygn_dist.unit_scores import score_units
+from tinygn_dist.unit_scores import reads_moments, score_units
 
 log = logging.getLogger(__name__)
 _ROUTED = "{} stay, as many as the router chooses for each token"
@@ -139,20 +138,19 @@ def remove_units(
     probed = setting.first(options.probe_samples)
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
     fitted, tried = _apart(setting, options)
-    scores = score_layers(probed, fitted, tried, most.layers, options)
-    takers = takers_of(setting.anatomy, scores.layer_order[: most.layers]) if options.compensate else {}
-    fits = Fits(setting, most, takers, options)
-    choice = tried is not setting and (len(candidates) > 1 or replan is not None)
-    moments = fits.moments(fitted if choice else setting)
+    scores, anew = score_layers(probed, fitted, tried, most.layers, options), len(candidates) > 1 or replan is not None
+    order = [scores.layer_order[:count] for count in range(most.layers + 1)]
+    takers = takers_of(setting.anatomy, order if anew else order[-1:]) if options.compensate else {}
+    trials = Trials(tried, most, options, scores, [])
+    fits, moments = Fits(setting, most, takers, options), None
+    if anew or not trials.in_two(most) or reads_moments(setting, most, options):
+        moments = fits.moments(fitted if anew else setting)
     score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
-    trials = Trials(tried, most, options, scores, fits.jobs(moments))
+    trials.jobs = fits.jobs(moments)
     best = trials.best_of(candidates)
     if replan is not None:
         best = _closer(trials, best, most, replan)
-    if choice:
-        add_sums(trials.jobs, fits.jobs(fits.moments(tried)))
-    kept, shifts = trials.leave(best, setting)
-    fits.note_losses(kept)
+    kept, shifts = trials.leave(best, setting, anew=anew)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 

@@ -12,9 +12,10 @@ from tests import plain, tiny
 from tinygn_dist import units
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.budget import Mix
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.kept import Trial
+from tinygn_dist.removal import UnitScores
 from tinygn_dist.selection import check_nm, choose_masks
 from tinygn_dist.shrink import smaller_config
 from tinygn_dist.trials import Trials
@@ -177,22 +178,33 @@ def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, t
     assert scores.forwards == micro_batches * len(scores.table) > 0
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-@pytest.mark.parametrize(("count", "held"), [(2, 1), (4, 1), (8, 2), (16, 3)])
-def test_mixes_are_compared_on_what_they_were_not_fitted_on(backend, family: str, count: int, held: int):
-    """The last quarter of the sequences, and no more than are probed: the loss told for each mix is that of the model that the
-    others alone give, all fitted at once; what is left in the end is fitted on all."""
-    options = PruneConfig(pattern="units", sparsity=0.4, multiple_of=8, criterion="magnitude", probe_samples=6)
+@pytest.mark.parametrize(("family", "criterion"), [("llama", "magnitude"), ("opt", "auto"), ("gpt2", "auto")])
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (8, 2), (16, 3)])
+@pytest.mark.parametrize("replanned", [False, True])
+def test_mixes_are_compared_on_what_they_were_not_fitted_on(
+    backend, monkeypatch, family: str, criterion: str, count: int, held: int, replanned: bool
+):
+    """The last quarter of the sequences (of two micro-batches one), and no more than are probed: the loss told for each mix is that
+    of the model that the others alone give, all fitted at once, whatever was tried before; what is left in the end is fitted on all.
+    Also where there was one mix, until it was looked at more closely."""
+    deeper = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
+    options = PruneConfig(pattern="units", sparsity=0.3, multiple_of=8, criterion=criterion, probe_samples=6)
+    monkeypatch.setattr(units, "score_layers", lambda *_: UnitScores(layer_order=[1, 2]))
+    planned = plan_mixes(read_anatomy(tiny.build(family, **deeper), needs_units=True), options)
+    largest = Mix(*(max(getattr(mix, kind) for mix in planned) for kind in UNIT_KINDS))
+    monkeypatch.setattr(units, "_most_of", lambda _: largest)  # how many rounds an elimination has depends on it
 
     def model_without(mix: Mix | None, batches: slice) -> tuple[torch.nn.Module, list[Trial], list]:
-        setting = tiny.setting(family, backend, count=count, size=2)
+        setting = tiny.setting(family, backend, model=tiny.build(family, **deeper), count=count, size=2)
         whole = list(setting.batches)
         setting = replace(setting, batches=whole[batches])
-        asked = [mix] if mix else plan_mixes(setting.anatomy, options)
+        asked, later = ([mix], None) if mix else (planned, None)
+        if replanned and not mix:
+            asked, later = [largest], lambda best: planned
         with pytest.MonkeyPatch.context() as patched:
             if batches != slice(None):
-                patched.setattr(Trials, "leave", lambda trials, mix, _: trials.apply(mix))
-            kept, _, trials, shifts = remove_units(setting, asked, options)
+                patched.setattr(Trials, "in_two", lambda *_: False)
+            kept, _, trials, shifts = remove_units(setting, asked, options, later)
         with torch.no_grad():
             for name, shift in shifts.items():
                 setting.model.get_parameter(name).add_(shift)
@@ -201,7 +213,7 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(backend, family: str
         return small, trials, whole[-held:]
 
     found, trials, apart = model_without(None, slice(None))
-    assert len(trials) > 1
+    assert {(bool(trial.mix.layers), bool(trial.mix.channels)) for trial in trials} >= {(False, True), (True, True)}
     for trial in trials:
         small, _, _ = model_without(trial.mix, slice(None, -held))
         assert trial.loss == pytest.approx(mean_loss(small, apart, family), rel=1e-5)

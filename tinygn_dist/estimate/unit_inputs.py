@@ -3,7 +3,8 @@ layers add to the residual stream, for the weight that takes it over.
 
 What an output error does to the layers behind depends on how large the residual stream is there, because they norm it. So
 every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger
-than the others' would otherwise decide alone.
+than the others' would otherwise decide alone. (A weight that takes over layers which make such tokens themselves, near a model's
+ends, is not kept from it: there it is the stream before them that is measured.)
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tinygn_dist.targets import Target
 
 _FLOOR = 1e-6
 """of a mean square, as in norms"""
-NOTHING: Mapping[str, Sequence[int]] = {}
+Segment = Sequence[int]
+"""layers in a row"""
+NOTHING: Mapping[str, Sequence[Segment]] = {}
 
 
 class UnitMoments(NamedTuple):
     """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each target. taken: by `taken_by(target's
-    name, layer)` the sum (out, in) of w d x^T, d being what the layer added to the stream.
+    name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the stream.
 
     Of targets with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
@@ -38,26 +41,26 @@ class UnitMoments(NamedTuple):
     taken: Moments
 
 
-def taken_by(name: str, layer: int) -> str:
-    return f"{name} < {layer}"
+def taken_by(name: str, segment: Segment) -> str:
+    return f"{name} < {segment[0]} to {segment[-1]}"
 
 
 def unit_moments(
     setting: Setting,
     targets: Sequence[Target],
     with_constant: Collection[str],
-    takes: Mapping[str, Sequence[int]] = NOTHING,
+    takes: Mapping[str, Sequence[Segment]] = NOTHING,
     layers: Sequence[int] | None = None,
 ) -> UnitMoments:
-    """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the layers
+    """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the segments
     behind it that it may have to take over. layers: those that run, all by default."""
     found = UnitMoments(InputMoments(source_of={target.name: target.name for target in targets}), Moments())
     for target in targets:
         shape = target.shape[0], target.shape[1] + (target.name in with_constant)
-        for layer in takes.get(target.name, ()):
-            found.taken.reserve(taken_by(target.name, layer), shape, setting.backend.device)
+        for segment in takes.get(target.name, ()):
+            found.taken.reserve(taken_by(target.name, segment), shape, setting.backend.device)
     inputs, sizes, gains = dict[str, Read](), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
-    behind = {layer for layers in takes.values() for layer in layers}
+    behind = {layer for segments in takes.values() for segment in segments for layer in segment}
     watched = [
         (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
         for seen, into, which in (
@@ -76,34 +79,25 @@ def unit_moments(
             mask = real_tokens(batch)
             for target in targets if real else ():
                 rows, weights = inputs[target.name].hidden.flatten(0, -2).float(), 1 / sizes[target.layer]
-                given = {layer: gains[layer] for layer in takes.get(target.name, ())}
                 if mask is not None:
                     rows, weights = rows[mask], weights[mask]
-                    given = {layer: gain[mask] for layer, gain in given.items()}
-                _add(found, target.name, rows, weights, given, constant=target.name in with_constant)
+                constant = target.name in with_constant
+                _add_inputs(found.inputs.moments, target.name, rows, weights, constant=constant)
+                for segment in takes.get(target.name, ()):
+                    gain = sum(gains[layer] for layer in segment)
+                    weighted = (gain if mask is None else gain[mask]) * weights[:, None]
+                    product = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
+                    found.taken.add(taken_by(target.name, segment), product)
             advance()
     complete(found.inputs, setting)
     return found
 
 
-def _add(
-    found: UnitMoments,
-    name: str,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    given: Mapping[int, torch.Tensor],
-    *,
-    constant: bool,
-) -> None:
-    """One micro-batch's inputs (tokens, in) of a target, and by layer what those that it may take over gave (tokens, out)."""
+def _add_inputs(sums: Moments, name: str, rows: torch.Tensor, weights: torch.Tensor, *, constant: bool) -> None:
     if constant:
-        found.inputs.moments.add(name, _beside_one(rows, weights))
+        sums.add(name, _beside_one(rows, weights))
     else:
-        found.inputs.moments.add_gram(name, rows, weights)
-    for layer, gain in given.items():
-        weighted = gain * weights[:, None]
-        with_inputs = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
-        found.taken.add(taken_by(name, layer), with_inputs)
+        sums.add_gram(name, rows, weights)
 
 
 def _mean_square(sizes: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor, Any], None]:
