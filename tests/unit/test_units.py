@@ -18,6 +18,7 @@ from tinygn_dist.kept import Trial
 from tinygn_dist.removal import UnitScores
 from tinygn_dist.selection import check_nm, choose_masks
 from tinygn_dist.shrink import smaller_config
+from tinygn_dist.solve import least_squares
 from tinygn_dist.trials import Trials
 from tinygn_dist.unit_scores import score_units
 from tinygn_dist.units import plan_mixes, remove_units
@@ -192,7 +193,10 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
     monkeypatch.setattr(units, "score_layers", lambda *_: UnitScores(layer_order=[1, 2]))
     planned = plan_mixes(read_anatomy(tiny.build(family, **deeper), needs_units=True), options)
     largest = Mix(*(max(getattr(mix, kind) for mix in planned) for kind in UNIT_KINDS))
-    monkeypatch.setattr(units, "_most_of", lambda _: largest)  # how many rounds an elimination has depends on it
+    real = least_squares.elimination_order  # how many rounds it has depends on how many go at most: here always as many
+    monkeypatch.setattr(
+        least_squares, "elimination_order", lambda w, g, n, _, damping: real(w, g, n, n - 1, damping=damping)
+    )
 
     def model_without(mix: Mix | None, batches: slice) -> tuple[torch.nn.Module, list[Trial], list]:
         setting = tiny.setting(family, backend, model=tiny.build(family, **deeper), count=count, size=2)
