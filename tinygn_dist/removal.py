@@ -1,7 +1,7 @@
 """Scores of layers and units from what the loss does when they go.
 
 Single removals misjudge sets: two units that stand in for each other both look free. So layers are taken out one by one and
-the best candidates probed again without those that are gone; of other units the same may be asked (`prune.probe_greedy`), or
+the best candidates probed again without those that are gone, or judged by something better (`depth`); of other units the same may be asked (`prune.probe_greedy`), or
 pairs (`prune.probe_pairs`), or random subsets (`prune.probe_subsets`). All of it is within one budget.
 """
 

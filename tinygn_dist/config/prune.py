@@ -78,7 +78,8 @@ class PruneConfig(Section):
     gram_gib: float = Field(16, ge=0)
     """criterion obs: room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs).
     Where those of all layers do not fit, groups of layers that do are solved one after another, each measured on what the
-    compressed layers before it give (1.8 times the CPU time on SmolLM2-135M, for half the memory); 0: one layer at a time"""
+    compressed layers before it give (1.8 times the CPU time on SmolLM2-135M, for half the memory); 0: one layer at a time. Of
+    pattern layers and units: room for what layers are judged by, together or one at a time"""
     solver: Literal["obs", "admm"] = "obs"
     """criterion obs: the sweep of SparseGPT, or also ADMM (ALPS), which finds mask and weights together in several times the
     time, and for each weight the one with the smaller error"""
@@ -96,8 +97,9 @@ class PruneConfig(Section):
     most_mixes: int = Field(12, ge=1)
     """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
     probe_samples: int = Field(8, ge=1)
-    """calibration sequences each probe is measured on (where several mixes are tried: that those are measured on, while layers and
-    heads are probed on as few as make 512 tokens)"""
+    """calibration sequences each probe is measured on (where several mixes are tried: at most so many, and a quarter of all, are held
+    out to measure those on, while layers and heads are probed on as few as make 512 tokens). Layers whose gifts are taken over are
+    judged on as many of the held-out ones as make 2,048 tokens"""
     probe_adaptive: bool = True
     """measure removal probes on more sequences only where it is still open what goes: on 16 sequences about half the forwards,
     for 95 % of the units that all of them would choose"""
@@ -111,7 +113,8 @@ class PruneConfig(Section):
     """instead: the loss without so many random subsets as large as what goes in all layers together, and a regression on who
     was in them"""
     probe_forwards: int | None = Field(None, ge=1)
-    """stop probing after about this many forwards (of one micro-batch each, over all ranks) and choose by what is known"""
+    """stop probing after about this many forwards (of one micro-batch each, over all ranks; those of fits that layers are judged by
+    count) and choose by what is known"""
     probe_minutes: float | None = Field(None, gt=0)
     """the same after so many minutes; the result then depends on the speed of the machines"""
     probe_together: int = Field(1, ge=1)
