@@ -1,7 +1,7 @@
 """Which layers go, each judged together with what its feed-forward takes over (`takeover`).
 
 Plain removal says what a layer's absence costs, and most of that may be made up for: of SmolLM2-135M's layers 14 costs least
-then, 17 without, and of four layers a run of neighbours leaves a perplexity of 32.2, the plain greedy choice 34.9
+then, 17 without, and of four layers those chosen here leave a perplexity of 32.68, those of plain probes 34.89
 (docs/results.md). So the layers that plain probes rank first, and the neighbours of those that are gone, are tried: moments of a
 few sequences, one fit each, the loss on other sequences.
 """
@@ -24,9 +24,9 @@ from tinygn_dist.unit_scores import removable, score_units
 
 log = logging.getLogger(__name__)
 _TOKENS_PER_INPUT = 4
-"""of the widest feed-forward, that the fits of a trial see: twice as many change no choice (docs/results.md)"""
+"""of the widest feed-forward, that the fits of a trial see: enough for the damping not to matter; not tuned"""
 _JUDGED_TOKENS = 2048
-"""on which a trial is measured; all trials on the same"""
+"""on which a trial is measured, all on the same: their differences were 0.01 nat and more on SmolLM2-135M"""
 
 
 def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int, options: PruneConfig) -> UnitScores:

@@ -113,7 +113,7 @@ class Trials:
         Where layers go, heads and channels are fitted to what the other layers then read: 2 % less perplexity where seven of
         SmolLM2-135M's layers and a quarter of its channels go (docs/results.md).
         """
-        self._most, bare, gained = mix, setting.bare, {}
+        self._most, self._dense, bare, gained = mix, None, setting.bare, {}
         if self.in_two(mix):
             self._fit(setting, Mix(layers=mix.layers))
             kept, gained = self.apply(Mix(layers=mix.layers))
