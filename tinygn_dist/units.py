@@ -155,8 +155,8 @@ def remove_units(
 
 
 def _apart(setting: Setting, options: PruneConfig) -> tuple[Setting, Setting]:
-    """What mixes are fitted on, and a quarter of the sequences at most that they are compared on: on those of the fit the
-    kind with more weights to fit looks better than it is. One micro-batch serves for both."""
+    """What mixes are fitted on, and about a quarter of the sequences (one micro-batch at least) that they are compared on: on those
+    of the fit the kind with more weights to fit looks better than it is. One micro-batch serves for both."""
     if len(setting.batches) < 2:
         return setting, setting
     quarter = sum(map(batch_size, setting.batches)) // 4

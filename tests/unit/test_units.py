@@ -103,12 +103,15 @@ CHOICES = [("layers", 0.3), ("heads", 0.1), ("channels", 0.2), ("units", 0.4)]
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gpt2", "opt", "bert", "vit"])
 @pytest.mark.parametrize("pattern, sparsity", CHOICES)
+@pytest.mark.parametrize("at_once", [False, True])
 def test_the_live_model_computes_what_the_smaller_one_will(
-    backend, no_backward, family: str, pattern: str, sparsity: float
+    backend, no_backward, monkeypatch, family: str, pattern: str, sparsity: float, at_once: bool
 ):
     """After remove_units the dense-shaped model is zeroed, re-fitted and its biases shifted; cutting it must not change the outputs; as
     many units are gone as were planned; the loss told for the chosen mix is the loss of the result, where mixes are compared on what
-    they were fitted on because there is one micro-batch, and no layer goes (heads and channels are else fitted once more)."""
+    they were fitted on because there is one micro-batch, and all is fitted at once (or no layer goes)."""
+    if at_once:
+        monkeypatch.setattr(Trials, "in_two", lambda *_: False)
     if pattern == "heads" and family in tiny.FIXED_HEADS:
         assert not read_anatomy(tiny.build(family), needs_units=True).of_kind("heads")
         return
@@ -131,7 +134,7 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     assert removed >= round(sparsity * sum(setting.anatomy.layer_params))
     for counts in (kept.heads, kept.channels):
         assert len({len(units) for units in counts.values()}) <= 1
-    if trials and len(kept.layers) == 3:
+    if trials and (at_once or len(kept.layers) == 3):
         best = min(trial.loss for trial in trials)
         assert mean_loss(small, setting.batches, family) == pytest.approx(best, rel=1e-4)
     assert (pattern == "units") == bool(trials)
