@@ -1,4 +1,4 @@
-"""Real connected processes for tests (gloo, or NCCL on GPUs): one group of N per session, each test sends it a function.
+"""Real connected processes for tests (gloo, or NCCL where each has a GPU): one group of N per session, each test sends it a function.
 
 A launch costs 6 to 10 seconds, a call in a running group milliseconds. A group in which a rank failed is thrown away.
 """
@@ -62,7 +62,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), _free_port()
+        context, port = mp.get_context("spawn"), free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
             arguments = (there, rank, self.size, port, self._settings, self._cuda)
@@ -79,10 +79,12 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, settings: dict[str
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": str(not cuda).lower(), "OMP_NUM_THREADS": "1"}
     import torch.distributed as dist
 
+    from tests.one_card import share_cards
     from tinygn_dist.backends import make_backend
     from tinygn_dist.config import DistributedConfig
 
     torch.set_num_threads(1)
+    share_cards()
     asked = DistributedConfig(num_processes=size, timeout_seconds=COLLECTIVE_SECONDS, **settings)
     backend = make_backend(asked)
     connected = dist.get_world_size() if dist.is_initialized() else 1
@@ -113,7 +115,7 @@ def _on_cpu(value: Any) -> Any:
     return value
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

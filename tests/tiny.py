@@ -136,7 +136,7 @@ def setting(family: str, backend: Backend | None = None, model: nn.Module | None
     anatomy = read_anatomy(bare, needs_units=True)
     rows = batches(family, **data)
     if task == "feature-extraction":  # at the reference itself the distance has no slope: compare with a moved one
-        rows = [{**b, "reference": b["reference"] + 0.5} for b in add_reference(model, rows)]
+        rows = [{**b, "reference": b["reference"] + 0.5} for b in add_reference(model, rows, backend.device)]
     return Setting(model, anatomy, objective_of(task), rows, backend, Progress())
 
 

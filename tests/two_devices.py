@@ -96,6 +96,8 @@ class _Functions(TorchFunctionMode):
             raise MixedDevices("numpy() of a tensor on the device")
         if name == "cpu" and on_device:
             return _mark(args[0].clone(), "processor")
+        if name == "to" and len(args) > 1 and isinstance(args[1], torch.Tensor):  # as this one is
+            args = (args[0], DEVICE if _place(args[1]) == "device" else torch.device("cpu"), args[1].dtype, *args[2:])
         if name == "to" and on_device:
             return self._moved(function, args, kwargs)
         before, self._dispatch.function = self._dispatch.function, name

@@ -222,7 +222,7 @@ class Compressor:
 
     def _setting(self, model: nn.Module, batches: list[Batch]) -> Setting:
         if self._task == "feature-extraction":
-            batches = add_reference(model, batches)
+            batches = add_reference(model, batches, self.backend.device)
         costs, objective = costs_of(self.config.prune), objective_of(self._task)
         return Setting(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)
 

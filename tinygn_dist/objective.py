@@ -143,10 +143,15 @@ def feature_match(model: nn.Module, batch: Batch) -> Losses:
     return Losses(away.sum(1, dtype=torch.float64), counts.sum(1).long(), away)
 
 
-def add_reference(model: nn.Module, batches: list[Batch]) -> list[Batch]:
-    """The batches with the model's present features as their reference."""
+def add_reference(model: nn.Module, batches: list[Batch], device: torch.device) -> list[Batch]:
+    """The batches with the model's present features as their reference, which waits where the batches do. device: the model's."""
+    told = []
     with torch.no_grad():
-        return [{**b, "reference": model(**model_inputs(b)).last_hidden_state} for b in batches]
+        for batch in batches:
+            there = {name: value.to(device) for name, value in model_inputs(batch).items()}
+            reference = model(**there).last_hidden_state.to(next(iter(batch.values())).device)
+            told.append({**batch, "reference": reference})
+    return told
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> Losses:

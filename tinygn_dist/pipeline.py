@@ -192,7 +192,7 @@ class _Run(TrainingStage):
         )
         if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
             for name in ("calibration", "evaluation", "training", "validation"):
-                setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name)))
+                setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name), self.backend.device))
 
     def evaluate_before(self) -> None:
         if self.latency:

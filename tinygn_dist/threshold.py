@@ -32,10 +32,10 @@ def keep_largest(
         ]
     masks = [(piece > threshold).contiguous() for piece in pieces]
     ties = [(piece == threshold).flatten().nonzero().squeeze(1) for piece in pieces]
-    indices = (
-        torch.cat([tie + start for tie, start in zip(ties, starts, strict=True)]) if pieces else torch.empty(0).long()
-    )
-    last = _kth_smallest_index(indices, keep - above, sum_over_shards)
+    indices = [
+        (tie + start).cpu() for tie, start in zip(ties, starts, strict=True)
+    ]  # pieces of an offloaded model lie apart
+    last = _kth_smallest_index(torch.cat(indices or [torch.empty(0).long()]), keep - above, sum_over_shards)
     for mask, tie, start in zip(masks, ties, starts, strict=True):
         chosen = tie[tie + start <= last]
         mask.view(-1)[chosen] = True
@@ -107,7 +107,7 @@ def _kth_smallest_index(indices: torch.Tensor, k: int, sum_over_shards: Reduce) 
     prefix = 0
     for shift in (32, 16, 0):
         inside = indices[(indices >> (shift + 16)) == prefix]
-        counts = sum_over_shards(torch.bincount((inside >> shift) & 0xFFFF, minlength=_BINS).cpu()).cumsum(0)
+        counts = sum_over_shards(torch.bincount((inside >> shift) & 0xFFFF, minlength=_BINS)).cumsum(0)
         place = int((counts < k).sum())
         k -= int(counts[place - 1]) if place else 0
         prefix = prefix << 16 | place

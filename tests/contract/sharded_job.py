@@ -27,6 +27,7 @@ from tests.contract.gradual_checks import gradual, resumed
 from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
 from tests.contract.unit_checks import stacks, to_a_latency
+from tests.one_card import share_cards
 from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
@@ -371,6 +372,7 @@ def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
 
 def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
     torch.set_num_threads(1)
+    share_cards()
     # a part of the offloaded model stays on the device
     backend = make_backend(DistributedConfig(timeout_seconds=60, offload=offload, device_gib=6e-5))
     hf.logging.disable_progress_bar()

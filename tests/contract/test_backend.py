@@ -124,6 +124,7 @@ def _solved(backend: Backend, family: str) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_map_targets_gives_every_rank_the_solution_of_one(ranks: Ranks, family: str):
     n, dense = ranks.size, tiny.setting(family)
+    dense.model.cpu()
     found = ranks.call(_solved, family)
     factor = {t.name: n * (n + 1) / 2 * 4 for t in dense.anatomy.targets[:-2]}
     factor |= {t.name: sum(10.0**rank for rank in range(n)) for t in dense.anatomy.targets[-2:]}
@@ -156,7 +157,7 @@ def _masked(backend: Backend, family: str) -> tuple[dict[str, torch.Tensor], int
     target = setting.anatomy.targets[1]
     shard = backend.shard(setting.model, target)
     shard.weight.fill_(-1.0)
-    indices = torch.arange(shard.weight.numel(), device=backend.device).view(shard.weight.shape) + shard.offset
+    indices = torch.arange(shard.weight.numel(), device=shard.weight.device).view(shard.weight.shape) + shard.offset
     backend.write_mask(setting.model, target, indices % 3 == 0)
     return plain.full_state(backend, setting.model)[target.name]
 

@@ -224,7 +224,7 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
 
 def _every_other(backend: Backend, model: torch.nn.Module, target: Any) -> torch.Tensor:
     shard = backend.shard(model, target)
-    indices = torch.arange(shard.weight.numel(), device=backend.device) + shard.offset
+    indices = torch.arange(shard.weight.numel(), device=shard.weight.device) + shard.offset
     return (indices % 2 == 0).view(shard.weight.shape)
 
 

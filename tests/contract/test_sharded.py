@@ -26,6 +26,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.contract import sharded_models
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 JOB = str(ROOT / "tests/contract/sharded_job.py")
@@ -72,7 +73,14 @@ def launched(
 ) -> dict[str, Any]:
     """The facts of a job with a launch file's layout; `alone` is one plain process, `offload-cpu` one that offloads."""
     name, _, offload = layout.partition("-")
-    launch = ["-m", "accelerate.commands.launch", "--config_file", config(layout)]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config(layout),
+        "--main_process_port",
+        str(free_port()),
+    ]
     launch = [] if name in ("alone", "offload") else launch
     launch += ["--num_processes", str(processes)] if processes and launch else []
     more = [*(["--offload", offload] if offload else []), *checks]

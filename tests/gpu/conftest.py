@@ -1,17 +1,17 @@
 """GPUs and NCCL in place of gloo on CPUs. One command: `bash launch/test.sh -m gpu tests/gpu`.
 
-Without a GPU everything here is skipped; with one, what needs several is. A rank has a GPU of its own (NCCL wants that),
-so the sizes follow from the machine: 1, 2 and 4 processes where there are as many GPUs.
+Without a GPU everything here is skipped. Ranks that have a GPU each are connected by NCCL; where there are fewer GPUs, ranks
+share them over gloo (`one_card`), which DeepSpeed cannot do: what needs it with several ranks is skipped then.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from tests.contract.conftest import LAYOUTS
 from tests.ranks import Ranks
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -29,25 +29,20 @@ def gpu() -> None:
 
 
 @pytest.fixture(scope="session")
-def process_groups() -> Iterator[Callable[[int], Ranks]]:
-    """process_groups(n): n processes on n GPUs, connected by NCCL."""
-
-    @functools.cache
-    def group(size: int) -> Ranks:
-        made.append(Ranks(enough(size), cuda=True))
-        return made[-1]
-
-    made: list[Ranks] = []
-    yield group
-    for ranks in made:
-        ranks.stop()
+def process_groups() -> Iterator[Callable[..., Ranks]]:
+    """process_groups(n): n processes on GPUs; with settings of the section `distributed`."""
+    groups: dict[str, Ranks] = {}
+    yield lambda size, **settings: groups.setdefault(f"{size} {settings}", Ranks(size, settings, cuda=True))
+    for group in groups.values():
+        group.stop()
 
 
-@pytest.fixture(params=[1, 2, 4])
-def ranks(request: pytest.FixtureRequest, process_groups: Callable[[int], Ranks]) -> Ranks:
-    return process_groups(request.param)
+@pytest.fixture(params=LAYOUTS)
+def ranks(request: pytest.FixtureRequest, process_groups: Callable[..., Ranks]) -> Ranks:
+    size, settings = LAYOUTS[request.param]
+    return process_groups(size, **settings)
 
 
 @pytest.fixture
-def pair(process_groups: Callable[[int], Ranks]) -> Ranks:
+def pair(process_groups: Callable[..., Ranks]) -> Ranks:
     return process_groups(2)

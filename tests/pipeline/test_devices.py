@@ -27,6 +27,7 @@ CASES = {
         "prune.criterion": "magnitude", "recover.steps": 4, "schedule.regrow": "random", "checkpoint.every": 1,
     },
     "taylor, bf16": {"prune.criterion": "taylor", "prune.scope": "global", "model.dtype": "bfloat16"},
+    "together, as they are stored": {"prune.criterion": "magnitude", "prune.scope": "global"},
     "fisher": {"prune.criterion": "fisher"},
     "gblm": {"prune.criterion": "gblm"},
     "ria": {"prune.criterion": "ria"},
@@ -43,7 +44,7 @@ CASES = {
         "prune.pattern": "channels", "prune.criterion": "activation", "evaluate.latency": True,
     },
 }  # fmt: skip
-QUICK = ("2:4, distilled", "solver, forward only", "heads by gates")
+QUICK = ("2:4, distilled", "solver, forward only", "heads by gates", "a mix, adaptive")
 
 
 @pytest.fixture
@@ -71,7 +72,23 @@ def test_no_tensor_of_the_processor_meets_one_of_the_device(on_device, saved_mod
     assert report.after["loss"] > 0
 
 
-@pytest.mark.parametrize("case", ["solver, forward only", pytest.param("regrown by gradients", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pattern", ["channels", "unstructured"])
+def test_nor_of_an_encoder(on_device, saved_model, text_file, tmp_path: Path, pattern: str):
+    """Its loss is the distance to what the dense model gave before."""
+    asked = {"model.name": str(saved_model("bert")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
+    with two_devices():
+        report = compress(load_config(overrides=asked | SMALL | {"prune.pattern": pattern}), on_device())
+    assert report.after["feature_distance"] > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "solver, forward only",
+        "together, as they are stored",
+        pytest.param("regrown by gradients", marks=pytest.mark.slow),
+    ],
+)
 def test_nor_where_the_weights_wait_on_the_processor(on_device, saved_model, text_file, tmp_path: Path, case):
     """Masks and scores lie with them; a part of the model stays on the device. Recovery of solved
     masks is left out: hooks that autograd calls run outside of the mode that sees `.to`, so a gradient that goes home keeps
@@ -99,6 +116,7 @@ def test_a_mix_would_be_seen():
             lambda: torch.cat([here, there.view(-1)]),
             lambda: layer.weight.grad.flatten() + torch.arange(6),
             lambda: there.numpy(),
+            lambda: there + there.to(here),
         ):
             with pytest.raises(MixedDevices):
                 mixed()

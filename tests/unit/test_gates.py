@@ -64,7 +64,8 @@ def distance(power: int):
 @pytest.mark.parametrize("power,kinked", [(1, True), (2, False)])
 def test_kinks_are_counted_and_smooth_minima_are_not(backend, power: int, kinked: bool):
     setting = tiny.setting("bert", backend, count=2)
-    setting = replace(setting, objective=distance(power), batches=add_reference(setting.model, setting.batches))
+    rows = add_reference(setting.model, setting.batches, setting.backend.device)
+    setting = replace(setting, objective=distance(power), batches=rows)
     gates = list(single_units(setting.anatomy.of_kind("channels")[1:2]))[:6] + [Probe(0)]
     found = gate_derivatives(setting, gates, step=2**-7)
     assert found.kinked == (list(range(7)) if kinked else [])

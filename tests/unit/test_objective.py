@@ -108,7 +108,7 @@ def test_classification_and_feature_match():
         )
     torch.testing.assert_close(found.total.float(), F.cross_entropy(logits, batch["labels"], reduction="none"))
     encoder = tiny.build("bert")
-    (batch,) = add_reference(encoder, tiny.batches("bert", 1))
+    (batch,) = add_reference(encoder, tiny.batches("bert", 1), torch.device("cpu"))
     with torch.no_grad():
         assert float(feature_match(encoder, batch).total.abs().max()) == 0
         moved = feature_match(encoder, {**batch, "reference": batch["reference"] * 2})

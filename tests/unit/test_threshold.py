@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from tests.two_devices import DEVICE, two_devices
 from tinygn_dist.threshold import keep_largest, kth_largest
 
 
@@ -154,3 +155,13 @@ def test_more_elements_than_quantile_allows():
     mask = keep_largest([scores], [0], size // 3, alone)[0]
     assert int(mask.sum()) == size // 3
     assert float(scores[mask].min()) >= float(scores[~mask].max())
+
+
+def test_pieces_may_lie_on_the_processor_and_on_the_device():
+    """As those of a model of which a part is offloaded do; ties across both."""
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0])
+    with two_devices():
+        here, there = scores[:3] + torch.zeros(3), scores[3:] + torch.zeros(3, device=DEVICE)
+        first, second = keep_largest([here, there], [0, 3], 3, lambda counts: counts)
+        assert first.device != second.device
+    assert first.tolist() == [False, True, True] and second.tolist() == [True, False, False]

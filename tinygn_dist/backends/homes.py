@@ -90,21 +90,25 @@ class _Fetch(ModelHook):
     """Brings a block's weights for the length of its forward and of its backward pass.
 
     Autograd runs in the reverse order of the forward: when the gradient of an input of the block arrives, nothing of the
-    block is left to do. A block whose inputs need none is done at the end of the pass.
+    block is left to do. A block whose inputs need none is done at the end of the pass. A forward that is recomputed in a
+    backward pass (gradient checkpointing) belongs to it: torch may end it early, before `post_forward`.
     """
 
     def __init__(self, homes: list[Home]) -> None:
         self._homes = homes
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        for home in self._homes:
-            home.fetch()
+        if _in_backward():
+            self._fetch_in_backward()
+        else:
+            for home in self._homes:
+                home.fetch()
         for tensor in _differentiable((args, kwargs)):
             tensor.register_hook(lambda _: self._leave_backward())
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        for home in self._homes:
+        for home in self._homes if not _in_backward() else ():
             home.leave()
         for tensor in _differentiable(output):
             tensor.register_hook(lambda _: self._fetch_in_backward())
@@ -118,6 +122,10 @@ class _Fetch(ModelHook):
     def _leave_backward(self) -> None:
         for home in self._homes:
             home.leave_backward()
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def settle(model: nn.Module, device: torch.device, folder: Path | None, device_bytes: float) -> None:
