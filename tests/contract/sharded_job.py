@@ -177,7 +177,7 @@ def restoring(backend: Backend, sharded: int, folder: Path) -> None:
     share = sum(-(-len(tensor) // sharded) * tensor[0].numel() for tensor in reference.values())
     assert sum(read) <= share, f"{sum(read)} of {share} read"
     found = dict(backend.full_tensors(model))
-    assert found.keys() == reference.keys() and all(torch.equal(found[n], t) for n, t in reference.items())
+    assert found.keys() == reference.keys() and all(torch.equal(found[n].cpu(), t) for n, t in reference.items())
 
 
 @contextlib.contextmanager
