@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -18,6 +17,7 @@ from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
+from tinygn_dist.estimate.memory import peak_gib
 from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, plan_of
 from tinygn_dist.latency import LatencyTarget
@@ -290,8 +290,8 @@ class _Run(TrainingStage):
             self.report.after = self.all_figures(reloaded) | size
             if self.latency:
                 self.latency.time("smaller", reloaded)
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            self.report.peak_memory_gib = self.backend.everyone(round(used, 2))
+            for name, used in peak_gib(self.backend.device).items():
+                setattr(self.report, name, self.backend.everyone(round(used, 2)))
             cpu = self.backend.everyone(self.stage.cpu_seconds)
             self.report.cpu_seconds = {name: round(sum(rank[name] for rank in cpu), 1) for name in cpu[0]}
             if self.backend.is_main:

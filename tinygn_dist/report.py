@@ -46,7 +46,9 @@ class Report:
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     """over all ranks"""
     peak_memory_gib: list[float] = field(default_factory=list)
-    """per rank"""
+    """per rank, resident"""
+    peak_device_gib: list[float] = field(default_factory=list)
+    """per rank, what torch held on its GPU; empty where there is none"""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 

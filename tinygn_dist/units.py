@@ -15,7 +15,7 @@ from dataclasses import replace
 from tinygn_dist.anatomy import Anatomy
 from tinygn_dist.budget import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
-from tinygn_dist.depth import score_layers
+from tinygn_dist.depth import choose_last_again, score_layers
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting, batch_size
 from tinygn_dist.kept import Removal, Trial
@@ -132,8 +132,8 @@ def remove_units(
 ) -> Removal:
     """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
     and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
-    they are compared on sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the
-    shorter model gives."""
+    they are compared on sequences that they were not fitted on, as are layers for the last place of the best, which is fitted on
+    all: heads and channels to what the shorter model gives."""
     most = _most_of(candidates)
     probed = setting.first(options.probe_samples)
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
@@ -150,6 +150,9 @@ def remove_units(
     best = trials.best_of(candidates)
     if replan is not None:
         best = _closer(trials, best, most, replan)
+    if trials.in_two(best):
+        trials.jobs = []  # their memory goes first
+        choose_last_again(scores, best, fitted, tried, options)
     kept, shifts = trials.leave(best, setting, anew=anew)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 

@@ -20,7 +20,7 @@ WORDS = [*SMALL, "--model.dtype=bfloat16", "--recover-steps=5", f"--recover.batc
 def check(out: Path, processes: int) -> dict[str, torch.Tensor]:
     report = report_of(out)
     assert report["num_processes"] == processes and math.isfinite(report["after"]["perplexity"])
-    assert len(report["peak_memory_gib"]) == processes
+    assert len(report["peak_memory_gib"]) == len(report["peak_device_gib"]) == processes
     state = AutoModelForCausalLM.from_pretrained(out, dtype="auto").state_dict()
     assert {weight.dtype for weight in state.values()} == {torch.bfloat16}
     return state

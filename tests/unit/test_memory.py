@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 
@@ -95,3 +96,11 @@ def test_the_room_of_a_control_group(tmp_path, most: str | None, room: int | Non
         if text is not None:
             file.write_text(text)
     assert memory._group_room((*map(str, files), "inactive_file ")) == room
+
+
+def test_the_peak_is_not_below_what_is_held():
+    held = torch.ones(1 << 25)  # 128 MiB
+    found = memory.peak_gib(torch.device("cpu"))
+    assert found.keys() == {"peak_memory_gib"}
+    assert found["peak_memory_gib"] >= 0.98 * psutil.Process().memory_info().rss / 2**30 > 0.12
+    del held

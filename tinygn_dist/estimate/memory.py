@@ -126,6 +126,14 @@ def free_bytes(device: torch.device) -> int | None:
     return min(rooms, default=None)
 
 
+def peak_gib(device: torch.device) -> dict[str, float]:
+    """The most that this process held so far, by the names in the report."""
+    found = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if device.type == "cuda":
+        found["peak_device_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return found
+
+
 def _group_room(files: Sequence[str]) -> int | None:
     limit, usage, stat, cache = files
     try:
