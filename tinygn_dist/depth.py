@@ -3,19 +3,25 @@
 Plain removal says what a layer's absence costs, and most of that may be made up for: of SmolLM2-135M's layers 14 costs least
 then, 17 without, and of four layers those chosen here leave a perplexity of 32.68, those of plain probes 34.89
 (docs/results.md). So the layers that plain probes rank first, and the neighbours of those that are gone, are tried: moments of a
-few sequences, one fit each, the loss on other sequences. Where heads and channels go too, the last layer is chosen once more.
+few sequences, one fit each, the loss on as many others as tell them apart (`estimate.adaptive`).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from tinygn_dist.budget import Mix
 from tinygn_dist.config import PruneConfig
+from tinygn_dist.estimate.adaptive import Contest, race
+from tinygn_dist.estimate.probes import Measured
 from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.evaluate import sequence_losses
 from tinygn_dist.progress import Progress
 from tinygn_dist.removal import JUDGED, REPROBED, Removals, UnitScores, order_layers, row_of
 from tinygn_dist.takeover import takers_of
@@ -25,8 +31,6 @@ from tinygn_dist.unit_scores import removable, score_units
 log = logging.getLogger(__name__)
 _TOKENS_PER_INPUT = 4
 """of the widest feed-forward, that the fits of a trial see; not tuned"""
-_JUDGED_TOKENS = 2048
-"""on which a trial is measured, all on the same"""
 
 
 def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int, options: PruneConfig) -> UnitScores:
@@ -41,49 +45,28 @@ def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int,
     return scores
 
 
-def choose_last_again(scores: UnitScores, mix: Mix, fitted: Setting, tried: Setting, options: PruneConfig) -> None:
-    """Changes layer_order where of the layers that were judged for the last place of a mix another one leaves less loss once heads
-    and channels are gone too.
-
-    One weight that takes over a long row of layers needs its channels more than others do: of seven of SmolLM2-135M's layers 13
-    to 19 alone cost least, and with a quarter of the channels 12 % more perplexity than 13 to 18 and 7 (docs/results.md).
-    """
-    before = scores.layer_order[: mix.layers - 1]
-    judged = [row for row in scores.table if row.get("taken_over") and row["without"] == before]
-    rivals = [row["layer"] for row in sorted(judged, key=lambda row: row["score"])][:REPROBED]
-    if len(rivals) < 2 or Removals(scores, tried, options).spent:
-        return
-    orders = {layer: [*before, layer] for layer in rivals}
-    fits = Fits(tried, mix, takers_of(tried.anatomy, list(orders.values())), options)
-    trials = Trials(tried, mix, options, scores, fits.jobs(fits.moments(fitted)))
-    losses = {layer: trials.loss_of(mix, replace(scores, layer_order=order)) for layer, order in orders.items()}
-    log.info("the last layer to go, and the loss without %s: %s", mix, _listed(losses))
-    scores.table += [
-        row_of("layers", layer, "removal", loss - losses[rivals[0]]) | {"without": before, "in_mix": str(mix)}
-        for layer, loss in losses.items()
-    ]
-    best = min(rivals, key=losses.get)
-    scores.layer_order = [*before, best, *(layer for layer in scores.layer_order[len(before) :] if layer != best)]
-
-
 class _Judge:
     def __init__(self, fitted: Setting, tried: Setting, options: PruneConfig) -> None:
-        self._setting, self._options = tried.first(math.ceil(_JUDGED_TOKENS / _losses_of_one(tried))), options
+        self._setting, self._options = replace(tried, progress=Progress(shown=False)), options
         width = max(group.num_units for group in fitted.anatomy.of_kind("channels"))
         self._fitted = fitted.first(math.ceil(_TOKENS_PER_INPUT * width / _rows_of_one(fitted)))
-        self._losses: dict[tuple[int, ...], float] = {}
+        self._dense: torch.Tensor | None = None
+        self._left: dict[tuple[int, ...], float] = {(): 0.0}  # what is added to the dense loss without layers
 
     def again(self, removals: Removals, able: Sequence[int], gone: Sequence[int]) -> dict[int, float]:
         """What each of some layers adds to the loss that is left without those gone; able: layers that may go, best first."""
+        if self._dense is None:
+            self._dense, _ = sequence_losses(self._setting, "evaluating")
+            removals.spend(len(self._setting.batches))
+        groups = list(self._in_room([[*gone, layer] for layer in worth_trying(able, gone)]))
         told: dict[int, float] = {}
-        orders = [[*gone, layer] for layer in worth_trying(able, gone)]
-        with self._setting.progress.bar(f"judging layer {len(gone) + 1} to go", len(orders)) as advance:
-            for some in self._in_room(orders):
+        with removals.setting.progress.bar(f"judging layer {len(gone) + 1} to go", sum(map(len, groups))) as advance:
+            for orders in groups:
                 if removals.spent:
                     break
-                trials = self._fit(some if tuple(gone) in self._losses else [[*gone], *some], removals)
-                for order in some:
-                    told[order[-1]] = self._loss(order, trials, removals) - self._loss([*gone], trials, removals)
+                self._left |= self._race(orders, removals, adaptive=len(groups) == 1 and self._options.probe_adaptive)
+                told |= {order[-1]: self._left[tuple(order)] - self._left[tuple(gone)] for order in orders}
+                for _ in orders:
                     advance()
         log.info("layers that may go, and what each adds to the loss: %s", _listed(told))
         removals.scores.table += [
@@ -91,6 +74,28 @@ class _Judge:
             for layer, value in told.items()
         ]
         return told
+
+    def _race(self, orders: Sequence[list[int]], removals: Removals, *, adaptive: bool) -> dict[tuple[int, ...], float]:
+        """What is added to the dense loss without each of these sets of layers, on as many sequences as it takes to tell which
+        adds least."""
+        trials = self._fit(orders, removals)
+
+        seen = 0
+
+        def look(some: Setting, asked: Sequence[list[int]], without: Sequence[object]) -> Measured:
+            nonlocal seen
+            found = [trials.losses_of(Mix(layers=len(o)), UnitScores(layer_order=o), some) for o in asked]
+            totals, counts = torch.stack([losses for losses, _ in found]), found[0][1]
+            base = self._dense[seen : seen + len(counts)]
+            seen += len(counts)
+            return Measured(totals - base, counts, base, len(asked) * len(some.batches))
+
+        contest = Contest(tuple(range(len(orders))), 1)
+        found = race(self._setting, orders, [contest], adaptive=adaptive, limit=removals.limit, look=look)
+        removals.spend(found.forwards, found.exhaustive)
+        in_order = sorted(contest.probes, key=lambda index: int(found.place[index]))
+        means = itertools.accumulate((float(found.mean[index]) for index in in_order), max)  # what was decided stands
+        return {tuple(orders[index]): mean for index, mean in zip(in_order, means, strict=True)}
 
     def _in_room(self, orders: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         """Orders whose sums fit into prune.gram_gib together, one at least."""
@@ -111,14 +116,7 @@ class _Judge:
         fits = Fits(self._setting, most, takers_of(self._setting.anatomy, orders), self._options)
         jobs = fits.jobs(fits.moments(self._fitted))
         removals.spend(len(self._fitted.batches))
-        quiet = replace(self._setting, progress=Progress(shown=False))
-        return Trials(quiet, most, self._options, UnitScores(), jobs)
-
-    def _loss(self, order: list[int], trials: Trials, removals: Removals) -> float:
-        if tuple(order) not in self._losses:
-            self._losses[tuple(order)] = trials.loss_of(Mix(layers=len(order)), UnitScores(layer_order=order))
-            removals.spend(len(self._setting.batches))
-        return self._losses[tuple(order)]
+        return Trials(self._setting, most, self._options, UnitScores(), jobs)
 
 
 def worth_trying(able: Sequence[int], gone: Sequence[int]) -> list[int]:
@@ -134,9 +132,3 @@ def _listed(losses: Mapping[int, float]) -> str:
 def _rows_of_one(setting: Setting) -> int:
     """Rows that a sequence gives to a fit; of images that is not known here, and one is too few."""
     return setting.batches[0]["input_ids"].shape[1] if "input_ids" in setting.batches[0] else 1
-
-
-def _losses_of_one(setting: Setting) -> int:
-    """Values of the loss in a sequence: a classifier has one."""
-    labels = setting.batches[0].get("labels")
-    return 1 if labels is not None and labels.dim() == 1 else _rows_of_one(setting)

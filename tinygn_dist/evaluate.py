@@ -20,7 +20,13 @@ from tinygn_dist.products import stock_products
 
 
 def mean_loss(setting: Setting, doing: str) -> float:
-    """Mean loss per token over all sequences, each counted once, whatever the number of ranks.
+    """Mean loss per token over all sequences, each counted once, whatever the number of ranks. Raises as `sequence_losses`."""
+    totals, counts = sequence_losses(setting, doing)
+    return float(totals.sum() / counts.sum())
+
+
+def sequence_losses(setting: Setting, doing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sequences,) fp64 summed losses, and tokens that count, on every rank.
 
     Raises UserError naming the first sequence whose loss is NaN or inf.
     """
@@ -38,7 +44,7 @@ def mean_loss(setting: Setting, doing: str) -> float:
     if not totals.isfinite().all():
         bad = int((~totals.isfinite()).nonzero()[0])
         raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
-    return float(totals.sum() / counts.sum())
+    return totals, counts
 
 
 def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:

@@ -74,10 +74,10 @@ class Removals:
         """Whether the budget is. The same on every rank."""
         return self.limit.forwards <= 0 or late(self.setting, self.limit)
 
-    def spend(self, forwards: int) -> None:
-        """Forwards of what is no probe, which the budget counts and nothing cuts short."""
+    def spend(self, forwards: int, exhaustive: int | None = None) -> None:
+        """Forwards of what is no probe, which the budget counts. exhaustive: more, where something cut them short."""
         self.scores.forwards += forwards
-        self.scores.exhaustive += forwards
+        self.scores.exhaustive += forwards if exhaustive is None else exhaustive
 
     def affordable(self) -> float:
         """Probes on all micro-batches that the budget of forwards has left."""

@@ -15,7 +15,7 @@ from tinygn_dist.estimate.hooks import routed_to, shifted
 from tinygn_dist.estimate.restart import running_layers
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.estimate.unit_inputs import UnitMoments, unit_moments
-from tinygn_dist.evaluate import mean_loss
+from tinygn_dist.evaluate import sequence_losses
 from tinygn_dist.kept import KeptUnits
 from tinygn_dist.mix_search import search
 from tinygn_dist.removal import UnitScores
@@ -138,20 +138,24 @@ class Trials:
         fits = Fits(setting, mix, takers, self._options, layers)
         self.jobs = fits.jobs(fits.moments(setting))
 
-    def loss_of(self, mix: Mix, scores: UnitScores | None = None) -> float:
-        """Per token; scores: other ones than at the beginning."""
-        setting, backend = self._setting, self._setting.backend
+    def loss_of(self, mix: Mix) -> float:
+        """Per token."""
+        totals, counts = self.losses_of(mix, self._scores, self._setting)
+        return float(totals.sum() / counts.sum())
+
+    def losses_of(self, mix: Mix, scores: UnitScores, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a mix by these scores, as `sequence_losses` of this setting."""
+        backend = setting.backend
         changed = [target for job in self.jobs for target in job.targets]
         if self._dense is None:
             self._dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
         try:
-            return self._applied_loss(mix, scores)
+            return self._applied_losses(mix, scores, setting)
         finally:
             for target in changed:
                 backend.write(setting.model, target, self._dense[target.name])
 
-    def _applied_loss(self, mix: Mix, scores: UnitScores | None) -> float:
-        setting = self._setting
+    def _applied_losses(self, mix: Mix, scores: UnitScores, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
         kept, shifts = self.apply(mix, scores)
         routed = {g: kept.experts[g.layer] for g in setting.anatomy.of_kind("experts") if g.layer in kept.experts}
         with (
@@ -159,7 +163,7 @@ class Trials:
             shifted(setting.bare, shifts),
             running_layers(setting.bare, setting.anatomy, kept.layers),
         ):
-            return mean_loss(setting, "trying a mix")
+            return sequence_losses(setting, "trying a mix")
 
     def _told_loss_of(self, mix: Mix) -> float:
         loss = self.loss_of(mix)

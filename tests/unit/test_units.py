@@ -183,14 +183,15 @@ def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, t
 
 
 @pytest.mark.parametrize(("family", "criterion"), [("llama", "magnitude"), ("opt", "auto"), ("gpt2", "auto")])
-@pytest.mark.parametrize(("count", "held"), [(2, 1), (8, 2), (16, 3)])
+@pytest.mark.parametrize(("count", "held", "tried"), [(2, 1, 1), (8, 2, 2), (16, 4, 3), (28, 5, 3)])
 @pytest.mark.parametrize("replanned", [False, True])
 def test_mixes_are_compared_on_what_they_were_not_fitted_on(
-    backend, monkeypatch, family: str, criterion: str, count: int, held: int, replanned: bool
+    backend, monkeypatch, family: str, criterion: str, count: int, held: int, tried: int, replanned: bool
 ):
-    """The last quarter of the sequences (of two micro-batches one), and no more than are probed: the loss told for each mix is that
-    of the model that the others alone give, all fitted at once, whatever was tried before; what is left in the end is fitted on all.
-    Also where there was one mix, until it was looked at more closely."""
+    """The last quarter of the sequences (of two micro-batches one, and no more than ten here) are held out, and as many of them tried
+    as are probed: the loss told for each mix is that of the model that the others alone give, all fitted at once, whatever was tried
+    before; what is left in the end is fitted on all. Also where there was one mix, until it was looked at more closely."""
+    monkeypatch.setattr(units, "_HELD_OUT", 10)
     deeper = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
     options = PruneConfig(pattern="units", sparsity=0.3, multiple_of=8, criterion=criterion, probe_samples=6)
     monkeypatch.setattr(units, "score_layers", lambda *_: UnitScores(layer_order=[1, 2]))
@@ -217,7 +218,7 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
                 setting.model.get_parameter(name).add_(shift)
         small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
         small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
-        return small, trials, whole[-held:]
+        return small, trials, whole[-held:][:tried]
 
     found, trials, apart = model_without(None, slice(None))
     assert {(bool(trial.mix.layers), bool(trial.mix.channels)) for trial in trials} >= {(False, True), (True, True)}

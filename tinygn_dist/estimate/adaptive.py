@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -62,12 +63,12 @@ class Standing:
 
 
 def race(
-    setting: Setting, probes: Sequence[Probe], contests: Sequence[Contest], *, adaptive: bool = True,
+    setting: Setting, probes: Sequence[Any], contests: Sequence[Contest], *, adaptive: bool = True,
     without: Sequence[Probe] = (), limit: Limit | None = None, look: Callable[..., Measured] = measure,
 ) -> Standing:  # fmt: skip
     """Probe until every contest is settled, the sequences are used up, or the limit is reached (after at least one
     round). Probes of no contest, and without `adaptive` all, are measured on all sequences. The same on any number of ranks,
-    unless a deadline ends it. look: what measures (or replays what was measured before)."""
+    unless a deadline ends it. look: what measures probes, or whatever competes in their place."""
     limit = limit or Limit()
     count, sizes = len(probes), [batch_size(batch) for batch in setting.batches]
     sequences, differences = torch.zeros(count, dtype=torch.int64), torch.zeros(count, sum(sizes), dtype=torch.float64)
