@@ -17,6 +17,10 @@ from tests.gpu.conftest import enough
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 GPU_LAYOUTS = {"ddp": LAYOUTS["cpu"]} | {name: facts for name, facts in LAYOUTS.items() if name != "cpu"}
 
+TRAINED = ("training", "training tied", "training bf16")
+CHECKS = ("pieces", "loading", "restoring", "sums", "masks", "units", *TRAINED)
+"""of the job: with all of it ten jobs beside each other took more than 150 s"""
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -28,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         folder: Path = home / f"{layout}-{processes}"
         write_inputs(folder)
         _, several, sharded = GPU_LAYOUTS.get(layout, ("", 1, 1))
-        return launched(layout, folder, processes or several, processes or sharded, device="cuda")
+        return launched(layout, folder, processes or several, processes or sharded, *CHECKS, device="cuda")
 
     return facts
 
@@ -47,7 +51,7 @@ def test_a_launched_job_is_that_of_one_gpu(run: Any, layout: str, processes: int
     differ = {case for case, facts in wanted["masks"].items() if found["masks"][case]["mask"] != facts["mask"]}
     assert not differ, "other masks than one GPU"
     assert found["units"] == wanted["units"]
-    for kind in ("training", "training tied", "training bf16"):
+    for kind in TRAINED:
         assert found[kind]["zeros"] == wanted[kind]["zeros"]
         assert found[kind] == pytest.approx(wanted[kind], rel=5e-3 if "bf16" in kind else 1e-4)
 
