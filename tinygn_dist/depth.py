@@ -78,9 +78,7 @@ class _Judge:
     def _race(self, orders: Sequence[list[int]], removals: Removals, *, adaptive: bool) -> dict[tuple[int, ...], float]:
         """What is added to the dense loss without each of these sets of layers, on as many sequences as it takes to tell which
         adds least."""
-        trials = self._fit(orders, removals)
-
-        seen = 0
+        trials, seen = self._fit(orders, removals), 0
 
         def look(some: Setting, asked: Sequence[list[int]], without: Sequence[object]) -> Measured:
             nonlocal seen

@@ -32,9 +32,8 @@ def keep_largest(
         ]
     masks = [(piece > threshold).contiguous() for piece in pieces]
     ties = [(piece == threshold).flatten().nonzero().squeeze(1) for piece in pieces]
-    indices = [
-        (tie + start).cpu() for tie, start in zip(ties, starts, strict=True)
-    ]  # pieces of an offloaded model lie apart
+    # of a model of which a part is offloaded, pieces lie in both places
+    indices = [(tie + start).cpu() for tie, start in zip(ties, starts, strict=True)]
     last = _kth_smallest_index(torch.cat(indices or [torch.empty(0).long()]), keep - above, sum_over_shards)
     for mask, tie, start in zip(masks, ties, starts, strict=True):
         chosen = tie[tie + start <= last]

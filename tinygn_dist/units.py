@@ -142,10 +142,8 @@ def remove_units(
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
     fitted, held_out = _apart(setting)
     tried = held_out.first(options.probe_samples)
-    scores, anew = (
-        score_layers(probed, fitted, held_out, most.layers, options),
-        len(candidates) > 1 or replan is not None,
-    )
+    scores = score_layers(probed, fitted, held_out, most.layers, options)
+    anew = len(candidates) > 1 or replan is not None
     order = [scores.layer_order[:count] for count in range(most.layers + 1)]
     takers = takers_of(setting.anatomy, order if anew else order[-1:]) if options.compensate else {}
     trials = Trials(tried, most, options, scores, [])

@@ -97,11 +97,11 @@ class PruneConfig(Section):
     most_mixes: int = Field(12, ge=1)
     """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
     probe_samples: int = Field(8, ge=1)
-    """calibration sequences each probe is measured on (where several mixes are tried: at most so many, and a quarter of all, are held
-    out to measure those on, while layers and heads are probed on as few as make 512 tokens). Layers whose gifts are taken over are
-    judged on as many of the held-out ones as make 2,048 tokens"""
+    """calibration sequences each probe is measured on (where several mixes are tried: at most so many of those held out, a quarter of
+    all, measure them, while layers and heads are probed on as few as make 512 tokens). Layers whose gifts are taken over are judged on
+    up to 32 of those held out"""
     probe_adaptive: bool = True
-    """measure removal probes on more sequences only where it is still open what goes: on 16 sequences about half the forwards,
+    """measure removal probes, and judge layers, on more sequences only where it is still open what goes: on 16 sequences about half the forwards,
     for 95 % of the units that all of them would choose"""
     probe_greedy: bool = False
     """of heads, channels and experts too, take out one at a time, anywhere in the model, and probe the best candidates again
