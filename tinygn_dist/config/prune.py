@@ -101,8 +101,8 @@ class PruneConfig(Section):
     all, measure them, while layers and heads are probed on as few as make 512 tokens). Layers whose gifts are taken over are judged on
     up to 32 of those held out"""
     probe_adaptive: bool = True
-    """measure removal probes, and judge layers, on more sequences only where it is still open what goes: on 16 sequences about half the forwards,
-    for 95 % of the units that all of them would choose"""
+    """measure removal probes, and judge layers, on more sequences only where it is still open what goes: on 16 sequences about
+    half the forwards, for 95 % of the units that all of them would choose"""
     probe_greedy: bool = False
     """of heads, channels and experts too, take out one at a time, anywhere in the model, and probe the best candidates again
     without those that are gone (as is done for layers): units that stand in for each other look free one at a time"""
