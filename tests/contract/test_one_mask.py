@@ -117,32 +117,35 @@ def test_the_same_channels_in_other_families(ranks: Ranks, family: str):
 
 
 TAKEN_OVER = [
-    ("llama", {"pattern": "layers", "counts": {"layers": 2}}),
-    ("opt", {"pattern": "layers", "counts": {"layers": 2}}),
-    ("llama", {"pattern": "layers", "counts": {"layers": 2}, "gram_gib": 0}),
-    ("llama", {"pattern": "layers", "counts": {"layers": 2}, "probe_forwards": 20}),
-    ("llama", {"pattern": "layers", "counts": {"layers": 2}, "probe_minutes": 1e-9}),
-    ("llama", {"pattern": "units", "counts": {"layers": 1, "heads": 1, "channels": 8}}),
-    ("opt", {"pattern": "units", "counts": {"layers": 1, "channels": 8}}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}}),
+    ("llama", 20, {"pattern": "layers", "counts": {"layers": 2}}),
+    ("opt", 5, {"pattern": "layers", "counts": {"layers": 2}}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "gram_gib": 0}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probe_forwards": 20}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probe_minutes": 1e-9}),
+    ("llama", 5, {"pattern": "units", "counts": {"layers": 1, "heads": 1, "channels": 8}}),
+    ("opt", 5, {"pattern": "units", "counts": {"layers": 1, "channels": 8}}),
 ]
+"""family, micro-batches, what is asked"""
 
 
-def _taken_over(backend: Backend, family: str, asked: dict[str, Any]) -> dict[str, Any]:
-    setting = tiny.setting(family, backend, count=5)
+def _taken_over(backend: Backend, family: str, count: int, asked: dict[str, Any]) -> dict[str, Any]:
+    setting = tiny.setting(family, backend, count=count)
     options = PruneConfig(**asked)
     kept, scores, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    state = plain.full_state(backend, setting.model)
-    return {"kept": kept, "order": scores.layer_order, "forwards": scores.forwards, "shifts": shifts, "state": state}
+    state, spent = plain.full_state(backend, setting.model), (scores.forwards, scores.exhaustive)
+    return {"kept": kept, "order": scores.layer_order, "spent": spent, "shifts": shifts, "state": state}
 
 
-@pytest.mark.parametrize(("family", "asked"), TAKEN_OVER)
-def test_layers_are_judged_and_taken_over_alike(ranks: Ranks, family: str, asked: dict[str, Any]):
-    """The same layers, weights and biases as on one process: where sums of one layer fit at a time, where a budget ends between two
-    layers or at once, and where heads and channels are fitted to the shorter model."""
-    wanted = _taken_over(make_backend(DistributedConfig()), family, asked)
-    for found in ranks.call(_taken_over, family, asked):
+@pytest.mark.parametrize(("family", "count", "asked"), TAKEN_OVER)
+def test_layers_are_judged_and_taken_over_alike(ranks: Ranks, family: str, count: int, asked: dict[str, Any]):
+    """The same layers, weights and biases as on one process: where layers are judged in several rounds, where sums of one
+    layer fit at a time, where a budget ends between two layers or at once, and where heads and channels are fitted to the
+    shorter model."""
+    wanted = _taken_over(make_backend(DistributedConfig()), family, count, asked)
+    for found in ranks.call(_taken_over, family, count, asked):
         assert found["kept"] == wanted["kept"] and found["order"] == wanted["order"]
-        assert found["forwards"] == wanted["forwards"] and found["shifts"].keys() == wanted["shifts"].keys()
+        assert found["spent"] == wanted["spent"] and found["shifts"].keys() == wanted["shifts"].keys()
         for part in ("state", "shifts"):
             for name, value in wanted[part].items():
                 torch.testing.assert_close(found[part][name], value, rtol=1e-4, atol=1e-6)
