@@ -85,8 +85,13 @@ class Anatomy:
 
     @property
     def layers_path(self) -> str:
-        """The list of layers; nothing where there is none, or several."""
-        return self.stacks[0].path if len(self.stacks) == 1 else ""
+        """The list of layers; nothing where there is none, or several, or a forward cannot start at any of them."""
+        return self.stacks[0].path if len(self.stacks) == 1 and self.starts_anywhere else ""
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether a forward may begin at any layer (`Family.starts_anywhere`)."""
+        return self.family is None or self.family.starts_anywhere
 
     def path_of(self, layer: int) -> str:
         """The module of a layer."""
@@ -192,7 +197,7 @@ def _unit_groups(model: nn.Module, family: Family, layer: int, prefix: str) -> I
         slices = [piece for part in attention.inputs for piece in _rows(model, prefix, part, num_groups)]
         slices += [Slice(prefix + path, 0, 0, per_group) for path in attention.per_head]
         yield _fed_by(model, "heads", layer, num_groups, slices, prefix + attention.output)
-    if ffn:
+    if ffn and not ffn.stays(config, layer):
         channels = input_features(model.get_submodule(prefix + ffn.output))
         slices = [piece for part in ffn.inputs for piece in _rows(model, prefix, part, channels)]
         group = _fed_by(model, "channels", layer, channels, slices, prefix + ffn.output)

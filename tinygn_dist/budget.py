@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 
@@ -61,9 +61,14 @@ class Mix:
     """of convolutional nets: so many of the equal parts of every group of filters"""
     hidden: int = 0
     """of the residual stream, in the whole model"""
+    uneven: tuple[int, ...] = ()
+    """channels or filters that go from each group of them, where they may differ; `channels` or `filters` is then the largest"""
 
     def __str__(self) -> str:
         """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
+        if self.uneven:
+            kind = "channels" if self.channels else "filters"
+            return f"{min(self.uneven)} to {max(self.uneven)} {kind} of a layer, {sum(self.uneven)} in all"
         inner = (
             (self.heads, "KV groups"),
             (self.channels, "channels"),
@@ -145,7 +150,7 @@ class Latency:
         seconds = self.layer
         for gone, table in ((mix.heads, self.heads), (mix.channels, self.channels)):
             if gone:
-                seconds -= self.layer - _between(table, max(table) - gone)
+                seconds -= self.layer - between(table, max(table) - gone)
         return seconds
 
     @property
@@ -164,7 +169,7 @@ class Latency:
         return replace(self, rest=rest, layer=layer, **kinds)
 
 
-def _between(table: Mapping[int, float], count: int) -> float:
+def between(table: Mapping[int, float], count: int) -> float:
     """The value at a count, on the line between its measured neighbours."""
     counts = sorted(table)
     high = max(1, min(bisect_left(counts, count), len(counts) - 1))
@@ -205,14 +210,34 @@ def channel_step(channels: int, multiple_of: int) -> int:
     return min(multiple_of, max(1, channels // 2))
 
 
+def evenly(
+    sizes: Sequence[int], cuts: Sequence[Sequence[int]], enough: Callable[[Sequence[int]], bool]
+) -> list[int] | None:
+    """Of each part one of its cuts (how many of its `sizes` units go, fewest first), so that all keep about the same share: the
+    one of which the most is left goes on to its next, until there are enough. None where all are at their last before."""
+    at = [0] * len(sizes)
+    while True:
+        gone = [cut[place] for cut, place in zip(cuts, at, strict=True)]
+        if enough(gone):
+            return gone
+        able = [index for index, cut in enumerate(cuts) if at[index] + 1 < len(cut)]
+        if not able:
+            return None
+        at[max(able, key=lambda index: (1 - gone[index] / sizes[index], -index))] += 1
+
+
+def channel_cuts(channels: int, multiple_of: int) -> list[int]:
+    """How many of one layer's channels may go, fewest first."""
+    step = channel_step(channels, multiple_of)
+    return [channels - kept for kept in range((channels - 1) // step * step, 0, -step)]
+
+
 def _feed_forward_steps(sizes: UnitSizes, kinds: Sequence[str], multiple_of: int) -> Iterator[Mix]:
     """Fewest first. A layer has channels or experts, not both."""
     yield Mix()
     if "channels" in kinds:
-        step = channel_step(sizes.channels, multiple_of)
-        largest = (sizes.channels - 1) // step * step  # kept counts: multiples of step below the full width
-        for kept in range(largest, 0, -step):
-            yield Mix(channels=sizes.channels - kept)
+        for gone in channel_cuts(sizes.channels, multiple_of):
+            yield Mix(channels=gone)
     if "experts" in kinds:
         for gone in range(1, sizes.most("experts") + 1):
             yield Mix(experts=gone)

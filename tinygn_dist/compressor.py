@@ -18,6 +18,7 @@ from tinygn_dist.backends import make_backend
 from tinygn_dist.budget import Mix
 from tinygn_dist.checkpoint import Checkpoints
 from tinygn_dist.config import Config, PruneConfig
+from tinygn_dist.cuts import cut_of
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting, costs_of
 from tinygn_dist.gradual import GradualMasks, Update, plan_of
@@ -28,7 +29,6 @@ from tinygn_dist.progress import Progress
 from tinygn_dist.saved_training import read_masks, read_step_statistics, write_masks, write_step_statistics
 from tinygn_dist.shrink import smaller_config, smaller_origin
 from tinygn_dist.target import meet_target
-from tinygn_dist.units import dense_params, plan_mixes, remove_units
 
 _STATE = "tinygn"
 """folder of ours inside a checkpoint that somebody else writes"""
@@ -88,8 +88,9 @@ class Compressor:
         _refuse_what_takes_a_run(prune)
         mixes: list[Mix] = []
         if prune.unit_kinds:
-            prune = meet_target(prune, self._anatomy, skeleton, dense_params(self._anatomy))
-            mixes = plan_mixes(self._anatomy, prune)
+            cut = cut_of(self._anatomy, prune)
+            prune = meet_target(prune, self._anatomy, skeleton, cut.dense_params(self._anatomy))
+            mixes = cut.plan_mixes(self._anatomy, prune)
         self._targets = ()
         if not mixes:
             self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)
@@ -110,7 +111,7 @@ class Compressor:
         model = self.backend.prepare(model.eval())
         setting = self._setting(model, self._batches)
         with fast_products(self.backend.device):
-            kept, _, _, shifts = remove_units(setting, mixes, prune)
+            kept, _, _, shifts = cut.remove_units(setting, mixes, prune)
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)
         build = functools.partial(type(model)._from_config, config, dtype=model.dtype)

@@ -47,6 +47,15 @@ def _resize_resnet(config: Any, width_of: Callable[[str], int]) -> None:
     config.embedding_size = width_of("resnet.embedder.embedder.convolution")
 
 
+def _module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _stage_of(parameter: str) -> str:
+    """The config has one width for each stage, and one for what comes before."""
+    return parameter.partition(".layers.")[0] if ".layers." in parameter else "embedder"
+
+
 _ONLY_FILTERS = dict.fromkeys(("layers", "heads", "channels", "experts"), "it is a convolutional net")
 _JOINT_NORMS = {"heads": "its query and key norms run over all heads together, so every head depends on the others"}
 _NO_EXPERTS = "its feed-forward layers are dense"
@@ -94,6 +103,20 @@ FAMILIES = (
         layers="layers",
         attention=_GROUPED,
         feed_forward=_GATED_THEN_NORMED,
+    ),
+    Family(  # a width for each layer (MatFormer)
+        model_types=("gemma3n_text",),
+        layers="layers",
+        feed_forward=replace(
+            _GATED_THEN_NORMED,
+            uneven="layers",
+            stays=lambda config, layer: config.activation_sparsity_pattern[layer] > 0,
+        ),
+        starts_anywhere=False,
+        fixed={
+            "layers": "its embeddings of each layer and the keys and values that its layers share lie at their positions",
+            "heads": "its last layers have queries alone and read the keys and values of others",
+        },
     ),
     Family(
         model_types=("granite",),
@@ -197,6 +220,7 @@ FAMILIES = (
             _separate("fc1"),
             "fc2",
             width=("encoder_ffn_dim", "decoder_ffn_dim"),
+            uneven="stacks",
             added=lambda config: config.model_type == "mbart",  # BART norms after it
         ),
         depth=("encoder_layers", "decoder_layers"),
@@ -212,8 +236,8 @@ FAMILIES = (
             "filters": "layer norms run over all channels of a stage, so each depends on the others",
         },
     ),
-    Family(model_types=("tinygn_vgg",), layers="", filters=Filters(_resize_vgg, uneven=True), fixed=_ONLY_FILTERS),
-    Family(model_types=("resnet",), layers="", filters=Filters(_resize_resnet), fixed=_ONLY_FILTERS),
+    Family(model_types=("tinygn_vgg",), layers="", filters=Filters(_resize_vgg, _module_of), fixed=_ONLY_FILTERS),
+    Family(model_types=("resnet",), layers="", filters=Filters(_resize_resnet, _stage_of), fixed=_ONLY_FILTERS),
     Family(
         model_types=("mixtral",),
         layers="layers",

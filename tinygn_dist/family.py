@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Part(NamedTuple):
@@ -58,6 +58,11 @@ class FeedForward:
     added: Callable[[Any], bool] = lambda config: True
     """whether what `output` gives is added to the residual stream as it is, with no norm or factor between or after: then it can
     also give what removed layers gave"""
+    uneven: Literal["", "layers", "stacks"] = ""
+    """whether the config has a width for each layer (`width` names a list) or each stack (an entry of `width` for each), so that
+    they may keep different numbers of channels"""
+    stays: Callable[[Any, int], bool] = lambda config, layer: False
+    """whether the channels of this very layer depend on each other, so that all stay"""
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,12 @@ class Residual:
 @dataclass(frozen=True)
 class Filters:
     """A convolutional net, whose groups of filters `dependencies` finds. resize(config, width_of) writes new widths into a
-    config, width_of("module.path") being the outputs that a convolution or linear module keeps. uneven: whether layers
-    may keep different shares of their filters."""
+    config, width_of("module.path") being the outputs that a convolution or linear module keeps. slot(path): of a parameter, a name
+    that is the same for all whose filters keep the same share; layers of different names may keep different ones.
+    """
 
     resize: Callable[[Any, Callable[[str], int]], None]
-    uneven: bool = False
+    slot: Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ class Family:
     filters: Filters | None = None
     residual: Residual | None = None
     depth: str | tuple[str, ...] = "num_hidden_layers"
+    starts_anywhere: bool = True
+    """whether a forward may begin at any layer, from what the one before it returned: not where layers read more of earlier ones"""
     fixed: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -1,21 +1,21 @@
 """Filters of convolutional nets: how many go, which ones, and the same units taken out of everything that reads them.
 
-Every set of channels that hang together (`dependencies.py`) is one unit group. By default each loses the same share, so that
-stock classes with one width per stage load the result; where the config has a width for every layer, `uneven` lets the
-layers differ: blocks of filters go one after the other, the cheapest loss per parameter saved first.
+Every set of channels that hang together (`dependencies.py`) is one unit group. By default each loses the same share. With `uneven`
+what the config has a width of its own for (every layer of a VGG, every stage of a ResNet) may lose another one: blocks of filters go
+one after the other, the cheapest loss per parameter saved first.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from tinygn_dist.anatomy import Anatomy, UnitGroup
-from tinygn_dist.budget import Mix
+from tinygn_dist.budget import Mix, channel_cuts, evenly
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.setting import Setting
@@ -25,9 +25,20 @@ from tinygn_dist.unit_scores import score_units
 log = logging.getLogger(__name__)
 
 
-def parts(anatomy: Anatomy) -> int:
-    """How many equal parts every unit group can be cut into: the greatest common divisor of their sizes."""
-    return math.gcd(*(group.num_units for group in anatomy.of_kind("filters")))
+def parts(groups: Iterable[UnitGroup]) -> int:
+    """How many equal parts each of these can be cut into: the greatest common divisor of their sizes."""
+    return math.gcd(*(group.num_units for group in groups))
+
+
+def slots_of(anatomy: Anatomy) -> list[list[UnitGroup]]:
+    """Unit groups that keep the same share, because one entry of the config says how many all of them have."""
+    slots: list[tuple[set[str], list[UnitGroup]]] = []
+    for group in anatomy.of_kind("filters"):
+        names = {anatomy.family.filters.slot(piece.tensor) for piece in group.slices if piece.dim == 0}
+        same = [slot for slot in slots if slot[0] & names]
+        merged = names.union(*(slot[0] for slot in same)), [*(g for slot in same for g in slot[1]), group]
+        slots = [slot for slot in slots if slot not in same] + [merged]
+    return [groups for _, groups in slots]
 
 
 def params_left(anatomy: Anatomy, kept: Mapping[int, int]) -> int:
@@ -43,29 +54,29 @@ def params_left(anatomy: Anatomy, kept: Mapping[int, int]) -> int:
 
 
 def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
-    """One mix: the fewest parts of every group that reach the sparsity of all parameters. UserError, before weights
-    load, when none does."""
+    """One mix: the fewest parts of every group, or with `uneven` the most even cut of the slots, that reach the sparsity of all
+    parameters. UserError, before weights load, when none does."""
     if "filters" not in options.unit_kinds:
         raise UserError(f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern filters")
     if options.counts is not None or options.protect:
         raise UserError("prune.counts and prune.protect name layers, heads or channels; filters are cut by sparsity")
-    if options.uneven and not anatomy.family.filters.uneven:
-        raise UserError(
-            f"prune.uneven: the config of {anatomy.model_class} has one width per stage, so its layers cannot differ; leave "
-            "it out"
-        )
     if options.criterion in ("obs", "activation"):
         raise UserError(
             f"criterion {options.criterion} does not score filters; use auto, removal, gate, magnitude or random"
         )
-    total, whole = anatomy.total_params, parts(anatomy)
-    step = 1 if options.uneven else min(options.multiple_of, max(1, whole // 2))
-    for gone in range(0, whole, step):
-        if total - params_left(anatomy, _even(anatomy, gone)) >= round(options.sparsity * total):
-            return [Mix(filters=gone)]
+    total, slots = anatomy.total_params, slots_of(anatomy) if options.uneven else [anatomy.of_kind("filters")]
+    most = round((1 - options.sparsity) * total)
+    cuts = _cuts(slots, options)
+    gone = evenly([parts(s) for s in slots], cuts, lambda gone: params_left(anatomy, _kept(slots, gone)) <= most)
+    if gone is not None and not options.uneven:
+        return [Mix(filters=gone[0])]
+    if gone is not None:
+        each = [g.num_units - _kept(slots, gone)[g.layer] for g in anatomy.of_kind("filters")]
+        return [Mix(filters=max(each), uneven=tuple(each))]
     raise UserError(
-        f"filters cannot lose {options.sparsity:.0%} of the {total:,} parameters: every group of filters is cut into "
-        f"{whole // step} equal parts, of which one stays; lower sparsity or prune.multiple_of ({options.multiple_of})"
+        f"filters cannot lose {options.sparsity:.0%} of the {total:,} parameters: "
+        f"{params_left(anatomy, _kept(slots, [cut[-1] for cut in cuts])):,} stay at least; lower sparsity or prune.multiple_of "
+        f"({options.multiple_of})"
     )
 
 
@@ -80,9 +91,12 @@ def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConf
     (mix,), anatomy = candidates, setting.anatomy
     scores = score_units(setting.first(options.probe_samples), mix, options, None)
     ranked = {group.layer: scores.by_group["filters", group.layer] for group in anatomy.of_kind("filters")}
-    kept = _even(anatomy, mix.filters)
-    if options.uneven:
-        kept = _by_loss_per_parameter(anatomy, ranked, params_left(anatomy, kept), options.multiple_of)
+    if mix.uneven:
+        groups = anatomy.of_kind("filters")
+        even = {group.layer: group.num_units - n for group, n in zip(groups, mix.uneven, strict=True)}
+        kept = _by_loss_per_parameter(anatomy, ranked, params_left(anatomy, even), options)
+    else:
+        kept = _kept([anatomy.of_kind("filters")], [mix.filters])
     log.info(
         "filters that stay: %s", ", ".join(f"{kept[g.layer]} of {g.num_units}" for g in anatomy.of_kind("filters"))
     )
@@ -118,37 +132,42 @@ def reestimate_norms(setting: Setting) -> None:
             norm.eval()
 
 
-def _even(anatomy: Anatomy, gone: int) -> dict[int, int]:
-    whole = parts(anatomy)
-    return {group.layer: group.num_units // whole * (whole - gone) for group in anatomy.of_kind("filters")}
+def _cuts(slots: Sequence[Sequence[UnitGroup]], options: PruneConfig) -> list[list[int]]:
+    """Of every slot, how many of its parts may go."""
+    return [[0, *channel_cuts(parts(groups), options.multiple_of)] for groups in slots]
+
+
+def _kept(slots: Sequence[Sequence[UnitGroup]], gone: Sequence[int]) -> dict[int, int]:
+    """Units that each group keeps when so many parts of its slot go."""
+    return {
+        group.layer: group.num_units // parts(groups) * (parts(groups) - count)
+        for groups, count in zip(slots, gone, strict=True)
+        for group in groups
+    }
 
 
 def _by_loss_per_parameter(
-    anatomy: Anatomy, ranked: Mapping[int, torch.Tensor], budget: int, multiple_of: int
+    anatomy: Anatomy, ranked: Mapping[int, torch.Tensor], budget: int, options: PruneConfig
 ) -> dict[int, int]:
-    """Kept counts, multiples of `multiple_of`, with which at most `budget` parameters stay: the block of lowest-ranked
-    filters with the least loss per parameter it saves at the present widths goes, until the budget is met."""
-    groups: dict[int, UnitGroup] = {group.layer: group for group in anatomy.of_kind("filters")}
-    kept = {index: group.num_units for index, group in groups.items()}
-    losses = {index: value.clamp(min=0).sort().values.cumsum(0) for index, value in ranked.items()}
-    left = params_left(anatomy, kept)
+    """Kept counts with which at most `budget` parameters stay: the slot whose lowest-ranked filters, up to its next cut, cost the
+    least loss per parameter saved at the present widths goes, until the budget is met."""
+    slots = slots_of(anatomy)
+    cuts, at = _cuts(slots, options), [0] * len(slots)
+    losses = {
+        index: torch.cat([value.new_zeros(1), value.clamp(min=0).sort().values.cumsum(0)])
+        for index, value in ranked.items()
+    }
 
-    def price(index: int) -> float:
-        goes, gone = _block(kept[index], multiple_of), groups[index].num_units - kept[index]
-        before = float(losses[index][gone - 1]) if gone else 0.0
-        saved = left - params_left(anatomy, kept | {index: kept[index] - goes})
-        return (float(losses[index][gone + goes - 1]) - before) / saved
+    def kept(more: int | None = None) -> dict[int, int]:
+        """now, or with one slot at its next cut"""
+        return _kept(slots, [cut[place + (n == more)] for n, (cut, place) in enumerate(zip(cuts, at, strict=True))])
 
-    while left > budget:
-        open_groups = [index for index in groups if kept[index] > multiple_of]
-        if not open_groups:
-            raise UserError(f"filters cannot go below {left:,} parameters at prune.multiple_of {multiple_of}; lower it")
-        cheapest = min(open_groups, key=lambda index: (price(index), index))
-        kept[cheapest] -= _block(kept[cheapest], multiple_of)
-        left = params_left(anatomy, kept)
-    return kept
+    def price(number: int) -> tuple[float, int]:
+        before, after = kept(), kept(number)
+        saved = params_left(anatomy, before) - params_left(anatomy, after)
+        lost = [losses[i][len(ranked[i]) - after[i]] - losses[i][len(ranked[i]) - before[i]] for i in before]
+        return float(sum(lost)) / saved, number
 
-
-def _block(kept: int, multiple_of: int) -> int:
-    """Filters to take from `kept` to come to a lower multiple."""
-    return kept % multiple_of or multiple_of
+    while params_left(anatomy, kept()) > budget:  # which the most even cut meets
+        at[min((n for n, cut in enumerate(cuts) if at[n] + 1 < len(cut)), key=price)] += 1
+    return kept()

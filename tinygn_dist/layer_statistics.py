@@ -74,7 +74,7 @@ def layer_groups(anatomy: Anatomy, targets: Sequence[Target], room_gib: float) -
     if not anatomy.layers_path:
         raise UserError(
             f"prune.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
-            f"no list of layers that is known; raise prune.gram_gib to {needed:.3g}, or use criterion wanda"
+            f"no one list of layers that can run by themselves; raise prune.gram_gib to {needed:.3g}, or use criterion wanda"
         )
     groups: list[list[int]] = []
     used = 0.0
@@ -155,7 +155,7 @@ class _InGroups:
                 found.moments.reserve(target.name, (target.shape[1],) * 2, setting.backend.device)
 
         def seen(number: int, batch: dict) -> None:
-            weigh = self._weights and (lambda name, tokens: self._weights.of(name, number, tokens))
+            weigh = self._weights and (lambda name, tokens, call: self._weights.of(name, number, tokens, call))
             add_inputs(found, inputs, real_tokens(batch), True, weigh)
             inputs.clear()
 

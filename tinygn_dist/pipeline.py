@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, filters, load, reconstruct, units, weights, width
+from tinygn_dist import calibration, export, filters, load, reconstruct, weights
 from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.budget import Mix, share_left
 from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.config import Config
+from tinygn_dist.cuts import cut_of
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.memory import peak_gib
@@ -119,8 +120,7 @@ class _Run(TrainingStage):
         self.mixes: list[Mix] = []
         self.targets: tuple[Target, ...] = ()
         if config.prune.unit_kinds:
-            by_kind = filters if self.anatomy.of_kind("filters") else units
-            self.cut = width if config.prune.pattern == "hidden" else by_kind
+            self.cut = cut_of(self.anatomy, config.prune)
             asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
             self.config = config = config.model_copy(update={"prune": asked})
             self.mixes = [] if asked.asks_latency else self.cut.plan_mixes(self.anatomy, asked)

@@ -57,7 +57,7 @@ def check(anatomy: Anatomy, options: PruneConfig) -> None:
     asked = f"prune.reconstruct {options.reconstruct}"
     if not anatomy.layers_path:
         raise UserError(
-            f"{asked} tunes one layer after the other, and {anatomy.model_class} has no single list of layers that is known; "
+            f"{asked} tunes one layer after the other, and {anatomy.model_class} has no single list of layers that can run by themselves; "
             "leave it at 0, and use recover.steps"
         )
     if options.pattern == "hidden":

@@ -199,7 +199,7 @@ def unit_losses(
     ]
     starts = list(itertools.accumulate((len(parts) for parts in blocks), initial=0))
     contests = [
-        Contest(tuple(range(start, start + len(parts))), math.ceil(removed / len(parts[0])))
+        Contest(tuple(range(start, start + len(parts))), min(math.ceil(removed / len(parts[0])), len(parts)))
         for start, parts in zip(starts, blocks, strict=False)
     ]
     several = options.pattern == "units" and options.counts is None  # mixes of kinds remove fewer, too

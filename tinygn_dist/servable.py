@@ -35,6 +35,7 @@ _VLLM = frozenset(
         "GemmaForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "Gemma3nForCausalLM",
         "SmolLM3ForCausalLM",
         "GraniteForCausalLM",
         "Olmo2ForCausalLM",
@@ -62,7 +63,7 @@ _VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _LLAMA_CPP = {  # model_type -> name of the architecture in GGUF files
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "smollm3": "smollm3", "granite": "granite",
     "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3_text": "gemma3", "olmo2": "olmo2", "olmoe": "olmoe", "phi": "phi2", "phi3": "phi3",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n", "olmo2": "olmo2", "olmoe": "olmoe", "phi": "phi2", "phi3": "phi3",
     "gpt2": "gpt2", "gpt_neox": "gptneox", "bloom": "bloom", "falcon": "falcon", "gpt_oss": "gpt-oss", "bert": "bert",
     "roberta": "bert", "xlm-roberta": "bert",
 }  # fmt: skip
@@ -103,7 +104,8 @@ def vllm(config: PretrainedConfig, task: str, folder: str) -> Verdict:
     heads, groups = _heads(config)
     ways = [n for n in (2, 4, 8) if heads and heads % n == 0 and (groups % n == 0 or n % groups == 0)]
     split = f"; tensor parallel over 1{''.join(f', {n}' for n in ways)}" if heads else ""
-    return Verdict("vLLM", not bad, "; ".join(bad) or f"known architecture, uniform sizes, standard names{split}")
+    sizes = "a width for each layer, which its class reads" if len(_widths(config)) > 1 else "uniform sizes"
+    return Verdict("vLLM", not bad, "; ".join(bad) or f"known architecture, {sizes}, standard names{split}")
 
 
 def llama_cpp(config: PretrainedConfig, task: str, anatomy: Anatomy) -> Verdict:
@@ -114,6 +116,12 @@ def llama_cpp(config: PretrainedConfig, task: str, anatomy: Anatomy) -> Verdict:
     if task not in _LLAMA_CPP_TASKS:
         bad.append(f"it runs language and embedding models, not {task}")
     bad += _uneven_heads(config)
+    if len(widths := _widths(config)) > 1:
+        bad.append(f"its loader has one feed-forward width for all layers, this model {min(widths)} to {max(widths)}")
+    if getattr(config, "num_kv_shared_layers", 0):
+        bad.append(
+            "its loader asks for keys and values of layers that share those of others, which transformers does not write"
+        )
     rows = sorted({target.shape[1] for target in anatomy.targets})
     odd = [width for width in rows if width % 32]
     coarse = [width for width in rows if width % 256]
@@ -131,8 +139,17 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _head_dim(config: PretrainedConfig) -> int:
+    """Of the first layer, where the config says it layer by layer (Gemma 4)."""
     heads, _ = _heads(config)
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[0]
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+
+
+def _widths(config: PretrainedConfig) -> set[int]:
+    """Of its layers, where the config has a list of them."""
+    widths = getattr(config, "intermediate_size", None)
+    return set(widths) if isinstance(widths, list | tuple) else set()
 
 
 def _uneven_heads(config: PretrainedConfig) -> list[str]:

@@ -39,8 +39,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
         setattr(small, attention.num_heads, heads // kv_heads * groups)
         setattr(small, attention.num_kv_heads, groups)
     if kept.channels:
-        for entry in _entries_of(family.feed_forwards[0].width):
-            setattr(small, entry, len(next(iter(kept.channels.values()))))
+        _write_widths(small, config, anatomy, kept)
     if kept.hidden:
         residual, full, left = family.residual, anatomy.hidden.num_units, len(kept.hidden[0])
         small.head_dim = getattr(config, "head_dim", None) or full // getattr(config, family.attention.num_heads)
@@ -138,8 +137,16 @@ def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:
     return lambda module: left.get(f"{module}.weight", anatomy.shapes[f"{module}.weight"][0])
 
 
-def _entries_of(width: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (width,) if isinstance(width, str) else width
+def _write_widths(small: PretrainedConfig, config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) -> None:
+    """Channels that are left, into the entries of the config: one of all layers, a list of each, or one of each stack."""
+    ffn, left = anatomy.family.feed_forwards[0], {layer: len(units) for layer, units in kept.channels.items()}
+    if ffn.uneven == "layers":
+        full = getattr(config, ffn.width)
+        setattr(small, ffn.width, [left.get(layer, full[layer]) for layer in kept.layers])
+        return
+    entries = (ffn.width,) if isinstance(ffn.width, str) else ffn.width
+    for entry, stack in zip(entries, anatomy.stacks, strict=False):  # one entry may serve all stacks
+        setattr(small, entry, next(width for layer, width in left.items() if layer in stack.layers))
 
 
 def _entries(piece: Slice, units: Sequence[int]) -> torch.Tensor:

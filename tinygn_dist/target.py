@@ -34,6 +34,10 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
             raise UserError(
                 f"target {measure}: its stacks of layers read different numbers of positions; use params or bytes"
             )
+    if measure == "latency" and options.uneven:
+        raise UserError(
+            "target latency: layers are timed alike, prune.uneven lets them differ; use params, bytes or flops"
+        )
     if measure == "latency":
         return options.model_copy(update={"sparsity": 1 - float(share)})
     cost = _multiplied(anatomy, skeleton) if measure == "flops" else anatomy.total_params

@@ -95,7 +95,7 @@ class Trials:
         """The only one, or the one that leaves the least loss."""
         if len(candidates) == 1:
             return candidates[0]
-        best, untried = search(candidates, self._told_loss_of, self._options.most_mixes, self.losses)
+        best, untried = search(candidates, self.told_loss_of, self._options.most_mixes, self.losses)
         if untried:
             self._setting.notes.append(
                 f"{len(self.losses)} of the mixes that reach the target were tried (losses in the report) and {len(untried)} "
@@ -165,7 +165,8 @@ class Trials:
         ):
             return sequence_losses(setting, "trying a mix")
 
-    def _told_loss_of(self, mix: Mix) -> float:
-        loss = self.loss_of(mix)
+    def told_loss_of(self, mix: Mix) -> float:
+        """As `loss_of`; written to the log, and kept."""
+        self.losses[mix] = loss = self.loss_of(mix)
         log.info("without %s: loss %.4f", mix, loss)
         return loss

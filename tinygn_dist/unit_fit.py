@@ -61,9 +61,10 @@ def apply_mix(
 ) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
     """What stays, and what biases gain. most: of every kind the largest number in any mix of the same jobs."""
     gone = set(scores.layer_order[: mix.layers])
+    widths = dict(zip(setting.anatomy.of_kind("channels"), mix.uneven, strict=True)) if mix.uneven else {}
     for job in jobs:
-        stays = job.targets[0].layer not in gone
-        job.extra["removed"] = getattr(mix, job.extra["group"].kind) if stays else 0
+        stays, group = job.targets[0].layer not in gone, job.extra["group"]
+        job.extra["removed"] = widths.get(group, getattr(mix, group.kind)) if stays else 0
         job.extra["run"] = segments_gone(job.extra["behind"], gone) if stays else 0
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -149,7 +150,7 @@ def _order(
     # nested, so it serves every mix that leaves as much to take over; the first call sees the dense weight
     orders, run = job.extra["orders"], job.extra["run"]
     if len(orders.get(run, ())) < job.extra["removed"]:
-        wanted = max(job.extra["removed"], getattr(most, group.kind))
+        wanted = max(job.extra["removed"], min(getattr(most, group.kind), group.num_units - group.least))
         if fit.taken is not None:
             every = torch.arange(weight.shape[1], device=weight.device)
             weight = least_squares.refit(weight, fit.gram, every, options.damping, fit.taken)

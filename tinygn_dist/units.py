@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from tinygn_dist.anatomy import Anatomy
@@ -36,20 +36,23 @@ _MOST_LOOKS = 4
 MIXED_KINDS = ("heads", "channels", "experts")
 
 
-def unit_sizes(anatomy: Anatomy) -> UnitSizes:
-    """Counts and parameters per unit. UserError when layers differ, which no stock config could express afterwards."""
+def unit_sizes(anatomy: Anatomy, kinds: Collection[str] = ()) -> UnitSizes:
+    """Counts and parameters per unit. UserError when layers differ in one of these kinds, which an even cut cannot express."""
     facts: dict[str, tuple[int, int]] = {}
     for kind in MIXED_KINDS:
         by_count = len(anatomy.stacks) > 1 and kind == "heads"
         seen = {(group.num_units, 0 if by_count else group.unit_params) for group in anatomy.of_kind(kind)}
-        if len(seen) > 1:
-            raise UserError(
-                f"layers have different numbers of {kind}, which cannot be cut evenly; use --pattern layers"
-            )
+        if len(seen) > 1 or kind == "channels" and _some_stay(anatomy):
+            if kind in kinds:
+                raise UserError(
+                    f"layers have different numbers of {kind} that may go, which cannot be cut evenly; use "
+                    + ("--pattern channels with --prune.uneven true" if _may_differ(anatomy) else "--pattern layers")
+                )
+            seen = set()
         facts[kind] = seen.pop() if seen else (0, 0)
     inner = [number for kind in MIXED_KINDS for number in facts[kind]]
     experts = anatomy.of_kind("experts")
-    if len(anatomy.stacks) > 1:
+    if len(anatomy.stacks) > 1 or not experts and "layers" in anatomy.fixed:
         return UnitSizes(anatomy.num_layers, 0, *inner, uneven_params=sum(anatomy.layer_params))
     if not experts:
         return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *inner)
@@ -59,10 +62,20 @@ def unit_sizes(anatomy: Anatomy) -> UnitSizes:
     return UnitSizes(anatomy.num_layers, sparse_params, *inner, experts[0].least, len(dense), max(dense, default=0))
 
 
+def _may_differ(anatomy: Anatomy) -> bool:
+    """Whether its config has a width for each layer or stack."""
+    return any(ffn.uneven for ffn in anatomy.family.feed_forwards)
+
+
+def _some_stay(anatomy: Anatomy) -> bool:
+    """Whether layers keep all their channels, whatever goes."""
+    return _may_differ(anatomy) and len(anatomy.of_kind("channels")) < anatomy.num_layers
+
+
 def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None = None) -> list[Mix]:
     """The mixes that reach the asked sparsity, a share of the layers' parameters or of a measured latency. UserError,
     before weights load, when none does."""
-    kinds, sizes = options.unit_kinds, unit_sizes(anatomy)
+    kinds, sizes = options.unit_kinds, unit_sizes(anatomy, options.unit_kinds)
     counted = options.counts is not None and len(anatomy.stacks) > 1
     if options.pattern in anatomy.fixed and not (
         counted and (options.pattern == "layers" or anatomy.of_kind(options.pattern))
@@ -70,11 +83,6 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
         others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
-        )
-    if options.uneven:
-        raise UserError(
-            f"prune.uneven: {anatomy.model_class} builds its layers with one width that its config names, so they cannot differ; "
-            "leave it out (pattern layers takes out whole ones), or mask weights with --pattern unstructured"
         )
     bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
@@ -140,7 +148,7 @@ def remove_units(
     most = _most_of(candidates)
     probed = setting.first(options.probe_samples)
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
-    fitted, held_out = _apart(setting)
+    fitted, held_out = apart(setting)
     tried = held_out.first(options.probe_samples)
     scores = score_layers(probed, fitted, held_out, most.layers, options)
     anew = len(candidates) > 1 or replan is not None
@@ -159,7 +167,7 @@ def remove_units(
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
-def _apart(setting: Setting) -> tuple[Setting, Setting]:
+def apart(setting: Setting) -> tuple[Setting, Setting]:
     """What layers and mixes are fitted on, and a quarter of the sequences (one micro-batch at least, _HELD_OUT at most) that they
     are compared on: on those of the fit the kind with more weights to fit looks better than it is. One micro-batch serves for
     both."""

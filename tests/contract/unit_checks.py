@@ -16,13 +16,13 @@ from tinygn_dist import latency
 from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import Config, PruneConfig
+from tinygn_dist.cuts import cut_of
 from tinygn_dist.estimate.setting import Setting
 from tinygn_dist.evaluate import mean_loss
 from tinygn_dist.objective import continuation, objective_of
 from tinygn_dist.pipeline import compress
 from tinygn_dist.progress import Progress
 from tinygn_dist.shrink import smaller_config, smaller_origin
-from tinygn_dist.units import plan_mixes, remove_units
 
 _TEXT = dict(vocab_size=VOCAB, d_model=40, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
 
@@ -41,6 +41,17 @@ def bart() -> nn.Module:
     return seeded(config, hf.AutoModelForSeq2SeqLM)
 
 
+def gemma3n() -> nn.Module:
+    """A width for each layer; keys and values of an earlier layer in the last one; a module that runs twice in each."""
+    config = hf.Gemma3nTextConfig(
+        vocab_size=VOCAB, hidden_size=24, intermediate_size=49, num_hidden_layers=4, num_attention_heads=4, head_dim=10,
+        num_key_value_heads=2, sliding_window=8, num_kv_shared_layers=1, laurel_rank=5, hidden_size_per_layer_input=7,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        vocab_size_per_layer_input=VOCAB, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0], pad_token_id=0,
+    )  # fmt: skip
+    return seeded(config, hf.AutoModelForCausalLM)
+
+
 def convnext() -> nn.Module:
     config = hf.ConvNextConfig(
         num_labels=3, image_size=16, patch_size=2, num_stages=2, hidden_sizes=[7, 13], depths=[2, 3]
@@ -51,6 +62,8 @@ def convnext() -> nn.Module:
 CASES = {
     "t5": (t5, {"pattern": "units", "counts": {"layers": 1, "heads": 1, "channels": 14}}),
     "bart": (bart, {"pattern": "units", "counts": {"layers": 1, "channels": 14}}),
+    "bart uneven": (bart, {"pattern": "channels", "uneven": True, "sparsity": 0.15, "multiple_of": 7}),
+    "gemma3n uneven": (gemma3n, {"pattern": "channels", "uneven": True, "sparsity": 0.15, "multiple_of": 7}),
     "convnext": (convnext, {"pattern": "layers", "counts": {"layers": 2}}),
 }
 
@@ -61,9 +74,10 @@ def stacks(backend: Backend) -> dict[str, list[object]]:
     for name, (build, case) in CASES.items():
         model, options = build(), PruneConfig(**case)
         config, anatomy = model.config, read_anatomy(model, needs_units=True)
-        objective = objective_of("image-classification" if build is convnext else "seq2seq-lm")
+        objective = objective_of({convnext: "image-classification", gemma3n: "causal-lm"}.get(build, "seq2seq-lm"))
         dense = Setting(backend.prepare(model), anatomy, objective, _batches(build), backend, Progress())
-        kept, _, _, shifts = remove_units(dense, plan_mixes(anatomy, options), options)
+        cut = cut_of(anatomy, options)
+        kept, _, _, shifts = cut.remove_units(dense, cut.plan_mixes(anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         make = functools.partial(type(build())._from_config, smaller_config(config, anatomy, kept))
         smaller = backend.place(smaller_origin(make, dense.model, anatomy, kept, backend, shifts))
@@ -73,6 +87,8 @@ def stacks(backend: Backend) -> dict[str, list[object]]:
 
 
 def _batches(build) -> list[dict[str, torch.Tensor]]:
+    if build is gemma3n:
+        return list(rows())
     if build is not convnext:
         return [continuation({"input_ids": row["input_ids"]}, 0) for row in rows()]
     pixels = torch.randn(5, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))

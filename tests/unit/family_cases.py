@@ -60,6 +60,9 @@ CASES = {
     "gemma": _OWN_HEAD_DIM,
     "gemma2": _OWN_HEAD_DIM | dict(sliding_window=4, layer_types=_MIXED),
     "gemma3_text": _OWN_HEAD_DIM | dict(sliding_window=4, layer_types=_MIXED),
+    "gemma3n_text": _OWN_HEAD_DIM
+    | dict(sliding_window=4, layer_types=_MIXED, num_kv_shared_layers=1, laurel_rank=4, hidden_size_per_layer_input=8)
+    | dict(vocab_size_per_layer_input=VOCAB, activation_sparsity_pattern=[0.0] * LAYERS),
     "smollm3": _GROUPED | dict(no_rope_layers=[1, 0, 1, 1]),
     "granite": _GROUPED | dict(residual_multiplier=0.5, attention_multiplier=0.3),
     "olmo2": _GROUPED,
@@ -106,14 +109,15 @@ NO_HEADS = (
     "xlm-roberta",
     "camembert",
 )
+FIXED_LAYERS = ("gemma3n_text", "qwen2_moe")
 SEVERAL_STACKS = ("t5", "mt5", "bart", "mbart", "convnext")
-NO_HEADS += ("electra", "distilbert", "vit", "bart", "mbart", "convnext")
+NO_HEADS += ("electra", "distilbert", "vit", "bart", "mbart", "convnext", "gemma3n_text")
 
 
 def removable(model_type: str) -> list[str]:
     """What must be removable from the tiny model, written down here rather than read from the product."""
     kinds = ["layers"]
-    if model_type == "qwen2_moe" or model_type in SEVERAL_STACKS:  # layers differ in size
+    if model_type in (*FIXED_LAYERS, *SEVERAL_STACKS):  # layers differ in size, or lie at their positions
         kinds = []
     kinds += [] if model_type in NO_HEADS else ["heads"]  # of T5 by their number
     kinds += [] if model_type in (*MOE, "bloom", "convnext") else ["channels"]

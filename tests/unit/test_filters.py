@@ -201,8 +201,9 @@ def test_gate_derivatives_reach_every_reader_of_a_filter(backend):
     torch.testing.assert_close(found[0].sum(1), factors.grad.double(), rtol=1e-3, atol=1e-4)
 
 
-def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(backend):
-    setting = setting_of(build("vgg"), backend)
+@pytest.mark.parametrize("name", NETS)
+def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(name: str, backend):
+    setting = setting_of(build(name), backend)
     asked = PruneConfig(pattern="filters", sparsity=0.4, multiple_of=2, criterion="magnitude")
     losses = {}
     for uneven in (False, True):
@@ -215,8 +216,40 @@ def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(backend
             float(value.sum() - value[list(kept.filters[index])].sum()) for (_, index), value in scores.by_group.items()
         ]
         losses[uneven] = sum(lost)
-        assert all(len(units) % 2 == 0 for units in kept.filters.values())
+        if name != "resnet-bottleneck":  # where a part is one filter of some groups and four of others
+            assert all(len(units) % 2 == 0 for units in kept.filters.values())
+        if name.startswith("resnet"):
+            check_one_share_per_stage(setting, kept)
     assert losses[True] <= losses[False]
+    small, pixels = shrunk(setting.model, kept), images()[0]["pixel_values"]
+    handles = shut(setting.model, kept)
+    torch.testing.assert_close(logits(small, pixels), logits(setting.model, pixels), rtol=1e-4, atol=1e-4)
+    for handle in handles:
+        handle.remove()
+
+
+def check_one_share_per_stage(setting: Setting, kept: KeptUnits) -> None:
+    """One width of the config is that of the stage's convolutions, of the inner ones a quarter in a bottleneck."""
+    shares: dict[str, set[float]] = {}
+    for group in setting.anatomy.of_kind("filters"):
+        for piece in group.slices:
+            if piece.dim == 0 and ".stages." in piece.tensor:
+                stage = piece.tensor.split(".stages.")[1][0]
+                shares.setdefault(stage, set()).add(len(kept.filters[group.layer]) / group.num_units)
+    assert sorted(shares) == ["0", "1"] and all(len(found) == 1 for found in shares.values())
+
+
+def test_the_stage_that_does_nothing_goes_first(backend):
+    """What its filters give is nothing, so the other stage keeps all; an even cut takes of both."""
+    model = build("resnet-bottleneck")
+    for path, parameter in model.named_parameters():
+        if "stages.1" in path:
+            parameter.data.mul_(1e-6)
+    setting = setting_of(model, backend)
+    options = PruneConfig(pattern="filters", sparsity=0.2, multiple_of=1, uneven=True, criterion="magnitude")
+    kept, *_ = filters.remove_units(setting, filters.plan_mixes(setting.anatomy, options), options)
+    config = smaller_config(model.config, setting.anatomy, kept)
+    assert config.hidden_sizes[0] == 16 and config.embedding_size == 16 and config.hidden_sizes[1] < 24
 
 
 def test_norms_get_the_statistics_of_what_they_see(backend):
@@ -237,7 +270,6 @@ def test_norms_get_the_statistics_of_what_they_see(backend):
     "name, asked, part",
     [
         ("resnet-basic", dict(pattern="heads"), "it is a convolutional net; use --pattern filters"),
-        ("resnet-basic", dict(pattern="filters", uneven=True), "one width per stage"),
         ("vgg", dict(pattern="filters", sparsity=0.999), "filters cannot lose 100% of the"),
         ("vgg", dict(pattern="filters", criterion="obs"), "criterion obs does not score filters"),
         ("vgg", dict(pattern="filters", protect=(1,)), "filters are cut by sparsity"),

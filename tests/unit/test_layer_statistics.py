@@ -30,7 +30,9 @@ FORWARD = {"estimator": "finite-difference"}
 
 
 # -- the same statistics ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("model_type", [t for t in family_cases.CASES if t not in family_cases.SEVERAL_STACKS])
+@pytest.mark.parametrize(
+    "model_type", [t for t in family_cases.CASES if t not in ("gemma3n_text", *family_cases.SEVERAL_STACKS)]
+)
 def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
     """Of a model that does not change in between: what a layer is handed is what it reads in a whole forward, and the weights
     of tokens are those of one pass."""
@@ -161,7 +163,7 @@ def test_token_weights_of_experts_that_now_read_other_tokens() -> None:
     setting = family_cases.make_setting(family_cases.build("mixtral"), Replicated(Accelerator(cpu=True)))
     found = TokenWeights(setting, setting.anatomy.targets, 4.0)
     name = next(target.name for target in setting.anatomy.targets if target.index == 0)
-    weights_then, tokens_then = found._held[name, 0]
+    weights_then, tokens_then = found._held[name, 0, 0]
     now = torch.arange(30)
     told = found.of(name, 0, now)
     held = dict(zip(tokens_then.tolist(), weights_then.float().tolist(), strict=True))
@@ -257,3 +259,10 @@ def test_counts_by_size_find_the_cut() -> None:
         assert float(found.sum()) == pytest.approx(going)
         for number, saliency in zip(found.tolist(), saliencies, strict=True):
             assert number == pytest.approx(int((saliency < cut).sum()), abs=max(1, 0.005 * len(saliency)))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "bart"])
+def test_layers_that_cannot_run_by_themselves_need_room_for_all(model_type: str) -> None:
+    targets = family_cases.on_meta(model_type).targets
+    with pytest.raises(UserError, match="no one list of layers that can run by themselves; raise prune.gram_gib"):
+        layer_groups(family_cases.on_meta(model_type), targets, 0.0)

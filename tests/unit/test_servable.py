@@ -86,3 +86,27 @@ def test_llama_cpp_says_what_it_does_not_run():
     model = build("vit")
     found = llama_cpp(model.config, "image-classification", read_anatomy(model, needs_units=False))
     assert not found.takes and "no architecture for model type vit" in found.why
+
+
+@pytest.mark.parametrize(("widths", "uneven"), [([64, 64, 64, 64], False), ([64, 32, 16, 64], True)])
+def test_a_width_for_each_layer(widths: list[int], uneven: bool):
+    model = build("gemma3n_text", intermediate_size=widths, head_dim=64, num_kv_shared_layers=0)
+    model.config.architectures = ["Gemma3nForCausalLM"]
+    served = vllm(model.config, "causal-lm", "org/name")
+    assert served.takes and ("a width for each layer" in served.why) == uneven
+    found = llama_cpp(model.config, "causal-lm", read_anatomy(model, needs_units=False))
+    assert found.takes is not uneven
+    assert ("one feed-forward width for all layers, this model 16 to 64" in found.why) == uneven
+    model.config.num_kv_shared_layers = 1
+    shared = llama_cpp(model.config, "causal-lm", read_anatomy(model, needs_units=False))
+    assert not shared.takes and "keys and values of layers that share" in shared.why
+
+
+def test_a_config_that_says_head_sizes_layer_by_layer():
+    config = hf.Gemma4TextConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        global_head_dim=16, num_key_value_heads=2, layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0, architectures=["Gemma4ForCausalLM"],
+    )  # fmt: skip
+    found = vllm(config, "causal-lm", "org/name")
+    assert not found.takes and "head size 8" in found.why

@@ -145,7 +145,8 @@ class PruneConfig(Section):
     probe_channels: int = Field(256, ge=1)
     """channels per removal probe"""
     uneven: bool = False
-    """let layers keep different shares, where the model's config has a width for each (filters of VGG); refused elsewhere"""
+    """let layers keep different numbers of channels or filters, where the model's config has a width for each layer (Gemma 3n,
+    VGG), stage (ResNet) or stack (BART); refused elsewhere"""
     damping: float = Field(0.01, gt=0, lt=1)
     """added to the Hessian's diagonal, as a fraction of its mean"""
     seed: int = Field(0, ge=0)

@@ -31,8 +31,10 @@ class Read(NamedTuple):
     tokens: torch.Tensor | None
 
 
-Weigh = Callable[[str, torch.Tensor], torch.Tensor]
-"""(target's name, (n,) positions of real tokens in the flattened micro-batch) -> (n,) fp32"""
+Inputs = dict[str, list[Read]]
+"""by target, once for every time that its module ran"""
+Weigh = Callable[[str, torch.Tensor, int], torch.Tensor]
+"""(target's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,) fp32"""
 
 
 @dataclass
@@ -55,7 +57,7 @@ def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) ->
     """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
     sums of squares. The caller reduces them, to every rank or to the one that needs them."""
     found = InputMoments()
-    inputs: dict[str, Read] = {}
+    inputs: Inputs = {}
     hooks = input_hooks(setting.bare, targets, inputs)
     mine = setting.backend.share(setting.batches)
     with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
@@ -105,15 +107,13 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return sums, tokens
 
 
-def input_hooks(
-    bare: nn.Module, targets: Sequence[Target], inputs: dict[str, Read]
-) -> list[tuple[nn.Module, ModelHook]]:
+def input_hooks(bare: nn.Module, targets: Sequence[Target], inputs: Inputs) -> list[tuple[nn.Module, ModelHook]]:
     """One hook per module, which puts what each target reads into `inputs`."""
     wanted = {target.name for target in targets}
 
     def linear(name: str) -> Observer:
         def seen(hidden: torch.Tensor, _: Any) -> None:
-            inputs[name] = Read(hidden, None)
+            inputs.setdefault(name, []).append(Read(hidden, None))
 
         return Observer(seen)
 
@@ -124,7 +124,7 @@ def input_hooks(
             for leaf, rows in zip(leaves, (routed.rows, routed.inner), strict=True):
                 name = f"{module}.{leaf}[{routed.expert}]"
                 if name in wanted:
-                    inputs[name] = Read(rows, routed.tokens)
+                    inputs.setdefault(name, []).append(Read(rows, routed.tokens))
 
         return ExpertObserver(seen)
 
@@ -144,25 +144,27 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
 
 
 def add_inputs(
-    found: InputMoments, inputs: dict[str, Read], mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
+    found: InputMoments, inputs: Inputs, mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
 ) -> None:
     """Add what one micro-batch read. With `weigh` every token has a weight of its own in every target's sum, and no sum is
     shared."""
-    sources: dict[int, str] = {}
-    for name, (hidden, tokens) in inputs.items():
-        source = name if weigh else sources.setdefault(id(hidden), name)  # `inputs` keeps every tensor alive
+    sources: dict[tuple[int, ...], str] = {}
+    for name, reads in inputs.items():
+        same = tuple(id(hidden) for hidden, _ in reads)  # `inputs` keeps every tensor alive
+        source = name if weigh else sources.setdefault(same, name)
         found.source_of.setdefault(name, source)
         if source != name:
             continue
-        rows = hidden.flatten(0, -2).float()
-        tokens = torch.arange(len(rows), device=rows.device) if tokens is None else tokens
-        if mask is not None:
-            rows, tokens = rows[mask[tokens]], tokens[mask[tokens]]
-        weights = weigh(name, tokens) if weigh else None
-        if full:
-            found.moments.add_gram(name, rows, weights)
-        else:
-            found.moments.add(name, rows.square().sum(0))
+        for call, (hidden, tokens) in enumerate(reads):
+            rows = hidden.flatten(0, -2).float()
+            pooled = mask is not None and tokens is None and len(rows) != len(mask)  # no row for each token
+            tokens = torch.arange(len(rows), device=rows.device) if tokens is None else tokens
+            if mask is not None and not pooled:
+                rows, tokens = rows[mask[tokens]], tokens[mask[tokens]]
+            if full:
+                found.moments.add_gram(name, rows, weigh(name, tokens, call) if weigh else None)
+            else:
+                found.moments.add(name, rows.square().sum(0))
 
 
 def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:

@@ -10,6 +10,7 @@ of a whole layer by forward passes alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ class TokenWeights:
         """One backward pass per micro-batch, with no sum larger than a row of a target and, where the backend recomputes, no more
         kept of a layer than what it read."""
         self.rows, self._unknown = Moments(), plain + 1
-        self._held: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._held: dict[tuple[str, int, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
         for target in targets:
             self.rows.reserve(target.name, (target.shape[0],), setting.backend.device)
 
@@ -87,7 +88,7 @@ class TokenWeights:
 
         def seen(name: str, gone: Arrived) -> None:
             weights = kept.put(token_weights(gone.tokens_energy, plain))  # exact, see `coarse`
-            self._held[name, gone.number] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
+            self._held[name, gone.number, gone.call] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
             self.rows.add(name, gone.rows_energy)
 
         anatomy = setting.anatomy
@@ -95,12 +96,13 @@ class TokenWeights:
         with recomputed(layers if setting.backend.recomputes else ()):
             _each_gradient(setting, targets, seen, of_rows=_lengths)
 
-    def of(self, name: str, number: int, tokens: torch.Tensor) -> torch.Tensor:
-        """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`. tokens: (n,) ascending
-        positions in the flattened micro-batch. Tokens that did not reach an expert before weigh what the mean one does."""
-        if (name, number) not in self._held:  # no gradient came there
+    def of(self, name: str, number: int, tokens: torch.Tensor, call: int = 0) -> torch.Tensor:
+        """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`, the `call`-th time that its module
+        runs. tokens: (n,) ascending positions in the flattened micro-batch. Tokens that did not reach an expert before weigh
+        what the mean one does."""
+        if (name, number, call) not in self._held:  # no gradient came there
             return torch.ones(len(tokens), device=tokens.device)
-        weights, before = self._held[name, number]
+        weights, before = self._held[name, number, call]
         weights = weights.to(tokens.device).float()
         if before is None:
             return weights
@@ -125,6 +127,8 @@ class Arrived(NamedTuple):
     """(out,) fp32 sum_t dy_to^2 |x_t|^2"""
     tokens: torch.Tensor | None
     """(n,) positions in the flattened micro-batch of what an expert read, None elsewhere: all that are real"""
+    call: int = 0
+    """how often the module had run before in the same forward (layers that share one weight)"""
 
 
 def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,14 +152,15 @@ def _each_gradient(
 ) -> None:
     """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts. of_rows: what
     of a target's inputs waits for the gradient, which may be all that keeps them in memory."""
-    inputs: dict[str, torch.Tensor] = {}
+    calls: Counter[str] = Counter()
     mask: torch.Tensor | None = None
     number, counts, wanted = 0, True, {target.name for target in targets}
 
     def linear(name: str) -> Observer:
         def forward(hidden: torch.Tensor, output: Any) -> None:
-            inputs[name] = of_rows(hidden.detach())
-            output.register_hook(lambda grad: arrived(name, inputs.pop(name), grad, None))
+            waiting, call = [of_rows(hidden.detach())], calls[name]
+            calls[name] += 1
+            output.register_hook(lambda grad: arrived(name, waiting.pop(), grad, None, call))
 
         return Observer(forward, output=True)
 
@@ -166,12 +171,14 @@ def _each_gradient(
 
         return ExpertGradients(backward)
 
-    def arrived(name: str, hidden: torch.Tensor, grad: torch.Tensor, tokens: torch.Tensor | None) -> None:
+    def arrived(
+        name: str, hidden: torch.Tensor, grad: torch.Tensor, tokens: torch.Tensor | None, call: int = 0
+    ) -> None:
         if counts:
             real = mask if mask is None or tokens is None else mask[tokens]
             places = tokens if tokens is None or real is None else tokens[real]
             rows = _rows(hidden, real)
-            seen(name, Arrived(number, rows, *_energies(rows, _rows(grad, real)), places))
+            seen(name, Arrived(number, rows, *_energies(rows, _rows(grad, real)), places, call))
 
     hooks = [
         (setting.bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
@@ -186,7 +193,7 @@ def _each_gradient(
             batch = setting.on_device(batch)
             mask = real_tokens(batch)
             setting.objective(setting.model, batch).total.sum().backward()
-            inputs.clear()  # of targets that no gradient reached
+            calls.clear()
             step()
 
 
@@ -195,8 +202,9 @@ def _lengths(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Those of real tokens; all where there is not one for each token (a pooled sequence)."""
     rows = hidden.detach().flatten(0, -2).float()
-    return rows if mask is None else rows[mask]
+    return rows if mask is None or len(mask) != len(rows) else rows[mask]
 
 
 class _StartOfGraph(Observer):

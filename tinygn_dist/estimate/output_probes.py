@@ -65,8 +65,8 @@ def _moved(setting: Setting, batch: dict, cache: PrefixCache, target: Target, nu
 
 
 def _layer_of(setting: Setting, target: Target) -> int | None:
-    """The layer a target lies in; None outside of the list of layers, or where there is none."""
-    return setting.anatomy.layer_of(target.module)
+    """The layer a target lies in, to start from; None outside of the list of layers, or where a forward cannot start there."""
+    return setting.anatomy.layer_of(target.module) if setting.anatomy.starts_anywhere else None
 
 
 class _Nudge(ModelHook):

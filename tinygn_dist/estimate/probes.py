@@ -73,8 +73,9 @@ def measure(
     """Loss change of every probe on every sequence. `without`: layers and units that are already gone.
 
     Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its
-    layer, or without `reuse` runs the layers before it too.
+    layer, or without `reuse`, or where a forward cannot start there, runs the layers before it too.
     """
+    reuse = reuse and setting.anatomy.starts_anywhere
     sizes = [batch_size(batch) for batch in setting.batches]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
     base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)

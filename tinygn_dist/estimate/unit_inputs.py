@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinygn_dist.estimate.activations import InputMoments, Read, complete, input_hooks
+from tinygn_dist.estimate.activations import InputMoments, Inputs, complete, input_hooks
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.restart import running_layers
 from tinygn_dist.estimate.setting import Setting
@@ -59,7 +59,7 @@ def unit_moments(
         shape = target.shape[0], target.shape[1] + (target.name in with_constant)
         for segment in takes.get(target.name, ()):
             found.taken.reserve(taken_by(target.name, segment), shape, setting.backend.device)
-    inputs, sizes, gains = dict[str, Read](), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
+    inputs, sizes, gains = Inputs(), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
     behind = {layer for segments in takes.values() for segment in segments for layer in segment}
     watched = [
         (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
@@ -75,10 +75,13 @@ def unit_moments(
     with torch.no_grad(), attached([*hooks, *watched]), running, bar as advance:
         for batch, real in mine:
             batch = setting.on_device(batch)
+            inputs.clear()
             setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
             mask = real_tokens(batch)
             for target in targets if real else ():
-                rows, weights = inputs[target.name].hidden.flatten(0, -2).float(), 1 / sizes[target.layer]
+                ((hidden, _),) = inputs[target.name]
+                rows = hidden.flatten(0, -2).float()
+                weights = 1 / sizes[target.layer].view(-1, len(rows)).mean(0)  # of several streams (Gemma 3n) the mean
                 if mask is not None:
                     rows, weights = rows[mask], weights[mask]
                 constant = target.name in with_constant
