@@ -261,7 +261,7 @@ def _hidden_group(model: nn.Module, family: Family, stacks: tuple[Stack, ...]) -
     slices += [Slice(f"{path}.weight", 0, 0, 1) for path in (*writes, *norms)]
     slices += [Slice(f"{path}.bias", 0, 0, 1) for path in writes if model.get_submodule(path).bias is not None]
     once = {id(model.get_parameter(piece.tensor)): piece for piece in slices}  # embedding and head may be one
-    params, heads = _params_per_unit(model, once.values()), getattr(model.config, family.attention.num_heads)
+    params, heads = _params_per_unit(model, once.values()), getattr(model.config, family.residual.num_heads)
     others = tuple((path, 1) for path in reads[1:])
     return UnitGroup("hidden", 0, size, tuple(slices), reads[0], 1, params, least=heads, also_read_by=others)
 

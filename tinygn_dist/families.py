@@ -70,8 +70,8 @@ _RMS = Residual(
     norms=("input_layernorm", "post_attention_layernorm"),
 )
 _NO_HIDDEN = (
-    "its norms do not take the width of the stream alone (LayerNorm subtracts a mean; one epsilon serves norms of several "
-    "sizes) or its class is not described"
+    "its norms do not take the width of the stream alone (LayerNorm subtracts a mean; Gemma scales embeddings by the width's "
+    "root; OLMo 2 norms small queries with the same epsilon) or its class is not described"
 )
 _4H = FeedForward(inputs=_separate("mlp.dense_h_to_4h"), output="mlp.dense_4h_to_h")
 _PHI3_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
@@ -92,8 +92,15 @@ FAMILIES = (
         feed_forward=_GATED,
         residual=_RMS,
     ),
-    Family(  # gated FFN, head_dim in the config
-        model_types=("qwen3", "gemma", "smollm3"),
+    Family(  # head_dim in the config
+        model_types=("qwen3", "smollm3"),
+        layers="layers",
+        attention=_GROUPED,
+        feed_forward=_GATED,
+        residual=_RMS,
+    ),
+    Family(  # embeddings times the root of the width
+        model_types=("gemma",),
         layers="layers",
         attention=_GROUPED,
         feed_forward=_GATED,
@@ -123,6 +130,7 @@ FAMILIES = (
         layers="layers",
         attention=_GROUPED,
         feed_forward=replace(_GATED, added=lambda config: config.residual_multiplier == 1),
+        residual=_RMS,
     ),
     Family(
         model_types=("olmo2",),
@@ -147,6 +155,7 @@ FAMILIES = (
         feed_forward=FeedForward(
             inputs=(Part("mlp.gate_up_proj", 0, 2), Part("mlp.gate_up_proj", 1, 2)), output="mlp.down_proj"
         ),
+        residual=replace(_RMS, reads=("self_attn.qkv_proj", "mlp.gate_up_proj")),
     ),
     Family(
         model_types=("gpt2",),

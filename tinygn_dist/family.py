@@ -79,7 +79,8 @@ class Experts:
 @dataclass(frozen=True)
 class Residual:
     """What reads, writes and norms the residual stream, in each layer and around them (relative to the base model; the head
-    is found). Only RMSNorm: x / rms(x) * weight. size, eps: the config's entries."""
+    is found). Only RMSNorm: x / rms(x) * weight. size, eps, num_heads: the config's entries. The epsilon grows as the width shrinks;
+    norms of queries and keys, which read it too, then differ by a part in a million."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -88,6 +89,7 @@ class Residual:
     last_norm: str = "norm"
     size: str = "hidden_size"
     eps: str = "rms_norm_eps"
+    num_heads: str = "num_attention_heads"
 
 
 @dataclass(frozen=True)

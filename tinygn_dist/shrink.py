@@ -42,7 +42,7 @@ def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) 
         _write_widths(small, config, anatomy, kept)
     if kept.hidden:
         residual, full, left = family.residual, anatomy.hidden.num_units, len(kept.hidden[0])
-        small.head_dim = getattr(config, "head_dim", None) or full // getattr(config, family.attention.num_heads)
+        small.head_dim = getattr(config, "head_dim", None) or full // getattr(config, residual.num_heads)
         setattr(small, residual.size, left)
         setattr(small, residual.eps, getattr(config, residual.eps) * full / left)
     if kept.experts:
