@@ -114,13 +114,13 @@ class _AtOnce:
             )
             self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in targets]
             setting.backend.sum_for_jobs(self._jobs)
-            _round(self._jobs)
+            _round(setting, self._jobs)
             return
         name = _pass("inputs", options)
         found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
         self._jobs = _by_source(targets, found)
         setting.backend.sum_for_jobs(self._jobs)
-        _round(self._jobs)
+        _round(setting, self._jobs)
         _add_energies(self._jobs, _probed(setting, targets, options))
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
@@ -167,7 +167,7 @@ class _InGroups:
             for job in jobs:
                 job.moments.append(self._weights.rows.sum(job.targets[0].name).clone())
         setting.backend.sum_for_jobs(jobs)
-        _round(jobs)
+        _round(setting, jobs)
         _add_energies(jobs, self._energies)
         return jobs, ends
 
@@ -177,11 +177,20 @@ def _for_budgets(setting: Setting) -> int:
     return max(BUDGET_SEQUENCES, sum(map(batch_size, setting.batches)) // 4)
 
 
-def _round(jobs: Sequence[Job]) -> None:
-    """Whole fp32 Gram matrices on the ranks that have them, one after the other: there is never room for all in fp64."""
-    for job in jobs:
-        if job.moments[0].numel():
-            job.moments[0] = fill_below(job.moments[0]).float()
+def _round(setting: Setting, jobs: Sequence[Job]) -> None:
+    """Whole fp32 Gram matrices on the ranks that have them, one after the other: there is never room for all in fp64.
+
+    A collective. UserError on every rank where one has no value: the loss is looked at, gradients are not.
+    """
+    with setting.backend.together("summing what weights read"):
+        for job in jobs:
+            if job.moments[0].numel():
+                job.moments[0] = fill_below(job.moments[0]).float()
+                if not all(bool(moment.isfinite().all()) for moment in job.moments):
+                    raise UserError(
+                        f"what {job.targets[0].name} reads or its gradients hold NaN or inf, though no loss does; use "
+                        "--estimator finite-difference, which takes no gradient, or another model.dtype"
+                    )
 
 
 def _plain(options: PruneConfig) -> float:

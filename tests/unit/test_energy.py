@@ -190,3 +190,26 @@ def test_split_holds_out_the_last_sequences() -> None:
     assert len(everything[1].batches) == len(setting.batches) // 2
     with pytest.raises(UserError, match="data.num_samples"):
         kept.first(1).split(1)
+
+
+class _NoSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
+
+
+def test_gradients_without_a_value_are_named_in_one_line() -> None:
+    setting = tiny.setting("llama")
+    handle = setting.bare.model.layers[1].register_forward_hook(lambda module, args, out: _NoSlope.apply(out))
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, passes=1, estimator="backprop")
+    with pytest.raises(
+        UserError, match="layers.[01].* hold NaN or inf, though no loss does; use --estimator finite-diff"
+    ):
+        sparsify(setting, setting.anatomy.targets, options)
+    masks = sparsify(setting, setting.anatomy.targets, options.model_copy(update={"estimator": "finite-difference"}))
+    handle.remove()
+    assert sum(masks.kept(setting.backend).values()) > 0
