@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinygn_dist import calibration, load
-from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.anatomy import Anatomy, UnitGroup, read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, make
 from tinygn_dist.errors import UserError
@@ -54,11 +55,14 @@ def inspect(arguments: argparse.Namespace) -> int:
         for kind in UNIT_KINDS:
             groups = (anatomy.hidden,) if kind == "hidden" and anatomy.hidden else anatomy.of_kind(kind)
             if groups:
+                counts = [group.num_units for group in groups]
                 facts["units"][kind] = {
-                    "count": groups[0].num_units,
+                    "count": min(counts),
+                    "most": max(counts),
                     "params_each": groups[0].unit_params,
                     "removable": True,
                     "share": sum(g.num_units * g.unit_params for g in groups) / total,
+                    "note": _note(kind, anatomy, groups),
                 }
             elif kind in anatomy.fixed:
                 facts["units"][kind] = {"removable": False, "why": anatomy.fixed[kind]}
@@ -77,6 +81,15 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _note(kind: str, anatomy: Anatomy, groups: Sequence[UnitGroup]) -> str:
+    told = []
+    if kind == "channels" and len(groups) < anatomy.num_layers:
+        told.append(f"in {len(groups)} of {anatomy.num_layers} layers")
+    if kind == "filters" or kind == "channels" and any(ffn.uneven for ffn in anatomy.family.feed_forwards):
+        told.append("layers may differ (prune.uneven)")
+    return "; ".join(told)
+
+
 def _print_inspection(facts: dict[str, Any]) -> None:
     console = Console()
     console.print(
@@ -88,7 +101,9 @@ def _print_inspection(facts: dict[str, Any]) -> None:
     for kind, unit in facts["units"].items():
         name = {"heads": "heads (KV groups, per layer)", "layers": "layers"}.get(kind, f"{kind} (per layer)")
         if unit["removable"]:
-            units.add_row(name, str(unit["count"]), f"{unit['params_each']:,}", "")
+            least, most = unit["count"], unit.get("most", unit["count"])
+            count = str(least) if least == most else f"{least} to {most}"
+            units.add_row(name, count, f"{unit['params_each']:,}", unit.get("note", ""))
         else:
             units.add_row(name, "-", "-", f"no: {unit['why']}")
     if facts["units"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from tests import tiny
 from tests.conftest import save
 from tests.unit.family_cases import build
+from tinygn_dist.cli import main
 from tinygn_dist.compressor import Compressor
 from tinygn_dist.config import load_config
 from tinygn_dist.errors import UserError
@@ -86,3 +88,12 @@ def test_a_class_with_one_width_is_refused_before_weights_load(saved_model, text
     folder = saved_model("llama")
     with pytest.raises(UserError, match="LlamaForCausalLM builds its layers with one width"):
         compress(asking(folder, text_file, tmp_path / "out", prune__sparsity=0.15))
+
+
+def test_inspect_tells_that_layers_may_differ(dense: Path, saved_model, capsys):
+    assert main(["inspect", str(dense), "--json"]) == 0
+    channels = json.loads(capsys.readouterr().out)["units"]["channels"]
+    assert channels["count"] == channels["most"] == 48
+    assert channels["note"] == "in 3 of 4 layers; layers may differ (prune.uneven)"
+    assert main(["inspect", str(saved_model("llama")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["units"]["channels"]["note"] == ""
