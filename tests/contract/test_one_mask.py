@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from tests import plain, tiny
 from tests.ranks import Ranks
+from tests.unit import family_cases
 from tinygn_dist import layer_statistics
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
+from tinygn_dist.cuts import cut_of
 from tinygn_dist.gradual import GradualMasks
 from tinygn_dist.masking import Masks
 from tinygn_dist.progress import Progress
@@ -145,6 +148,29 @@ def test_layers_are_judged_and_taken_over_alike(ranks: Ranks, family: str, count
     wanted = _taken_over(make_backend(DistributedConfig()), family, count, asked)
     for found in ranks.call(_taken_over, family, count, asked):
         assert found["kept"] == wanted["kept"] and found["order"] == wanted["order"]
+        assert found["spent"] == wanted["spent"] and found["shifts"].keys() == wanted["shifts"].keys()
+        for part in ("state", "shifts"):
+            for name, value in wanted[part].items():
+                torch.testing.assert_close(found[part][name], value, rtol=1e-4, atol=1e-6)
+
+
+def _uneven(backend: Backend, model_type: str) -> dict[str, Any]:
+    model = family_cases.build(model_type)
+    one = family_cases.make_setting(model, backend)
+    setting = replace(one, model=backend.prepare(model), batches=5 * one.batches)
+    options = PruneConfig(pattern="channels", uneven=True, sparsity=0.2, multiple_of=8)
+    cut = cut_of(setting.anatomy, options)
+    kept, scores, trials, shifts = cut.remove_units(setting, cut.plan_mixes(setting.anatomy, options), options)
+    state = plain.full_state(backend, setting.model)
+    return {"kept": kept, "spent": scores.forwards, "tried": [t.mix for t in trials], "shifts": shifts, "state": state}
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "bart"])
+def test_the_same_widths_at_every_world_size(ranks: Ranks, model_type: str):
+    wanted = _uneven(make_backend(DistributedConfig()), model_type)
+    assert len(wanted["tried"]) > 1
+    for found in ranks.call(_uneven, model_type):
+        assert found["kept"] == wanted["kept"] and found["tried"] == wanted["tried"]
         assert found["spent"] == wanted["spent"] and found["shifts"].keys() == wanted["shifts"].keys()
         for part in ("state", "shifts"):
             for name, value in wanted[part].items():
