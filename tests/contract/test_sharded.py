@@ -165,9 +165,9 @@ def test_the_same_block_reconstruction(run: Any, layout: str):
 
 @layouts
 def test_the_same_units_of_several_stacks_as_one_process(run: Any, layout: str):
-    """T5, BART and ConvNeXt: what stays, every bit of the smaller model, and its loss."""
+    """T5, BART, ConvNeXt, and Gemma 3n and BART with uneven widths: what stays, every bit of the smaller model, and its loss."""
     wanted, found = run("alone")["stacks"], run(layout)["stacks"]
-    assert len(wanted) == 3 and wanted.keys() == found.keys()
+    assert len(wanted) == 5 and wanted.keys() == found.keys()
     for name, (kept, weights, loss) in wanted.items():
         assert found[name] == [kept, weights, pytest.approx(loss, rel=1e-6)], name
 
