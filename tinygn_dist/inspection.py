@@ -58,12 +58,14 @@ def inspect(arguments: argparse.Namespace) -> int:
                 counts = [group.num_units for group in groups]
                 facts["units"][kind] = {
                     "count": min(counts),
-                    "most": max(counts),
                     "params_each": groups[0].unit_params,
                     "removable": True,
                     "share": sum(g.num_units * g.unit_params for g in groups) / total,
-                    "note": _note(kind, anatomy, groups),
                 }
+                if max(counts) > min(counts):
+                    facts["units"][kind]["most"] = max(counts)
+                if note := _note(kind, anatomy, groups):
+                    facts["units"][kind]["note"] = note
             elif kind in anatomy.fixed:
                 facts["units"][kind] = {"removable": False, "why": anatomy.fixed[kind]}
     for target in anatomy.targets:

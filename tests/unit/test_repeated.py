@@ -73,12 +73,9 @@ def test_tokens_weigh_what_they_did_in_that_run(setting):
         assert {calls[target.name] for target in shared(setting)} == {2}
 
 
-@pytest.mark.parametrize("room", [16.0, 1e-6])
 @pytest.mark.parametrize("criterion", ["obs", "wanda", "taylor", "magnitude"])
-def test_every_criterion_masks_them(setting, criterion: str, room: float):
-    if criterion == "obs" and room < 1:
-        pytest.skip("it has no list of layers: refused, tests/unit/test_layer_statistics.py")
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, gram_gib=room)
+def test_every_criterion_masks_them(setting, criterion: str):
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion)
     kept = sparsify(setting, setting.anatomy.targets, options).kept(setting.backend)
     assert sum(kept.values()) == pytest.approx(sum(t.numel for t in setting.anatomy.targets) / 2, abs=len(kept))
 
