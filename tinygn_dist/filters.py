@@ -65,7 +65,7 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
             f"criterion {options.criterion} does not score filters; use auto, removal, gate, magnitude or random"
         )
     total, slots = anatomy.total_params, slots_of(anatomy) if options.uneven else [anatomy.of_kind("filters")]
-    most = round((1 - options.sparsity) * total)
+    most = total - round(options.sparsity * total)
     cuts = _cuts(slots, options)
     gone = evenly([parts(s) for s in slots], cuts, lambda gone: params_left(anatomy, _kept(slots, gone)) <= most)
     if gone is not None and not options.uneven:

@@ -63,7 +63,8 @@ _VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 _LLAMA_CPP = {  # model_type -> name of the architecture in GGUF files
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "smollm3": "smollm3", "granite": "granite",
     "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n", "olmo2": "olmo2", "olmoe": "olmoe", "phi": "phi2", "phi3": "phi3",
+    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n", "olmo2": "olmo2",
+    "olmoe": "olmoe", "phi": "phi2", "phi3": "phi3",
     "gpt2": "gpt2", "gpt_neox": "gptneox", "bloom": "bloom", "falcon": "falcon", "gpt_oss": "gpt-oss", "bert": "bert",
     "roberta": "bert", "xlm-roberta": "bert",
 }  # fmt: skip

@@ -34,6 +34,10 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
             raise UserError(
                 f"target {measure}: its stacks of layers read different numbers of positions; use params or bytes"
             )
+    if measure == "latency" and not anatomy.starts_anywhere:
+        raise UserError(
+            f"target latency: layers of {anatomy.model_class} cannot run by themselves; use params, bytes or flops"
+        )
     if measure == "latency" and options.uneven:
         raise UserError(
             "target latency: layers are timed alike, prune.uneven lets them differ; use params, bytes or flops"

@@ -68,6 +68,11 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")
     groups, slots = anatomy.of_kind("channels"), slots_of(anatomy, options.protect)
+    if not groups:
+        raise UserError(
+            f"channels cannot be removed: those of every layer of this {anatomy.model_class} depend on each other; mask weights "
+            "with --pattern unstructured"
+        )
     total = -(-round(options.sparsity * dense_params(anatomy)) // groups[0].unit_params)
     cuts = _cuts(anatomy, slots, options)
 
@@ -153,8 +158,8 @@ def _on_the_way(
     least = cheapest(costs, total)
     for share in _WAY:
         middle = [a + share * (b - a) for a, b in zip(here, least, strict=True)]
-        apart = [{n: (n - m) ** 2 for n in cost} for cost, m in zip(costs, middle, strict=True)]
-        counts = cheapest(apart, total)
+        off = [{n: (n - m) ** 2 for n in cost} for cost, m in zip(costs, middle, strict=True)]
+        counts = cheapest(off, total)
         yield _mix(anatomy, slots, [n // len(slot) for n, slot in zip(counts, slots, strict=True)])
 
 

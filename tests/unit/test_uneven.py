@@ -155,7 +155,9 @@ def test_one_micro_batch_serves_for_both(backend):
         ("gemma3n_text", {"protect": (4,)}, "names layer 4, the model has layers 0 to 3"),
         ("gemma3n_text", {"protect": (0, 1, 2, 3)}, "at most 0 of them are in channels that may go"),
         ("gemma3n_text", {"sparsity": 0.9}, "at most .* lower sparsity or prune.multiple_of"),
-        ("gemma3n_text", {"target": "latency=0.8"}, "prune.uneven lets them differ; use params"),
+        ("gemma3n_text", {"target": "latency=0.8"}, "cannot run by themselves; use params"),
+        ("gemma3n_text", {"target": "latency=0.8", "uneven": False}, "cannot run by themselves; use params"),
+        ("llama", {"target": "latency=0.8"}, "prune.uneven lets them differ; use params"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_weights_load(model_type: str, asked: dict, message: str):
@@ -178,8 +180,16 @@ def test_an_even_cut_of_uneven_layers_names_the_way_out(changes: dict):
         cut_of(anatomy, options).plan_mixes(anatomy, PruneConfig(pattern="layers", sparsity=0.1))
 
 
-def test_layers_are_gone_all_the_same(backend):
-    """A kept list of units per layer that `choose` would make: equal to the gated model."""
+@pytest.mark.parametrize("uneven", [True, False])
+def test_no_layer_whose_channels_may_go(uneven: bool):
+    anatomy = on_meta("gemma3n_text", activation_sparsity_pattern=[0.5] * LAYERS)
+    options = PruneConfig(pattern="channels", sparsity=0.1, uneven=uneven)
+    with pytest.raises(UserError, match="depend on each other; mask weights" if uneven else "--prune.uneven true"):
+        cut_of(anatomy, options).plan_mixes(anatomy, options)
+
+
+def test_any_widths_equal_the_gated_model(backend):
+    """Full, nearly empty and between, whichever channels go."""
     setting = make_setting(build("gemma3n_text"), backend)
     generator, kept = torch.Generator().manual_seed(0), {}
     for layer, count in enumerate((48, 7, 30, 1)):
