@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 from prepared import add_arguments, setting_of
 
-from tinygn_dist import score
-from tinygn_dist.estimate.activations import block_influence, input_moments
-from tinygn_dist.estimate.adaptive import Contest, race
 from tinygn_dist.estimate.backprop import gate_gradients
-from tinygn_dist.estimate.directions import key_of, signs
+from tinygn_dist.estimate.elimination import Contest, race
 from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
+from tinygn_dist.estimate.input_moments import block_influence, input_moments
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.products import fast_products
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths import criteria
+from tinygn_dist.maths.counter_rng import key_of, signs
+from tinygn_dist.runtime.cpu_matmul import fast_products
 
 KINDS = {"layers": None, "attention": "heads", "ffn": "channels", "heads": "heads"}
 STEPS = {"forward": 2.0**-9, "central": 2.0**-5}
@@ -85,7 +85,7 @@ def measured(asked: argparse.Namespace) -> dict:
         "counts": truth.counts,
         "removed": contests_of(probes, asked.kind),
         "estimates": {
-            "removal": (score.ratio_mean(early.differences, early.counts)[0], early.forwards),
+            "removal": (criteria.ratio_mean(early.differences, early.counts)[0], early.forwards),
             **by_gates(few, on(held_out, asked.few // 2), probes),
             **by_random_directions(few, probes),
             **by_backprop(backwards, probes),
@@ -150,7 +150,7 @@ def by_backprop(setting: Setting, probes: list[Probe]) -> dict:
     return {
         "backprop, gate gradient (Taylor)": (-grads.sum(1) / counts.sum(), cost),
         "backprop, Fisher mass of the gate": (mass, cost),
-        "backprop, both": (score.second_order(grads, counts), cost),
+        "backprop, both": (criteria.second_order(grads, counts), cost),
     }
 
 
@@ -161,7 +161,7 @@ def without_the_loss(setting: Setting, probes: list[Probe]) -> dict:
         sizes = torch.zeros(anatomy.num_layers, dtype=torch.float64)
         for target in anatomy.targets:
             sizes[target.layer] += setting.bare.get_parameter(target.parameter).detach().double().square().sum()
-        active = score.block_influence(*block_influence(setting))
+        active = criteria.block_influence(*block_influence(setting))
         layers = [probe.layer for probe in probes]
         return {"magnitude": (sizes[layers], 0), "activation": (active[layers], cost)}
     groups = list(dict.fromkeys(probe.group for probe in probes))
@@ -170,9 +170,9 @@ def without_the_loss(setting: Setting, probes: list[Probe]) -> dict:
     sizes, active = {}, {}
     for group, target in zip(groups, targets, strict=True):
         weight = target.matrix(setting.bare.get_parameter(target.parameter).detach())
-        energy = score.column_energy(weight, moments.moments.sum(moments.of(target)).float())
-        sizes[group] = score.unit_sums(weight.double().square().sum(0), group.output_width)
-        active[group] = score.unit_sums(energy, group.output_width)
+        energy = criteria.column_energy(weight, moments.moments.sum(moments.of(target)).float())
+        sizes[group] = criteria.unit_sums(weight.double().square().sum(0), group.output_width)
+        active[group] = criteria.unit_sums(energy, group.output_width)
 
     def of_each(values: dict) -> torch.Tensor:
         return torch.stack([values[probe.group][list(probe.units)].sum().double() for probe in probes])
@@ -251,7 +251,7 @@ def raced(seen: dict, order: torch.Tensor) -> tuple[float, float, float, float]:
     batches = [{"number": torch.tensor([number])} for number in range(len(counts))]
     setting = Setting(None, None, None, batches, None, None)
     found = race(setting, [Probe(row) for row in range(len(truth))], contests, look=look)
-    exact, wrong, lost = score.ratio_mean(truth, counts)[0], 0, 0.0
+    exact, wrong, lost = criteria.ratio_mean(truth, counts)[0], 0, 0.0
     for contest in contests:
         members = torch.tensor(contest.probes)
         best = members[exact[members].argsort(stable=True)[: contest.removed]]

@@ -27,17 +27,17 @@ from types import SimpleNamespace
 import torch
 import yaml
 
-from tinygn_dist import export, load
-from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
+from tinygn_dist.checkpoints import export, load
+from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.config import DistributedConfig, ModelConfig
 from tinygn_dist.estimate.backprop import weight_gradients
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.objective import objective_of
-from tinygn_dist.origin import from_checkpoint
-from tinygn_dist.progress import Progress
-from tinygn_dist.score import taylor
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.evaluate.quality import mean_loss
+from tinygn_dist.maths.criteria import taylor
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
+from tinygn_dist.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

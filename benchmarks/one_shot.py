@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from job import Failed, report_of, told
 
-from tinygn_dist import calibration, load
+from tinygn_dist.checkpoints import load
 from tinygn_dist.config import DataConfig, ModelConfig
-from tinygn_dist.objective import causal_lm
+from tinygn_dist.data import splits as calibration
+from tinygn_dist.models.objective import causal_lm
 
 PATTERNS = {
     "50%": ["--pattern", "unstructured", "--sparsity", "0.5"],

@@ -11,15 +11,16 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from tinygn_dist import calibration, load
-from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import load
+from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import DataConfig, DistributedConfig, ModelConfig
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.objective import objective_of
-from tinygn_dist.origin import placed
-from tinygn_dist.progress import Progress
+from tinygn_dist.data import splits as calibration
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
+from tinygn_dist.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 

@@ -25,9 +25,9 @@ import torch
 from prepared import add_arguments, on_ranks, setting_of
 
 from tinygn_dist.estimate.probes import Probe, measure
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.products import fast_products, stock_products
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.evaluate.quality import mean_loss
+from tinygn_dist.runtime.cpu_matmul import fast_products, stock_products
 
 MOST_PLAIN = 5
 """plain forwards of each window between two rows"""

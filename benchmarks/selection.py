@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tinygn_dist.threshold import kth_largest
+from tinygn_dist.maths.top_k import kth_largest
 
 MIB = 2**20
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from tinygn_dist.estimate.directions import key_of, signs
+from tinygn_dist.maths.counter_rng import key_of, signs
 
 
 def main() -> None:

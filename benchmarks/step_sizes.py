@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from tinygn_dist.estimate import step_size
+from tinygn_dist.maths import finite_difference
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -77,7 +77,7 @@ def row(name: str, dtype: torch.dtype, scheme: str, directions: int) -> tuple[fl
         draw = torch.Generator().manual_seed(100 + seed)
         signs = torch.randint(0, 2, point.shape, generator=draw).double() * 2 - 1
         phi, slope = along(function, point, signs, dtype), exact_slope(function, point, signs)
-        step = step_size.run(step_size.search(scheme, resolution), phi)
+        step = finite_difference.run(finite_difference.search(scheme, resolution), phi)
         steps.append(step.value)
         errors.append((difference(phi, scheme, step.value) - slope) ** 2)
         for candidate in grid:

@@ -26,11 +26,12 @@ import torch
 from job import Failed, report_of
 from table import Table
 
-from tinygn_dist import calibration, load
-from tinygn_dist.anatomy import read_anatomy
+from tinygn_dist.checkpoints import load
 from tinygn_dist.config import DataConfig, ModelConfig, load_config
-from tinygn_dist.objective import objective_of
-from tinygn_dist.units import plan_mixes
+from tinygn_dist.data import splits as calibration
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
+from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes
 
 OURS = {  # row -> arguments of `tinygn compress`
     "channels": ["--pattern", "channels"],

@@ -27,19 +27,19 @@ from pathlib import Path
 
 import torch
 
-from tinygn_dist import load
-from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import load
+from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.masking import Masks
-from tinygn_dist.objective import objective_of
-from tinygn_dist.origin import placed
-from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Recovery, freeze, make_optimizer
-from tinygn_dist.schedule import Plan
-from tinygn_dist.weights import sparsify
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths.schedules import Plan
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
+from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.sparsify import sparsify
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.train.loop import Recovery, freeze, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("masks", "plain", "taught")

@@ -2,7 +2,7 @@
 
 import sys
 
-from tinygn_dist.cli import leave, main
+from tinygn_dist.cli.main import leave, main
 
 if __name__ == "__main__":
     leave(main(["compress", *sys.argv[1:]]))

@@ -19,7 +19,7 @@ import datasets
 import torch
 import torch.nn.functional as F
 
-from tinygn_dist.vgg import VGG16, VggConfig, VggForImageClassification
+from tinygn_dist.models.vgg import VGG16, VggConfig, VggForImageClassification
 
 SIDE, CLASSES = 32, 10
 MEAN = STD = 0.5

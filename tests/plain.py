@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests import tiny
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.objective import Batch, Losses
+from tinygn_dist.models.objective import Batch, Losses
 
 LAYERS = {  # where each family keeps its layers, and what its config calls their number
     "llama": ("model.layers", "num_hidden_layers"),

@@ -40,7 +40,7 @@ def is_pure(name: str) -> bool:
 
 
 def test_the_walk_sees_the_package():
-    assert len(FILES) > 30 and "tinygn_dist.solve.obs" in FILES
+    assert len(FILES) > 30 and "tinygn_dist.maths.solve.obs" in FILES
     assert ("torch.distributed", 0) in set(imports_of("tinygn_dist.backends.collectives"))
 
 

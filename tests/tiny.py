@@ -11,15 +11,15 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
-from tinygn_dist.anatomy import Anatomy, read_anatomy
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.kept import KeptUnits
-from tinygn_dist.objective import IGNORED, Batch, add_reference, objective_of
-from tinygn_dist.progress import Progress
-from tinygn_dist.shrink import Cut
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.models.anatomy import Anatomy, read_anatomy
+from tinygn_dist.models.kept import KeptUnits
+from tinygn_dist.models.objective import IGNORED, Batch, add_reference, objective_of
+from tinygn_dist.prune.structured.shrink import Cut
+from tinygn_dist.runtime.progress import Progress
 
 VOCAB = 128
 _IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=None)

@@ -9,32 +9,36 @@ from typing import Any
 
 from torch import nn
 
-from tinygn_dist import calibration, export, filters, load, reconstruct, weights
-from tinygn_dist.anatomy import Anatomy, Target, read_anatomy
 from tinygn_dist.backends import Backend, make_backend
-from tinygn_dist.budget import Mix, share_left
-from tinygn_dist.checkpoint import refuse_unfinished, weights_digest
+from tinygn_dist.checkpoints import export, load
+from tinygn_dist.checkpoints.run_checkpoint import refuse_unfinished, weights_digest
+from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
-from tinygn_dist.cuts import cut_of
+from tinygn_dist.data import splits as calibration
+from tinygn_dist.data.self_generated import write_rows
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.estimator import peak_gib
 from tinygn_dist.estimate.gates import check_step
-from tinygn_dist.estimate.memory import peak_gib
-from tinygn_dist.estimate.setting import Setting, costs_of
-from tinygn_dist.gradual import GradualMasks, plan_of
-from tinygn_dist.latency import LatencyTarget
-from tinygn_dist.lm_tasks import check_tasks
-from tinygn_dist.objective import Batch, add_reference, decoder_start, objective_of
-from tinygn_dist.origin import placed
-from tinygn_dist.products import fast_products
-from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Course, check_training
-from tinygn_dist.report import REPORT_FILE, Report, versions
-from tinygn_dist.selftext import write_rows
-from tinygn_dist.shrink import smaller_config, smaller_origin
-from tinygn_dist.stages import Stages, give_back
-from tinygn_dist.target import meet_target
-from tinygn_dist.teacher_cache import TeacherCache
-from tinygn_dist.training_stage import TrainingStage
+from tinygn_dist.estimate.problem import Setting, costs_of
+from tinygn_dist.evaluate.lm_tasks import check_tasks
+from tinygn_dist.maths.counts import Mix, share_left
+from tinygn_dist.models.anatomy import Anatomy, Target, read_anatomy
+from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
+from tinygn_dist.prune.sparsity import sparsify as weights
+from tinygn_dist.prune.structured import filters
+from tinygn_dist.prune.structured.latency import LatencyTarget
+from tinygn_dist.prune.structured.methods import cut_of
+from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
+from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.run.recovery import TrainingStage
+from tinygn_dist.run.report import REPORT_FILE, Report, versions
+from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.runtime.stage_timer import Stages, give_back
+from tinygn_dist.train import reconstruct
+from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
+from tinygn_dist.train.loop import Course, check_training
+from tinygn_dist.train.teacher_cache import TeacherCache
 
 
 def compress(config: Config, backend: Backend | None = None, stopping: Callable[[], bool] = lambda: False) -> Report:

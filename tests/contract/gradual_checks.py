@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from tests.contract.sharded_models import NO_DOWN, digest, llama, rows, setting
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import PruneConfig, RecoverConfig, ScheduleConfig
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.gradual import GradualMasks, plan_of
-from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Course, InTraining, Recovery
+from tinygn_dist.evaluate.quality import mean_loss
+from tinygn_dist.models.anatomy import Target
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
+from tinygn_dist.train.loop import Course, InTraining, Recovery
 
 GRADUAL_CASES = {
     "cubic magnitude": ({"criterion": "magnitude"}, {"kind": "cubic"}),

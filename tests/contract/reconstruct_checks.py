@@ -11,8 +11,8 @@ from tests import plain
 from tests.contract.sharded_models import llama, mixtral, setting
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import PruneConfig
-from tinygn_dist.reconstruct import blocks_of, reconstruct
-from tinygn_dist.weights import sparsify
+from tinygn_dist.prune.sparsity.sparsify import sparsify
+from tinygn_dist.train.reconstruct import blocks_of, reconstruct
 
 CASES: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
     "llama": (llama, torch.float32),

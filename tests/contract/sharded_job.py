@@ -28,26 +28,26 @@ from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
 from tests.contract.unit_checks import stacks, to_a_latency
 from tests.one_card import share_cards
-from tinygn_dist import load
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.pieces import tensors_of
-from tinygn_dist.checkpoint import Checkpoints
-from tinygn_dist.cli import leave
+from tinygn_dist.checkpoints import load
+from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
+from tinygn_dist.checkpoints.safetensors_io import StoredTensors
+from tinygn_dist.checkpoints.sharded_load import from_checkpoint
+from tinygn_dist.cli.main import leave
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
 from tinygn_dist.errors import Stopped
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.masking import Masks
-from tinygn_dist.origin import from_checkpoint
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.evaluate.quality import mean_loss
+from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.pipeline import compress
-from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Recovery, freeze, make_optimizer
-from tinygn_dist.saved_training import saved_origin, write_weights
-from tinygn_dist.schedule import Plan
-from tinygn_dist.stored import StoredTensors
-from tinygn_dist.units import plan_mixes, remove_units
-from tinygn_dist.weights import sparsify
+from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.sparsify import sparsify
+from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.train.loop import Recovery, freeze, make_optimizer
+from tinygn_dist.train.state_io import saved_origin, write_weights
 
 WEIGHT_CASES = {
     "magnitude": [{}, {"scope": "global"}, {"scope": "row"}, {"pattern": "2:4", **NO_DOWN}],

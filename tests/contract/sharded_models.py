@@ -10,11 +10,11 @@ import transformers as hf
 from torch import nn
 
 from tests import plain
-from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import Backend
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.objective import objective_of
-from tinygn_dist.progress import Progress
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
+from tinygn_dist.runtime.progress import Progress
 
 VOCAB = 96
 NO_DOWN = {"ignore": ("down_proj",)}  # its 49 inputs are no multiple of 4

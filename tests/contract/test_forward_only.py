@@ -9,11 +9,11 @@ import torch
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
-from tinygn_dist.estimate.adaptive import Contest, race
+from tinygn_dist.estimate.elimination import Contest, race
 from tinygn_dist.estimate.probes import Probe, measure, single_units
-from tinygn_dist.estimate.setting import ProbeCosts
-from tinygn_dist.estimate.subsets import effects_together
-from tinygn_dist.zeroth_order import ForwardOnly
+from tinygn_dist.estimate.problem import ProbeCosts
+from tinygn_dist.experiments.unit_subsets import effects_together
+from tinygn_dist.train.forward_only.loop import ForwardOnly
 
 
 def descend(backend: Backend) -> tuple[list[float], float, int]:

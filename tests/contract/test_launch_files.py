@@ -17,7 +17,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tinygn_dist.backends import make_backend
-from tinygn_dist.cli import ALIASES
+from tinygn_dist.cli.main import ALIASES
 from tinygn_dist.config import DistributedConfig, load_config
 from tinygn_dist.errors import Refused
 

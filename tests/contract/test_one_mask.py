@@ -9,21 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests import plain, tiny
+from tests import family_cases, plain, tiny
 from tests.ranks import Ranks
-from tests.unit import family_cases
-from tinygn_dist import layer_statistics
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
-from tinygn_dist.cuts import cut_of
-from tinygn_dist.gradual import GradualMasks
-from tinygn_dist.masking import Masks
-from tinygn_dist.progress import Progress
-from tinygn_dist.recover import Course, Recovery
-from tinygn_dist.schedule import Plan
-from tinygn_dist.units import plan_mixes, remove_units
-from tinygn_dist.weights import sparsify
+from tinygn_dist.estimate import hessians
+from tinygn_dist.maths.schedules import Plan
+from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.sparsify import sparsify
+from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
+from tinygn_dist.prune.structured.methods import cut_of
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.train.gradual_masks import GradualMasks
+from tinygn_dist.train.loop import Course, Recovery
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}
 PATTERNS = {**SCOPES, "2:4": ("2:4", "auto")}
@@ -184,7 +183,7 @@ def test_the_same_heads_by_backpropagation(ranks: Ranks):
 def _budgets_of_some(backend: Backend, least: int) -> str:
     setting = tiny.setting("llama", backend, count=9)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(layer_statistics, "BUDGET_SEQUENCES", least)
+        patched.setattr(hessians, "BUDGET_SEQUENCES", least)
         masks = sparsify(
             setting, setting.anatomy.targets, PruneConfig(pattern="unstructured", sparsity=0.4, gram_gib=0)
         )

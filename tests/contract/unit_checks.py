@@ -12,17 +12,17 @@ import transformers as hf
 from torch import nn
 
 from tests.contract.sharded_models import VOCAB, digest, rows, seeded
-from tinygn_dist import latency
-from tinygn_dist.anatomy import read_anatomy
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import Config, PruneConfig
-from tinygn_dist.cuts import cut_of
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.evaluate import mean_loss
-from tinygn_dist.objective import continuation, objective_of
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.evaluate.quality import mean_loss
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import continuation, objective_of
 from tinygn_dist.pipeline import compress
-from tinygn_dist.progress import Progress
-from tinygn_dist.shrink import smaller_config, smaller_origin
+from tinygn_dist.prune.structured import latency
+from tinygn_dist.prune.structured.methods import cut_of
+from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
+from tinygn_dist.runtime.progress import Progress
 
 _TEXT = dict(vocab_size=VOCAB, d_model=40, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tinygn_dist.cli import main
+from tinygn_dist.cli.main import main
 
 SMALL = [
     "--data.seq_len=32",

@@ -19,8 +19,9 @@ from tests.conftest import Cli, save, told
 from tests.pipeline.conftest import SMALL
 from tests.pipeline.test_end_to_end import PATTERNS, check, overrides, stored
 from tests.ranks import Ranks
-from tinygn_dist import export, load, pipeline
+from tinygn_dist import pipeline
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import export, load
 from tinygn_dist.config import load_config
 from tinygn_dist.errors import UserError
 
@@ -384,10 +385,10 @@ def test_ranks_that_disagree_about_the_config(process_groups, saved_model, tmp_p
 @pytest.mark.parametrize(
     "broken",
     [
-        "tinygn_dist.load.load_model",
-        "tinygn_dist.calibration.load_splits",
-        "tinygn_dist.export.claim",
-        "tinygn_dist.export.read_back",
+        "tinygn_dist.checkpoints.load.load_model",
+        "tinygn_dist.data.splits.load_splits",
+        "tinygn_dist.checkpoints.export.claim",
+        "tinygn_dist.checkpoints.export.read_back",
     ],
 )
 def test_one_rank_that_fails_ends_all_with_one_line(process_groups, saved_model, tmp_path: Path, broken: str):
@@ -460,7 +461,7 @@ def test_a_rank_that_dies_ends_the_others(cli: Cli, saved_model, tmp_path: Path)
 def test_a_batch_that_cannot_be_dealt_is_refused_before_loading(process_groups, saved_model, tmp_path: Path):
     words = ("--recover-steps=2", "--recover.batch_size=3")
     asked = [overrides(saved_model("llama"), tmp_path / "out", *CHANNELS, *words)] * 2
-    one, other = process_groups(2).call(_told, asked, "tinygn_dist.load.load_model")
+    one, other = process_groups(2).call(_told, asked, "tinygn_dist.checkpoints.load.load_model")
     assert one == other and "accepted: a multiple of 2" in one
 
 

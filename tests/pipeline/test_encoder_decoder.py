@@ -10,10 +10,10 @@ import transformers as hf
 
 from tests import tiny
 from tests.conftest import save
+from tests.family_cases import build
 from tests.pipeline.conftest import report_of
-from tests.unit.family_cases import build
-from tinygn_dist import calibration
 from tinygn_dist.config import load_config
+from tinygn_dist.data import splits
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_smaller_and_measured(compress, tmp_path, model_type, words, small):
     assert report["after"]["num_params"] == sum(tensor.numel() for tensor in stored)
 
     options = load_config(None, {"model.name": "m"}).data.model_copy(update=report["recipe"]["data"])
-    rows = calibration.load_text(options, tiny.tokenizer(), classes=False, train_len=16 * ("d_ff" in small)).evaluation
+    rows = splits.load_text(options, tiny.tokenizer(), classes=False, train_len=16 * ("d_ff" in small)).evaluation
     loss, count = 0.0, 0
     for row in rows:
         source, target = (half.contiguous() for half in row["input_ids"].chunk(2, 1))

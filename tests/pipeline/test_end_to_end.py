@@ -16,10 +16,15 @@ from safetensors import safe_open
 from tests import plain, tiny
 from tests.conftest import Cli
 from tests.pipeline.conftest import SMALL, report_of
-from tinygn_dist import calibration, evaluate, export, latency, pipeline, products, units
+from tinygn_dist import pipeline
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import export
 from tinygn_dist.config import DistributedConfig, load_config
+from tinygn_dist.data import splits
+from tinygn_dist.evaluate import quality
+from tinygn_dist.prune.structured import latency, layers_heads_channels
+from tinygn_dist.runtime import cpu_matmul
 
 AUTO = {
     "causal-lm": hf.AutoModelForCausalLM,
@@ -125,7 +130,7 @@ def test_the_reported_perplexity_is_that_of_plain_code(compress, saved_model, tm
     report = report_of(out)
     options = load_config(None, {"model.name": "m"}).data.model_copy(update=report["recipe"]["data"])
     tokenizer = hf.AutoTokenizer.from_pretrained(out)
-    batches = calibration.load_text(options, tokenizer, classes=False, train_len=0).evaluation
+    batches = splits.load_text(options, tokenizer, classes=False, train_len=0).evaluation
     for folder, figures in ((saved_model("llama"), report["before"]), (out, report["after"])):
         model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
         losses = [plain.loss(model, {**b, "attention_mask": torch.ones_like(b["input_ids"])}, "llama") for b in batches]
@@ -250,7 +255,7 @@ def _compress(backend: Backend, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def overrides(model: Path, out: Path, *words: str) -> dict[str, Any]:
-    from tinygn_dist.cli import _overrides, _parser
+    from tinygn_dist.cli.main import _overrides, _parser
 
     given = ["compress", "--model", str(model), "--output", str(out), *SMALL, *words]
     return _overrides(*_parser().parse_known_args(given))
@@ -388,13 +393,13 @@ def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_m
 
         monkeypatch.setattr(owner, name, noted)
 
-    monkeypatch.setattr(products, "_allowed_and_exact", lambda: True)
+    monkeypatch.setattr(cpu_matmul, "_allowed_and_exact", lambda: True)
     before = matmul.fp32_precision
     for owner, name in (
-        (evaluate, "mean_loss"),
-        (evaluate, "_median_seconds"),
+        (quality, "mean_loss"),
+        (quality, "_median_seconds"),
         (latency, "_timed"),
-        (units, "score_units"),
+        (layers_heads_channels, "score_units"),
     ):
         noting(owner, name)
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}

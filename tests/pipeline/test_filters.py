@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers as hf
 
-from tinygn_dist import load, pipeline
-from tinygn_dist.calibration import Splits
+from tinygn_dist import pipeline
+from tinygn_dist.checkpoints import load
 from tinygn_dist.config import load_config
-from tinygn_dist.vgg import VggConfig, VggForImageClassification
+from tinygn_dist.data.splits import Splits
+from tinygn_dist.models.vgg import VggConfig, VggForImageClassification
 
 ROOT = Path(__file__).parents[2]
 

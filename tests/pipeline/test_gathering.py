@@ -11,9 +11,9 @@ import torch
 from tests import tiny
 from tests.pipeline.test_resume import asked, weights
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.estimate.activations import InputMoments, input_moments
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.gathering import Parts, in_parts
+from tinygn_dist.estimate.input_moments import InputMoments, input_moments
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.saved_moments import Parts, in_parts
 from tinygn_dist.pipeline import compress
 
 CRITERIA = {

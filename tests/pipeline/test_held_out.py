@@ -14,8 +14,8 @@ from tests import tiny
 from tests.pipeline.conftest import report_of
 from tests.pipeline.test_resume import CASES, asked, stopped_after, weights
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.calibration import Splits, load_splits
 from tinygn_dist.config import DataConfig
+from tinygn_dist.data.splits import Splits, load_splits
 from tinygn_dist.errors import Stopped, UserError
 from tinygn_dist.pipeline import compress
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.pipeline.conftest import report_of
-from tinygn_dist import training_stage
+from tinygn_dist.run import recovery
 
 TUNED = ["--prune.reconstruct=3", "--prune.reconstruct_rate=0.01", "--data.num_samples=8", "--data.micro_batch=1"]
 
@@ -45,7 +45,7 @@ def test_layers_come_closer_to_the_dense_model(
 def test_recovery_follows_with_the_same_dense_model_as_teacher(compress, saved_model, text_file, tmp_path):
     asked = ["--pattern=unstructured", "--sparsity=0.5", "--criterion=magnitude", "--recover-steps=2"]
     asked += ["--recover.seq_len=16", "--recover.batch_size=2", "--data", text_file]
-    with mock.patch.object(training_stage, "placed", None):  # no third copy
+    with mock.patch.object(recovery, "placed", None):  # no third copy
         done = compress(saved_model("llama"), tmp_path / "out", *asked, *TUNED)
     assert done.code == 0, done.err
     report = report_of(tmp_path / "out")

@@ -14,9 +14,10 @@ from transformers.distributed import DistributedConfig as Spread
 from tests.conftest import ROOT, Cli, told
 from tests.pipeline.conftest import SMALL
 from tests.ranks import Ranks
-from tinygn_dist import Compressor, load_config, origin
+from tinygn_dist import Compressor, load_config
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import sharded_load
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import Refused
 
@@ -25,7 +26,7 @@ MAGNITUDE = ("--pattern=unstructured", "--criterion=magnitude")
 
 @pytest.fixture
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(origin, "from_checkpoint", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sharded_load, "from_checkpoint", lambda *_: pytest.fail("weights were loaded"))
 
 
 def test_training_by_gradients_of_weights_on_disk(compress, no_loading, saved_model, tmp_path: Path):

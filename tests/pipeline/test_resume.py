@@ -18,7 +18,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import Config, load_config
 from tinygn_dist.errors import Stopped
 from tinygn_dist.pipeline import compress
-from tinygn_dist.report import Report
+from tinygn_dist.run.report import Report
 
 STEPS = 8
 TRAINED = {

@@ -115,7 +115,7 @@ def test_units_are_refused(tmp_path: Path, saved_model):
 
     from tinygn_dist import load_config
     from tinygn_dist.errors import UserError
-    from tinygn_dist.trainer import TinyGNCallback
+    from tinygn_dist.integrations.trainer import TinyGNCallback
 
     model = AutoModelForCausalLM.from_pretrained(saved_model("llama"))
     trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]))

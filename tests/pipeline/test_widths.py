@@ -12,11 +12,11 @@ from accelerate import Accelerator
 
 from tests import tiny
 from tests.conftest import save
-from tests.unit.family_cases import build
-from tinygn_dist.cli import main
-from tinygn_dist.compressor import Compressor
+from tests.family_cases import build
+from tinygn_dist.cli.main import main
 from tinygn_dist.config import load_config
 from tinygn_dist.errors import UserError
+from tinygn_dist.integrations.compressor import Compressor
 from tinygn_dist.pipeline import compress
 
 SPARSE = [0.5, 0.0, 0.0, 0.0]

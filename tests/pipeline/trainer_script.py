@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from tinygn_dist import load_config  # +
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # this test has no GPU
-from tinygn_dist.cli import leave
-from tinygn_dist.trainer import TinyGNCallback  # +
+from tinygn_dist.cli.main import leave
+from tinygn_dist.integrations.trainer import TinyGNCallback  # +
 
 folder, data, out, *words = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)

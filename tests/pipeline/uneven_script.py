@@ -9,7 +9,7 @@ from torch.distributed.algorithms.join import Join
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinygn_dist import Compressor, load_config
-from tinygn_dist.cli import leave
+from tinygn_dist.cli.main import leave
 
 folder, data, out, how, *overrides = sys.argv[1:]
 accelerator = Accelerator(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinygn_dist import Compressor, load_config  # +
 from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # this test has no GPU
-from tinygn_dist.cli import leave
+from tinygn_dist.cli.main import leave
 
 EPOCHS, STEPS = 4, 8
 folder, data, out, *overrides = sys.argv[1:]

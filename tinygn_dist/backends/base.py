@@ -48,12 +48,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.optimizer_state import Training
 from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of
-from tinygn_dist.backends.training import Training
 from tinygn_dist.errors import UserError
+from tinygn_dist.models.anatomy import Target
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")

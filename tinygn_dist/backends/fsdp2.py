@@ -23,15 +23,15 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
+from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
 from tinygn_dist.backends.slices import Slices, share_padded
-from tinygn_dist.backends.training import Held
 from tinygn_dist.backends.wrappers import refuse_spread
-from tinygn_dist.zeros import keep_only_
+from tinygn_dist.maths.bit_zeros import keep_only_
+from tinygn_dist.models.anatomy import Target
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from tinygn_dist.anatomy import Target
-from tinygn_dist.moments import Moments
+from tinygn_dist.maths.sums import Moments
+from tinygn_dist.models.anatomy import Target
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 # from this rank's whole fp32 target to the owned piece of the sum over the weight's owners, in fp64 where there are several

@@ -16,15 +16,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.homes import are_settled, homes_of, settle
+from tinygn_dist.backends.offload_hooks import are_settled, homes_of, settle
+from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of, without_storage
-from tinygn_dist.backends.training import Held
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.zeros import keep_only_
+from tinygn_dist.maths.bit_zeros import keep_only_
+from tinygn_dist.models.anatomy import Target
 
 
 class Offloaded(Backend):

@@ -10,8 +10,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.wrappers import plain_names
+from tinygn_dist.models.anatomy import Target
 
 
 @dataclass(frozen=True)

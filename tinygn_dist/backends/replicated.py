@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tinygn_dist.anatomy import Target
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.backends.training import Held
-from tinygn_dist.zeros import keep_only_
+from tinygn_dist.backends.optimizer_state import Held
+from tinygn_dist.maths.bit_zeros import keep_only_
+from tinygn_dist.models.anatomy import Target
 
 
 class Replicated(Backend):

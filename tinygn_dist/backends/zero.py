@@ -17,15 +17,15 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tinygn_dist.anatomy import Target
-from tinygn_dist.backends import collectives, engine
+from tinygn_dist.backends import collectives, zero_engine
 from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.partitions import drop_whole, forget_models, live_run, master_run
+from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of, without_storage
 from tinygn_dist.backends.slices import Slices, share_padded
-from tinygn_dist.backends.training import Held
-from tinygn_dist.zeros import keep_only_
+from tinygn_dist.backends.zero_partitions import drop_whole, forget_models, live_run, master_run
+from tinygn_dist.maths.bit_zeros import keep_only_
+from tinygn_dist.models.anatomy import Target
 
 _ESTIMATION = "_estimation_engine"
 """where a model keeps its engine, past nn.Module's registration, so that they go together"""
@@ -40,13 +40,13 @@ class Zero(Backend):
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        return engine.boundary(model, last)
+        return zero_engine.boundary(model, last)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._training.backward(loss)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-        engine.clip(self._training, max_norm)
+        zero_engine.clip(self._training, max_norm)
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         return self._accelerator.deepspeed_engine_wrapped.engine
@@ -55,13 +55,13 @@ class Zero(Backend):
         self._training = model if isinstance(model, DeepSpeedEngine) else model._orig_mod
 
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
-        return engine.AroundStep(self._training, after=call)
+        return zero_engine.AroundStep(self._training, after=call)
 
     def before_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:
-        return engine.AroundStep(self._training, before=call)
+        return zero_engine.AroundStep(self._training, before=call)
 
     def pausing(self, model: nn.Module) -> contextlib.AbstractContextManager:
-        return engine.without_gradient_hooks(self._training)
+        return zero_engine.without_gradient_hooks(self._training)
 
     def join_pieces(self, whole: torch.Tensor) -> None:
         collectives.sum_(whole)
@@ -74,7 +74,7 @@ class ZeroOptimizer(Zero):
         if optimizer is None:
             return model.to(self.device)
         self._dtype = model.dtype
-        self._training, started = engine.start(self._accelerator, model, optimizer)
+        self._training, started = zero_engine.start(self._accelerator, model, optimizer)
         return self._training, started
 
     def release(self, model: nn.Module, *prepared: Any) -> None:
@@ -147,12 +147,12 @@ class ZeroParameters(Zero):
         if optimizer is not None:
             self._dtype = model.dtype
             model.__dict__.pop(_ESTIMATION).destroy()
-            self._training, started = engine.start(self._accelerator, model, optimizer)
+            self._training, started = zero_engine.start(self._accelerator, model, optimizer)
             unset_hf_deepspeed_config()
             return self._training, started
         forget_models()
         config = self._estimation_config(model.dtype)
-        with engine.keeping_buffers(model):
+        with zero_engine.keeping_buffers(model):
             model.__dict__[_ESTIMATION], *_ = deepspeed.initialize(model=model, config=config)
         whole = [name for name, p in model.named_parameters() if not hasattr(p, "ds_tensor")]
         assert not whole, f"{whole[0]} is not sharded"

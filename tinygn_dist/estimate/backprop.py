@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tinygn_dist.anatomy import Target, UnitGroup
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
-from tinygn_dist.estimate.setting import Setting, batch_size
-from tinygn_dist.moments import Moments
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.maths.sums import Moments
+from tinygn_dist.models.anatomy import Target, UnitGroup
 
 
 @contextlib.contextmanager

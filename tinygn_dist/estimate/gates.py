@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tinygn_dist.anatomy import UnitGroup
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate import step_size
 from tinygn_dist.estimate.probes import Measured, Probe, measure
-from tinygn_dist.estimate.setting import Setting
-from tinygn_dist.estimate.step_size import Scheme, Step
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths import finite_difference
+from tinygn_dist.maths.finite_difference import Scheme, Step
+from tinygn_dist.models.anatomy import UnitGroup
 
 Place = tuple[int, UnitGroup | None]
 """a layer and its group of units; None for the gate of the layer itself"""
@@ -57,7 +57,7 @@ def gate_derivatives(
         steps, forwards = measure_steps(setting, gates, scheme)
     else:
         check_step(step, gate_dtype(setting))
-        steps, forwards = {place: step_size.given(step) for place in places}, 0
+        steps, forwards = {place: finite_difference.given(step) for place in places}, 0
     sizes = torch.tensor([steps[gate.layer, gate.group].value for gate in gates], dtype=torch.float64)
     seen = _moved(setting, gates, sizes, (1, -1) if scheme == "central" else (1,))
     forwards += seen.forwards
@@ -80,7 +80,7 @@ def measure_steps(setting: Setting, gates: Sequence[Probe], scheme: Scheme) -> t
         by_place.setdefault((gate.layer, gate.group), []).append(gate)
     middle = {place: found[len(found) // 2] for place, found in by_place.items()}
     resolution = torch.finfo(gate_dtype(setting)).eps
-    running = {place: step_size.search(scheme, resolution) for place in middle}
+    running = {place: finite_difference.search(scheme, resolution) for place in middle}
     wanted = {place: list(next(asking)) for place, asking in running.items()}
     one, steps, forwards = setting.first(1), {}, 0
     while wanted:
@@ -108,7 +108,7 @@ def check_step(step: float, dtype: torch.dtype) -> None:
     up, down = (float(torch.tensor(1 + sign * step, dtype=torch.float64).to(dtype)) for sign in (1, -1))
     if abs((up - down) / (2 * step) - 1) > 0.1 or up == 1 or down == 1:
         name, least = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
-        better = max(least, step_size.power_of_two(step))
+        better = max(least, finite_difference.power_of_two(step))
         raise UserError(
             f"prune.probe_step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} and exact in "
             f"{name}, such as {better:g}; or leave it out to have it measured"

@@ -10,7 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
-from tinygn_dist.anatomy import UnitGroup
+from tinygn_dist.models.anatomy import UnitGroup
 
 _HOOKED = ("forward", "_hf_hook", "_old_forward")
 

@@ -20,11 +20,11 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.anatomy import Target
-from tinygn_dist.estimate.directions import key_of, signs
 from tinygn_dist.estimate.hooks import attached
-from tinygn_dist.estimate.restart import PrefixCache, running_layers
-from tinygn_dist.estimate.setting import Setting
+from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths.counter_rng import key_of, signs
+from tinygn_dist.models.anatomy import Target
 
 
 def output_energies(setting: Setting, targets: Sequence[Target], seed: int = 0) -> torch.Tensor:

@@ -16,11 +16,11 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.anatomy import UnitGroup
 from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gates
-from tinygn_dist.estimate.restart import PrefixCache, running_layers
-from tinygn_dist.estimate.setting import Setting, batch_size
-from tinygn_dist.objective import Batch
+from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.models.anatomy import UnitGroup
+from tinygn_dist.models.objective import Batch
 
 
 @dataclass(frozen=True)

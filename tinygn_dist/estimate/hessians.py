@@ -1,0 +1,229 @@
+"""What the layer solver knows of every weight: the Gram matrix of its inputs and the energy of its rows, for all layers at
+once or for as many at a time as there is room for.
+
+At once, one pass over the data is enough. A few layers at a time, each group reads what the layers before it give as they
+are by then, solved or not, and its Gram matrices go before the next group's come. The loss is then listened to first, at the
+model as it was: a backward pass leaves a number for each token and weight, and no sum larger than a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from tinygn_dist.backends.pieces import Job
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.gradient_energy import LossMoments, TokenWeights, loss_moments
+from tinygn_dist.estimate.input_moments import InputMoments, add_inputs, complete, input_hooks, input_moments
+from tinygn_dist.estimate.layer_inputs import run_layers
+from tinygn_dist.estimate.output_probes import output_energies
+from tinygn_dist.estimate.partial_forward import PrefixCache
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.saved_moments import in_parts
+from tinygn_dist.maths.sums import fill_below
+from tinygn_dist.models.anatomy import Anatomy, Target
+from tinygn_dist.models.objective import real_tokens
+
+PLAIN, PLAIN_NM = 0.0, 4.0
+"""What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each other
+alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
+
+BUDGET_SEQUENCES = 16
+"""from which budgets are taken, at least, where Gram matrices are measured for them alone"""
+
+
+class LayerStatistics(Protocol):
+    """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
+    will solve each: a Gram matrix in fp32, then the energies (out,) of each target's rows. They are to be used up before the next
+    group is asked for. solving: whether the caller changes the weights of a group before it asks for the next; else
+    fewer sequences may do, as for budgets."""
+
+    def jobs(self, *, solving: bool) -> Iterator[list[Job]]: ...
+
+
+class Group(NamedTuple):
+    """Consecutive layers, and what of them is pruned."""
+
+    layers: range
+    targets: tuple[Target, ...]
+
+
+def measure(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> LayerStatistics:
+    """Every statistic is of the model as it is now, but for the inputs of later groups (see `LayerStatistics.jobs`)."""
+    groups = layer_groups(setting.anatomy, targets, options.gram_gib)
+    if len(groups) == 1:
+        return _AtOnce(setting, targets, options)
+    note = (
+        f"the Gram matrices of all layers take {gram_gib(targets):.3g} GiB: {len(groups)} groups of layers were solved one "
+        f"after another, to stay within prune.gram_gib {options.gram_gib:g}"
+    )
+    if note not in setting.notes:
+        setting.notes.append(note)
+    return _InGroups(setting, groups, options)
+
+
+def layer_groups(anatomy: Anatomy, targets: Sequence[Target], room_gib: float) -> list[Group]:
+    """As many consecutive layers in each group as have room for their Gram matrices, at least one.
+
+    Raises UserError where all have to be there at once and do not fit.
+    """
+    needed = gram_gib(targets)
+    if needed <= room_gib:
+        return [Group(range(max(anatomy.num_layers, 1)), tuple(targets))]
+    if not anatomy.layers_path:
+        raise UserError(
+            f"prune.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
+            f"no one list of layers that can run by themselves; raise prune.gram_gib to {needed:.3g}, or use criterion wanda"
+        )
+    groups: list[list[int]] = []
+    used = 0.0
+    for layer in range(anatomy.num_layers):
+        more = gram_gib([target for target in targets if target.layer == layer])
+        if groups and (more == 0 or used + more <= room_gib):
+            groups[-1].append(layer)
+            used += more
+        else:
+            groups.append([layer])
+            used = more
+    return [Group(range(g[0], g[-1] + 1), tuple(t for t in targets if t.layer in g)) for g in groups]
+
+
+def gram_gib(targets: Sequence[Target]) -> float:
+    """fp64, one for each target; those that share an input may share one."""
+    return sum(8 * target.shape[1] ** 2 for target in targets) / 2**30
+
+
+def loss_aware(options: PruneConfig) -> bool:
+    """Whether the solver weighs tokens and rows by gradient energy."""
+    return options.estimator != "finite-difference"
+
+
+def has_budgets(options: PruneConfig) -> bool:
+    """Whether layers compete for their zeros by what they cost in loss, which asks for the energies of their rows."""
+    shared = options.scope == "global" or (options.scope == "auto" and options.allocation not in (0, "owl"))
+    return options.nm is None and shared
+
+
+class _AtOnce:
+    def __init__(self, setting: Setting, targets: Sequence[Target], options: PruneConfig) -> None:
+        if loss_aware(options):
+            plain = _plain(options)
+            found = in_parts(
+                setting, _pass("loss", options), lambda some: loss_moments(some, targets, plain), LossMoments()
+            )
+            self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in targets]
+            setting.backend.sum_for_jobs(self._jobs)
+            _round(setting, self._jobs)
+            return
+        name = _pass("inputs", options)
+        found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
+        self._jobs = _by_source(targets, found)
+        setting.backend.sum_for_jobs(self._jobs)
+        _round(setting, self._jobs)
+        _add_energies(self._jobs, _probed(setting, targets, options))
+
+    def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
+        yield self._jobs
+
+
+class _InGroups:
+    def __init__(self, setting: Setting, groups: Sequence[Group], options: PruneConfig) -> None:
+        self._setting, self._groups = setting, groups
+        targets = [target for group in groups for target in group.targets]
+        self._weights = TokenWeights(setting, targets, _plain(options)) if loss_aware(options) else None
+        self._energies = {} if self._weights else _probed(setting, targets, options)
+
+    def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
+        starts: list[PrefixCache] = []
+        setting = self._setting if solving else self._setting.first(_for_budgets(self._setting))
+        for group in self._groups:
+            jobs, ends = self._measured(setting, group, starts)
+            yield jobs
+            for job in jobs:
+                job.moments.clear()
+            if solving and group is not self._groups[-1]:
+                ends = run_layers(setting, group.layers, starts)
+            starts = ends
+
+    def _measured(
+        self, setting: Setting, group: Group, starts: list[PrefixCache]
+    ) -> tuple[list[Job], list[PrefixCache]]:
+        found, inputs = InputMoments(), {}
+        if self._weights:
+            for target in group.targets:
+                found.moments.reserve(target.name, (target.shape[1],) * 2, setting.backend.device)
+
+        def seen(number: int, batch: dict) -> None:
+            weigh = self._weights and (lambda name, tokens, call: self._weights.of(name, number, tokens, call))
+            add_inputs(found, inputs, real_tokens(batch), True, weigh)
+            inputs.clear()
+
+        hooks = input_hooks(setting.bare, group.targets, inputs)
+        ends = run_layers(setting, group.layers, starts, hooks, seen)
+        complete(found, setting)
+        jobs = _by_source(group.targets, found)
+        if self._weights:
+            for job in jobs:
+                job.moments.append(self._weights.rows.sum(job.targets[0].name).clone())
+        setting.backend.sum_for_jobs(jobs)
+        _round(setting, jobs)
+        _add_energies(jobs, self._energies)
+        return jobs, ends
+
+
+def _for_budgets(setting: Setting) -> int:
+    """Sequences that say enough of how large the saliencies of one layer are beside another's."""
+    return max(BUDGET_SEQUENCES, sum(map(batch_size, setting.batches)) // 4)
+
+
+def _round(setting: Setting, jobs: Sequence[Job]) -> None:
+    """Whole fp32 Gram matrices on the ranks that have them, one after the other: there is never room for all in fp64.
+
+    A collective. UserError on every rank where one has no value: the loss is looked at, gradients are not.
+    """
+    with setting.backend.together("summing what weights read"):
+        for job in jobs:
+            if job.moments[0].numel():
+                job.moments[0] = fill_below(job.moments[0]).float()
+                if not all(bool(moment.isfinite().all()) for moment in job.moments):
+                    raise UserError(
+                        f"what {job.targets[0].name} reads or its gradients hold NaN or inf, though no loss does; use "
+                        "--estimator finite-difference, which takes no gradient, or another model.dtype"
+                    )
+
+
+def _plain(options: PruneConfig) -> float:
+    return PLAIN_NM if options.nm else PLAIN
+
+
+def _pass(name: str, options: PruneConfig) -> str:
+    """Each pass measures anew, on the model that the last one left."""
+    return f"{name} {options.pattern} {options.sparsity:.6f}"
+
+
+def _probed(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, float]:
+    """Energy of each target by forward passes alone, where budgets ask for it."""
+    if not has_budgets(options):
+        return {}
+    energies = output_energies(setting.first(options.output_samples), targets)
+    return {target.name: float(energy) for target, energy in zip(targets, energies, strict=True)}
+
+
+def _add_energies(jobs: Sequence[Job], energies: dict[str, float]) -> None:
+    """By forward passes alone a layer's energy is known as a whole, and its rows are alike."""
+    for job in jobs if energies else ():
+        job.moments += [job.moments[0].new_full((t.shape[0],), energies[t.name] / t.shape[0]) for t in job.targets]
+
+
+def _by_source(targets: Sequence[Target], inputs: InputMoments) -> list[Job]:
+    """Targets grouped by the input whose Gram matrix they share, and the cost of factorising and sweeping it."""
+    by_source: dict[str, list[Target]] = {}
+    for target in targets:
+        by_source.setdefault(inputs.of(target), []).append(target)
+    return [Job(tuple(group), [inputs.moments.pop(source)], _cost(group)) for source, group in by_source.items()]
+
+
+def _cost(targets: Sequence[Target]) -> float:
+    num_inputs = targets[0].shape[1]
+    return sum(t.shape[0] for t in targets) * num_inputs**2 + 2.0 * num_inputs**3

@@ -1,0 +1,172 @@
+"""Second moments of what linear layers read: sums over real tokens of x^2 or of x x^T, and layers' block influence.
+
+Layers that read the same tensor (q, k, v; gate, up) share one sum. Padding is left out. Every expert has sums of its
+own, over the tokens routed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate.hooks import ModelHook
+from torch import nn
+
+from tinygn_dist.estimate.expert_moments import ExpertObserver, Routed
+from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths.sums import Moments
+from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.matrices import expert_weights
+from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
+
+
+class Read(NamedTuple):
+    """hidden: (..., in) what a target read. tokens: where its rows lie in the flattened micro-batch; None: in order."""
+
+    hidden: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+Inputs = dict[str, list[Read]]
+"""by target, once for every time that its module ran"""
+Weigh = Callable[[str, torch.Tensor, int], torch.Tensor]
+"""(target's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,) fp32"""
+
+
+@dataclass
+class InputMoments:
+    """moments: this rank's sums, by source. source_of: target -> the target whose name the shared sum carries."""
+
+    moments: Moments = field(default_factory=Moments)
+    source_of: dict[str, str] = field(default_factory=dict)
+
+    def of(self, target: Target) -> str:
+        return self.source_of[target.name]
+
+    def merge(self, other: InputMoments) -> None:
+        """Add the sums of other batches."""
+        self.moments.merge(other.moments)
+        self.source_of |= other.source_of
+
+
+def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) -> InputMoments:
+    """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
+    sums of squares. The caller reduces them, to every rank or to the one that needs them."""
+    found = InputMoments()
+    inputs: Inputs = {}
+    hooks = input_hooks(setting.bare, targets, inputs)
+    mine = setting.backend.share(setting.batches)
+    with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
+        for batch, real in mine:
+            batch = setting.on_device(batch)
+            inputs.clear()
+            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            if real:
+                add_inputs(found, inputs, real_tokens(batch), full)
+            advance()
+    complete(found, setting)
+    return found
+
+
+def complete(found: InputMoments, setting: Setting) -> None:
+    """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank that had
+    some."""
+    for name in found.moments.names():
+        if found.moments.sum(name).dim() == 2:
+            found.moments.fill_gram(name)
+    sums, source_of = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
+    for name, shape in sums:
+        found.moments.reserve(name, shape, setting.backend.device)
+    found.source_of = source_of
+
+
+def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers,) fp64 sums over tokens of the cosine between each layer's input and output, and token counts."""
+    sums = torch.zeros(setting.anatomy.num_layers, dtype=torch.float64)
+    tokens = torch.zeros_like(sums)
+    cosines: dict[int, torch.Tensor] = {}
+    layers = [setting.bare.get_submodule(setting.anatomy.path_of(layer)) for layer in range(len(sums))]
+    hooks = [(layer, Observer(_cosine_in(cosines, index), output=True)) for index, layer in enumerate(layers)]
+    mine = setting.backend.share(setting.batches)
+    with torch.no_grad(), attached(hooks), setting.progress.bar("block influence", len(mine)) as advance:
+        for batch, real in mine:
+            batch = setting.on_device(batch)
+            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            mask = real_tokens(batch)
+            if real:
+                for index, cosine in cosines.items():
+                    cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
+                    sums[index] += cosine.double().sum().cpu()
+                    tokens[index] += len(cosine)
+            advance()
+    setting.backend.sum_over_data([sums, tokens])
+    return sums, tokens
+
+
+def input_hooks(bare: nn.Module, targets: Sequence[Target], inputs: Inputs) -> list[tuple[nn.Module, ModelHook]]:
+    """One hook per module, which puts what each target reads into `inputs`."""
+    wanted = {target.name for target in targets}
+
+    def linear(name: str) -> Observer:
+        def seen(hidden: torch.Tensor, _: Any) -> None:
+            inputs.setdefault(name, []).append(Read(hidden, None))
+
+        return Observer(seen)
+
+    def fused(module: str) -> ExpertObserver:
+        leaves = expert_weights(bare.get_submodule(module))
+
+        def seen(routed: Routed) -> None:
+            for leaf, rows in zip(leaves, (routed.rows, routed.inner), strict=True):
+                name = f"{module}.{leaf}[{routed.expert}]"
+                if name in wanted:
+                    inputs.setdefault(name, []).append(Read(rows, routed.tokens))
+
+        return ExpertObserver(seen)
+
+    by_module = {target.module: target for target in targets}
+    return [
+        (bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
+        for module, target in by_module.items()
+    ]
+
+
+def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
+    def seen(hidden: torch.Tensor, output: Any) -> None:
+        features = 1 if hidden.dim() == 4 else -1  # of images
+        pairs[index] = F.cosine_similarity(hidden.float(), first(output).float(), dim=features)
+
+    return seen
+
+
+def add_inputs(
+    found: InputMoments, inputs: Inputs, mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
+) -> None:
+    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every target's sum, and no sum is
+    shared."""
+    sources: dict[tuple[int, ...], str] = {}
+    for name, reads in inputs.items():
+        same = tuple(id(hidden) for hidden, _ in reads)  # `inputs` keeps every tensor alive
+        source = name if weigh else sources.setdefault(same, name)
+        found.source_of.setdefault(name, source)
+        if source != name:
+            continue
+        for call, (hidden, tokens) in enumerate(reads):
+            rows = hidden.flatten(0, -2).float()
+            pooled = mask is not None and tokens is None and len(rows) != len(mask)  # no row for each token
+            tokens = torch.arange(len(rows), device=rows.device) if tokens is None else tokens
+            if mask is not None and not pooled:
+                rows, tokens = rows[mask[tokens]], tokens[mask[tokens]]
+            if full:
+                found.moments.add_gram(name, rows, weigh(name, tokens, call) if weigh else None)
+            else:
+                found.moments.add(name, rows.square().sum(0))
+
+
+def _layout(found: InputMoments) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, str]] | None:
+    names = found.moments.names()
+    return ([(n, tuple(found.moments.sum(n).shape)) for n in names], found.source_of) if names else None

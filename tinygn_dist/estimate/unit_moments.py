@@ -1,0 +1,141 @@
+"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting; and of what whole
+layers add to the residual stream, for the weight that takes it over.
+
+What an output error does to the layers behind depends on how large the residual stream is there, because they norm it. So
+every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger
+than the others' would otherwise decide alone. (A weight that takes over layers which make such tokens themselves, near a model's
+ends, is not kept from it: there it is the stream before them that is measured.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.input_moments import InputMoments, Inputs, complete, input_hooks
+from tinygn_dist.estimate.partial_forward import running_layers
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths.sums import Moments, add_gram, fill_below
+from tinygn_dist.models.matrices import Target
+from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
+
+_FLOOR = 1e-6
+"""of a mean square, as in norms"""
+Segment = Sequence[int]
+"""layers in a row"""
+NOTHING: Mapping[str, Sequence[Segment]] = {}
+
+
+class UnitMoments(NamedTuple):
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each target. taken: by `taken_by(target's
+    name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the stream.
+
+    Of targets with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
+    """
+
+    inputs: InputMoments
+    taken: Moments
+
+
+def taken_by(name: str, segment: Segment) -> str:
+    return f"{name} < {segment[0]} to {segment[-1]}"
+
+
+def unit_moments(
+    setting: Setting,
+    targets: Sequence[Target],
+    with_constant: Collection[str],
+    takes: Mapping[str, Sequence[Segment]] = NOTHING,
+    layers: Sequence[int] | None = None,
+) -> UnitMoments:
+    """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the segments
+    behind it that it may have to take over. layers: those that run, all by default."""
+    found = UnitMoments(InputMoments(source_of={target.name: target.name for target in targets}), Moments())
+    for target in targets:
+        shape = target.shape[0], target.shape[1] + (target.name in with_constant)
+        for segment in takes.get(target.name, ()):
+            found.taken.reserve(taken_by(target.name, segment), shape, setting.backend.device)
+    inputs, sizes, gains = Inputs(), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
+    behind = {layer for segments in takes.values() for segment in segments for layer in segment}
+    watched = [
+        (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
+        for seen, into, which in (
+            (_mean_square, sizes, {target.layer for target in targets}),
+            (_gain, gains, behind),
+        )
+        for layer in sorted(which)
+    ]
+    running = running_layers(setting.bare, setting.anatomy, layers) if layers is not None else contextlib.nullcontext()
+    hooks, mine = input_hooks(setting.bare, targets, inputs), setting.backend.share(setting.batches)
+    bar = setting.progress.bar("input statistics", len(mine))
+    with torch.no_grad(), attached([*hooks, *watched]), running, bar as advance:
+        for batch, real in mine:
+            batch = setting.on_device(batch)
+            inputs.clear()
+            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            mask = real_tokens(batch)
+            for target in targets if real else ():
+                ((hidden, _),) = inputs[target.name]
+                rows = hidden.flatten(0, -2).float()
+                weights = 1 / sizes[target.layer].view(-1, len(rows)).mean(0)  # of several streams (Gemma 3n) the mean
+                if mask is not None:
+                    rows, weights = rows[mask], weights[mask]
+                constant = target.name in with_constant
+                _add_inputs(found.inputs.moments, target.name, rows, weights, constant=constant)
+                for segment in takes.get(target.name, ()):
+                    gain = sum(gains[layer] for layer in segment)
+                    weighted = (gain if mask is None else gain[mask]) * weights[:, None]
+                    product = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
+                    found.taken.add(taken_by(target.name, segment), product)
+            advance()
+    complete(found.inputs, setting)
+    return found
+
+
+def _add_inputs(sums: Moments, name: str, rows: torch.Tensor, weights: torch.Tensor, *, constant: bool) -> None:
+    if constant:
+        sums.add(name, _beside_one(rows, weights))
+    else:
+        sums.add_gram(name, rows, weights)
+
+
+def _mean_square(sizes: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor, Any], None]:
+    def seen(_: torch.Tensor, output: Any) -> None:
+        sizes[layer] = first(output).flatten(0, -2).float().square().mean(-1).clamp(min=_FLOOR)
+
+    return seen
+
+
+def _gain(gains: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor, Any], None]:
+    def seen(hidden: torch.Tensor, output: Any) -> None:
+        gains[layer] = (first(output).float() - hidden.float()).flatten(0, -2)
+
+    return seen
+
+
+def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(in + 1, in + 1) fp64 weighted moment of (tokens, in) rows with a 1 at the end of each.
+
+    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would drown what
+    varies beside it, and the matrix about the mean would not be one of squares.
+    """
+    total, about = weights.double().sum(), (weights @ rows) / weights.sum()
+    apart = rows - about
+    rest, about = (weights @ apart).double(), about.double()
+    mixed, squares = torch.outer(about, rest), rows.new_zeros((rows.shape[1],) * 2, dtype=torch.float64)
+    add_gram(squares, apart, weights)
+    second = fill_below(squares) + mixed + mixed.t() + total * torch.outer(about, about)
+    sums = rest + total * about
+    return torch.cat([torch.cat([second, sums[None]]), torch.cat([sums, total[None]])[:, None]], 1)
+
+
+def _with_one(weighted: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of each, likewise
+    about the rows' mean."""
+    about = (weights @ rows) / weights.sum()
+    apart, sums = weighted.t() @ (rows - about), weighted.sum(0, dtype=torch.float64)
+    return torch.cat([apart.double() + torch.outer(sums, about.double()), sums[:, None]], 1)

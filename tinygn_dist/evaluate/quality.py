@@ -1,0 +1,138 @@
+"""Perplexity, accuracy, feature distance, size and speed. Sums are reduced, then divided once."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.config import EvaluateConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.models.objective import Batch, model_inputs
+from tinygn_dist.runtime.cpu_matmul import stock_products
+
+
+def mean_loss(setting: Setting, doing: str) -> float:
+    """Mean loss per token over all sequences, each counted once, whatever the number of ranks. Raises as `sequence_losses`."""
+    totals, counts = sequence_losses(setting, doing)
+    return float(totals.sum() / counts.sum())
+
+
+def sequence_losses(setting: Setting, doing: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sequences,) fp64 summed losses, and tokens that count, on every rank.
+
+    Raises UserError naming the first sequence whose loss is NaN or inf.
+    """
+    backend, sizes = setting.backend, [batch_size(batch) for batch in setting.batches]
+    totals, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
+    with torch.no_grad(), setting.progress.bar(doing, len(mine)) as advance:
+        for (batch, start), real in mine:
+            losses = setting.objective(setting.model, setting.on_device(batch))
+            if real:
+                span = slice(start, start + len(losses.total))
+                totals[span], counts[span] = losses.total.cpu(), losses.count.double().cpu()
+            advance()
+    backend.sum_over_data([totals, counts])
+    if not totals.isfinite().all():
+        bad = int((~totals.isfinite()).nonzero()[0])
+        raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
+    return totals, counts
+
+
+def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
+    """The figures of a task: loss and perplexity; loss and accuracy; or feature distance."""
+    loss = mean_loss(setting, doing)
+    if task in ("causal-lm", "seq2seq-lm"):
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if task == "feature-extraction":
+        return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(setting)}
+    right = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch, real in setting.backend.share(setting.batches):
+            batch = setting.on_device(batch)
+            guessed = setting.model(**model_inputs(batch)).logits.argmax(-1)
+            if real:
+                right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
+    setting.backend.sum_over_data([right])
+    return {"loss": loss, "accuracy": float(right[0] / right[1])}
+
+
+def _embedding_similarity(setting: Setting) -> float:
+    """Mean cosine between the dense model's and this model's sentence embeddings (means over real tokens)."""
+    total = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch, real in setting.backend.share(setting.batches):
+            batch = setting.on_device(batch)
+            features = setting.model(**model_inputs(batch)).last_hidden_state.float()
+            counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
+            own, dense = ((each * counts).sum(1) for each in (features, batch["reference"].float()))
+            if real:
+                total += torch.tensor([float(F.cosine_similarity(own, dense).double().sum()), len(own)])
+    setting.backend.sum_over_data([total])
+    return float(total[0] / total[1])
+
+
+def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, backend: Backend) -> dict[str, Any]:
+    """Prefill and decode tokens per second of one sequence (items per second for other tasks), on the main rank alone
+    while the others wait (or take part, where the weights are sharded); median of three, after one warm-up. The number
+    of threads is part of the figure."""
+    bare = backend.unwrap(model)
+
+    def measure() -> dict[str, Any]:
+        with torch.no_grad(), stock_products():
+            if task == "causal-lm":
+                figures = _language_speed(bare, example, options, backend.device)
+            else:
+                batch = {k: v.to(backend.device) for k, v in model_inputs(example).items()}
+                seconds = _median_seconds(lambda: bare(**batch))
+                figures = {"items_per_second": round(len(next(iter(batch.values()))) / seconds, 2)}
+        return figures | {"threads": torch.get_num_threads(), "device": str(backend.device)}
+
+    return backend.on_main(measure) or {}
+
+
+def _language_speed(
+    model: nn.Module, example: Batch, options: EvaluateConfig, device: torch.device
+) -> dict[str, float]:
+    row = example["input_ids"][:1].to(device)
+    prompt = row.repeat(1, -(-options.prefill_tokens // row.shape[1]))[:, : options.prefill_tokens]
+    prefill = _median_seconds(lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
+
+    def decode() -> None:
+        length = options.decode_tokens
+        model.generate(
+            prompt[:, :8],
+            attention_mask=torch.ones_like(prompt[:, :8]),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            pad_token_id=0,
+        )
+
+    return {
+        "prefill_tokens_per_second": round(options.prefill_tokens / prefill, 1),
+        "decode_tokens_per_second": round(options.decode_tokens / _median_seconds(decode), 1),
+    }
+
+
+def _median_seconds(work) -> float:
+    work()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)

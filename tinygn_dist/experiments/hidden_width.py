@@ -1,0 +1,97 @@
+"""The width of the residual stream: one set of hidden dimensions stays for the whole model, in embeddings, everything that
+reads or writes the stream, norms and head.
+
+RMSNorm divides by the root of the mean square over all dimensions. With k of d left the mean is over k; so its weights are
+multiplied by sqrt(d / k) and its epsilon by d / k. The smaller model then computes what the dense one does with the removed
+dimensions zero wherever they are written. LayerNorm also subtracts a mean, which spreads to dimensions that are zero, so
+families with it are refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.input_moments import input_moments
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.maths import criteria
+from tinygn_dist.maths.counter_rng import key_of, uniform
+from tinygn_dist.maths.counts import Mix
+from tinygn_dist.models.anatomy import Anatomy
+from tinygn_dist.models.kept import KeptUnits, Removal
+from tinygn_dist.prune.structured.scores import UnitScores
+
+log = logging.getLogger(__name__)
+_CRITERIA = ("auto", "activation", "magnitude", "random")
+
+
+def step_of(anatomy: Anatomy, multiple_of: int) -> int:
+    """Kept widths are multiples of this: of the asked number where there is room, and of the heads, as configs check."""
+    full, heads = anatomy.hidden.num_units, anatomy.hidden.least
+    step = math.lcm(multiple_of, heads)
+    return step if step <= full // 2 else heads
+
+
+def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
+    """One mix: the fewest dimensions that reach the sparsity of all parameters. UserError, before weights load, when none
+    does."""
+    if anatomy.hidden is None:
+        raise UserError(f"hidden cannot be removed: {anatomy.fixed['hidden']}; use another --pattern")
+    if options.counts is not None or options.protect or options.uneven:
+        raise UserError(
+            "prune.counts, protect and uneven are about layers; hidden dimensions go from all: use prune.sparsity"
+        )
+    if options.criterion not in _CRITERIA:
+        raise UserError(f"criterion {options.criterion} does not score hidden dimensions; use {', '.join(_CRITERIA)}")
+    full, step = anatomy.hidden.num_units, step_of(anatomy, options.multiple_of)
+    for kept in range((full - 1) // step * step, 0, -step):
+        if (full - kept) * anatomy.hidden.unit_params >= round(options.sparsity * anatomy.total_params):
+            return [Mix(hidden=full - kept)]
+    raise UserError(
+        f"hidden cannot lose {options.sparsity:.0%} of the {anatomy.total_params:,} parameters: of {full} dimensions a multiple "
+        f"of {step} stays; lower sparsity or prune.multiple_of ({options.multiple_of})"
+    )
+
+
+def dense_params(anatomy: Anatomy) -> int:
+    """What a sparsity is a share of."""
+    return anatomy.total_params
+
+
+def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
+    """Choose the dimensions that go. Nothing is changed in the live model: `shrink` takes them out. What stays is not re-fitted."""
+    (mix,), group = candidates, setting.anatomy.hidden
+    values = _scores(setting, options)
+    kept = values.argsort(stable=True, descending=True)[: group.num_units - mix.hidden]
+    scores = UnitScores(by_group={("hidden", 0): values})
+    if options.compensate:
+        setting.notes.append("hidden dimensions: norms are scaled to their number, weights are not re-fitted")
+    log.info("hidden dimensions that stay: %d of %d", len(kept), group.num_units)
+    layers = tuple(range(setting.anatomy.num_layers))
+    return Removal(KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))}), scores, [], {})
+
+
+def _scores(setting: Setting, options: PruneConfig) -> torch.Tensor:
+    """(hidden,) fp64: over the matrices that read the stream, the share of each one's output energy that comes through a
+    dimension, |W_:,j|^2 sum_t x_tj^2 (magnitude: without the inputs)."""
+    group = setting.anatomy.hidden
+    if options.criterion == "random":
+        return uniform(0, group.num_units, key_of(options.seed, "hidden")).double()
+    targets = [setting.anatomy.target_of(module) for module, _ in group.readers]
+    squares = [torch.ones(group.num_units, dtype=torch.float64, device=setting.backend.device) for _ in targets]
+    if options.criterion != "magnitude":
+        moments = input_moments(setting, targets, full=False)
+        squares = [moments.moments.sum(moments.of(target)).double().clone() for target in targets]
+        setting.backend.sum_over_data(squares)
+    total = torch.zeros(group.num_units, dtype=torch.float64)
+    for target, square in zip(targets, squares, strict=True):
+        weight = setting.backend.shard(setting.model, target).weight
+        weight = target.matrix(setting.backend.gather(setting.model, target, weight))
+        energy = criteria.column_energy(weight, square.float()).double().cpu()
+        total += energy / energy.sum()
+    return total

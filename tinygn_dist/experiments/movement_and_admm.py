@@ -1,0 +1,206 @@
+"""What is kept about every weight from one mask update to the next, while the optimizer steps.
+
+`StepStatistics` is what gradual.py asks of any of them. Movement and ADMM keep numbers laid out as this rank's torch
+optimizer holds a parameter (whole, rows, or a run of a flat fp32 master), so they cost one or two more fp32 numbers per
+weight of that and no communication in a step. Top-KAST's dense values are in dense_weights.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.models.anatomy import Target
+
+Best = Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]
+"""(scores, sparsity) -> masks of the largest, both by target and shaped like this rank's shards"""
+_ABOVE_ALL = torch.finfo(torch.float32).max
+
+
+class StepStatistics(ABC):
+    """Gathered in every step, asked for masks at every update, in this order: first_masks, attach, before_steps, then steps
+    and choose, then finish. A run that goes on from saved ones leaves out first_masks, and calls take after before_steps."""
+
+    knows_before_training = False
+    """whether there is something to save before the first step"""
+    state_stays = False
+    """whether the optimizer's state of weights that come or go keeps its meaning"""
+
+    def __init__(self, targets: Sequence[Target], backend: Backend) -> None:
+        self.targets, self.backend = tuple(targets), backend
+
+    def first_masks(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
+        """The masks before the first step are chosen."""
+        return
+
+    @abstractmethod
+    def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
+        """Look at every step from here on; returns handles with `remove()`. To be called before masks are enforced: what
+        runs after a step runs in the order of these calls."""
+
+    def before_steps(self, model: nn.Module, optimizer: Any, best: Best) -> None:
+        """The optimizer is there, and has not stepped."""
+        return
+
+    @abstractmethod
+    def choose(
+        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
+    ) -> dict[str, torch.Tensor]:
+        """The masks of an update. keep: those until now. sparsity: that of this update; 0 where nothing is masked yet, and
+        then the masks stay. Collectives, one parameter at a time."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """No update comes any more: forget everything, and let steps pass."""
+
+    @abstractmethod
+    def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """(key, whole tensor on every rank), to save. Collectives."""
+
+    @abstractmethod
+    def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
+        """What `whole` gave, at any world size on any backend."""
+
+
+class BesideGradients(StepStatistics):
+    """values: kind of number -> parameter -> flat fp32 piece."""
+
+    kinds: tuple[str, ...] = ()
+
+    def __init__(self, targets: Sequence[Target], backend: Backend) -> None:
+        super().__init__(targets, backend)
+        self.values: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in self.kinds}
+        self.finished = False
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
+        bare = self.backend.unwrap(model)
+        names = [n for n in dict.fromkeys(t.parameter for t in self.targets) if bare.get_parameter(n).requires_grad]
+        return [self.backend.on_gradients(model, each, names, self.seen) for each in optimizers]
+
+    @abstractmethod
+    def seen(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        """A parameter is about to be stepped along this gradient, as the optimizer will see it (clipped)."""
+
+    def finish(self) -> None:
+        self.values, self.finished = {kind: {} for kind in self.kinds}, True
+
+    def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for kind, pieces in self.values.items():
+            for name, piece in self._everywhere(model, optimizer, pieces).items():
+                yield f"{kind}|{name}", self.backend.join_held(model, optimizer, name, piece).cpu()
+
+    def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
+        self.values = {kind: {} for kind in self.kinds}
+        for key, tensor in whole.items():
+            kind, _, name = key.partition("|")
+            piece = self.backend.cut_held(model, optimizer, name, tensor.to(self.backend.device))
+            self.values[kind][name] = piece.clone()
+
+    def _everywhere(
+        self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The same names in the same order on every rank: one whose part of a flat master has nothing of a parameter (ZeRO)
+        never sees a gradient of it, and holds an empty piece."""
+        seen = dict.fromkeys(name for names in self.backend.everyone(list(pieces)) for name in names)
+        return {
+            name: pieces[name]
+            if name in pieces
+            else torch.zeros_like(self.backend.held_weight(model, optimizer, name), dtype=torch.float32)
+            for name in seen
+        }
+
+    def as_shards(
+        self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """By target, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a time."""
+        shards: dict[str, torch.Tensor] = {}
+        pieces = self._everywhere(model, optimizer, pieces)
+        for target in self.targets:
+            held = self.backend.shard(model, target).weight
+            if target.parameter not in pieces:
+                shards[target.name] = torch.zeros_like(held, dtype=torch.float32)
+                continue
+            whole = self.backend.join_held(model, optimizer, target.parameter, pieces[target.parameter])
+            stored = whole[target.start : target.start + target.numel].view(target.stored_shape)
+            shards[target.name] = self.backend.cut(model, target, stored).reshape(held.shape)
+        return shards
+
+
+class Movement(BesideGradients):
+    """Weights on their way to zero go (Sanh et al. 2020): S = - sum over steps of w * g, the larger the better. It is the
+    Taylor term of each step's batch, summed over all that training has seen."""
+
+    kinds = ("movement",)
+
+    def seen(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        sums = self.values["movement"]
+        if self.finished:
+            return
+        if name not in sums:
+            sums[name] = torch.zeros_like(weight, dtype=torch.float32)
+        sums[name].addcmul_(weight.float(), gradient.float(), value=-1)
+
+    def choose(
+        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
+    ) -> dict[str, torch.Tensor]:
+        if not sparsity:
+            return dict(keep)
+        scores = self.as_shards(model, optimizer, self.values["movement"])
+        for name, kept in keep.items():  # a weight that is zero has stopped moving
+            scores[name].masked_fill_(~kept, -_ABOVE_ALL)
+        return best(scores, sparsity)
+
+
+class Consensus(BesideGradients):
+    """ADMM on the loss of the whole model (ELSA, arXiv 2510.01650): the weights x train densely and are drawn to a sparse
+    copy z by penalty * (x - z + u), added to the gradient; at an update z = the largest of x + u, and u += x - z."""
+
+    kinds = ("sparse", "dual")
+
+    def __init__(self, targets: Sequence[Target], backend: Backend, penalty: float, final: float) -> None:
+        """final: sparsity of the copy, at every update."""
+        super().__init__(targets, backend)
+        self.penalty, self.final = penalty, final
+
+    def before_steps(self, model: nn.Module, optimizer: Any, best: Best) -> None:
+        self._project(model, optimizer, best)
+
+    def choose(
+        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
+    ) -> dict[str, torch.Tensor]:
+        projected = self._project(model, optimizer, best)
+        return projected if sparsity else dict(keep)
+
+    def seen(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        if name in self.values["sparse"]:
+            away = weight - self.values["sparse"][name] + self.values["dual"][name]
+            gradient.add_(away.to(gradient.dtype), alpha=self.penalty)
+
+    def _project(self, model: nn.Module, optimizer: Any, best: Best) -> dict[str, torch.Tensor]:
+        """The masks of z. The first call starts at u = 0 and leaves it there."""
+        names = list(dict.fromkeys(target.parameter for target in self.targets))
+        weights = {name: self.backend.held_weight(model, optimizer, name).float() for name in names}
+        first = not self.values["dual"]
+        dual = {name: torch.zeros_like(w) for name, w in weights.items()} if first else self.values["dual"]
+        sums = {name: weights[name] + dual[name] for name in names}
+        keep = best({name: s.abs() for name, s in self.as_shards(model, optimizer, sums).items()}, self.final)
+        for name in names:
+            kept = self._held_mask(model, optimizer, name, keep)
+            sparse = sums[name] * kept
+            if not first:
+                dual[name] += weights[name] - sparse
+            self.values["sparse"][name], self.values["dual"][name] = sparse, dual[name]
+        return keep
+
+    def _held_mask(self, model: nn.Module, optimizer: Any, name: str, keep: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        whole = torch.ones(self.backend.num_elements(model, name), dtype=torch.bool, device=self.backend.device)
+        for target in self.targets:
+            if target.parameter == name:
+                gathered = self.backend.gather(model, target, keep[target.name])
+                whole[target.start : target.start + target.numel] = gathered.reshape(-1)
+        return self.backend.cut_held(model, optimizer, name, whole)

@@ -1,0 +1,85 @@
+"""Weights that train without taking part: dense values behind a sparse model, as in Top-KAST (arXiv 2106.03517).
+
+The forward uses the largest weights alone; the backward also moves the next largest, `explore` of all, so that they may
+overtake. Their values must exist somewhere, and not in the model, which is sparse at every moment: they lie here, one fp32
+number for each of this rank's weights, shaped like its shards. What the optimizer does to a live weight that is zero is
+its step, by whatever rule it has, since it started from zero; that step is added here before the mask takes it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.experiments.movement_and_admm import Best, StepStatistics
+from tinygn_dist.models.anatomy import Target
+
+_ABOVE_ALL = torch.finfo(torch.float32).max
+
+
+class DenseWeights(StepStatistics):
+    """values: target -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: target -> bool,
+    the removed weights that train."""
+
+    knows_before_training = True
+    state_stays = True  # weights that come have trained before, and those that go train on
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target], backend: Backend, explore: float) -> None:
+        """Copies the weights as they are before the first mask. explore: share of a matrix's weights."""
+        super().__init__(targets, backend)
+        self.explore = explore
+        self.values = {t.name: backend.shard(model, t).weight.detach().float().clone() for t in targets}
+        self.explored: dict[str, torch.Tensor] = {}
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
+        return [self.backend.after_step(model, each, lambda: self.seen(model)) for each in optimizers]
+
+    def seen(self, model: nn.Module) -> None:
+        """After a step of the optimizer, and before the mask."""
+        for name, explored in self.explored.items():
+            target = next(target for target in self.targets if target.name == name)
+            self.values[name] += self.backend.shard(model, target).weight.detach() * explored
+
+    def first_masks(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
+        """Let the largest of what `keep` removed train."""
+        sizes = {name: value.abs().masked_fill(keep[name], _ABOVE_ALL) for name, value in self.values.items()}
+        wider = best(sizes, max(0.0, sparsity - self.explore))
+        self.explored = {name: wider[name] & ~keep[name] for name in self.values}
+
+    def choose(
+        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
+    ) -> dict[str, torch.Tensor]:
+        """The masks of the largest weights, live and not; those that come in are written to the model."""
+        if not sparsity:
+            return dict(keep)
+        for target in self.targets:
+            live = self.backend.shard(model, target).weight.detach().float()
+            self.values[target.name] = torch.where(keep[target.name], live, self.values[target.name])
+        chosen = best({name: value.abs() for name, value in self.values.items()}, sparsity)
+        for target in self.targets:
+            weight = self.backend.shard(model, target).weight
+            self.backend.write(model, target, (self.values[target.name] * chosen[target.name]).to(weight.dtype))
+        self.first_masks(chosen, sparsity, best)
+        return chosen
+
+    def finish(self) -> None:
+        self.values, self.explored = {}, {}
+
+    def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for kind, pieces in (("dense", self.values), ("explored", self.explored)):
+            for target in self.targets if pieces else ():
+                yield f"{kind}|{target.name}", self.backend.gather(model, target, pieces[target.name]).cpu()
+
+    def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
+        found: dict[str, dict[str, torch.Tensor]] = {"dense": {}, "explored": {}}
+        by_name = {target.name: target for target in self.targets}
+        for key, tensor in whole.items():
+            kind, _, name = key.partition("|")
+            held = self.backend.shard(model, by_name[name]).weight
+            piece = self.backend.cut(model, by_name[name], tensor.to(self.backend.device))
+            found[kind][name] = piece.reshape(held.shape).clone()
+        self.values, self.explored = found["dense"], found["explored"]

@@ -1,0 +1,57 @@
+"""What a removal of units leaves, as the stages hand it on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from tinygn_dist.config import UNIT_KINDS
+from tinygn_dist.maths.counts import Mix
+from tinygn_dist.prune.structured.probing import UnitScores
+
+INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
+
+
+@dataclass(frozen=True)
+class KeptUnits:
+    """What stays, by index in the dense model. The other kinds: per kept layer, ascending."""
+
+    layers: tuple[int, ...]
+    heads: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    channels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    experts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    filters: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """by group of filters, in a convolutional net"""
+    hidden: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """under 0, of the whole model"""
+
+    def of(self, kind: str) -> Mapping[int, tuple[int, ...]]:
+        return getattr(self, kind)
+
+    def fingerprint(self) -> str:
+        """16 hex digits, equal for equal choices."""
+        told = [self.layers, *(sorted(self.of(kind).items()) for kind in INNER_KINDS)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A mix that was applied to the live model, and the loss per token it left."""
+
+    mix: Mix
+    loss: float
+
+
+class Removal(NamedTuple):
+    """What stays; the scores with their standard errors; every mix that was tried; and what biases gain when the units are
+    taken out, which the live model lacks until then: (out,) fp32 by the bias's name."""
+
+    kept: KeptUnits
+    scores: UnitScores
+    trials: list[Trial]
+    shifts: dict[str, torch.Tensor]

@@ -1,0 +1,95 @@
+"""Scores + budget -> masks: exactly the asked number, the same on every rank.
+
+Ties go to the smaller index, so the outcome does not depend on the seed or the sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.errors import UserError
+from tinygn_dist.maths.counts import num_kept
+from tinygn_dist.maths.top_k import keep_largest
+from tinygn_dist.models.anatomy import Target
+
+FLOOR = 0.01
+"""density that global competition leaves in every weight matrix: an emptied layer ends the model"""
+
+
+def check_nm(targets: Sequence[Target], m: int) -> None:
+    """UserError when M does not divide a target's inputs, before anything is computed."""
+    odd = [target for target in targets if target.shape[1] % m]
+    if odd:
+        raise UserError(
+            f"N:M with M={m} does not divide the {odd[0].shape[1]} inputs of {odd[0].name} ({len(odd)} such weights); "
+            "use another M, or leave them dense with prune.ignore"
+        )
+
+
+def choose_masks(
+    model: nn.Module,
+    targets: Sequence[Target],
+    scores: Mapping[str, torch.Tensor],
+    *,
+    sparsity: float,
+    scope: str,
+    nm: tuple[int, int] | None,
+    backend: Backend,
+) -> dict[str, torch.Tensor]:
+    """Keep masks shaped like the scores, which are shaped like this rank's shards. scope: row, layer or global."""
+    _refuse_nonfinite(targets, scores, backend)
+    if nm is not None:
+        return {t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *nm)) for t in targets}
+    if scope == "row":
+        return {
+            t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_per_row(rows, sparsity))
+            for t in targets
+        }
+    if scope == "layer":
+        return {t.name: _keep_in(model, [t], scores, num_kept(t.numel, sparsity), backend)[0] for t in targets}
+    return _keep_globally(model, targets, scores, sparsity, backend)
+
+
+def _refuse_nonfinite(targets: Sequence[Target], scores: Mapping[str, torch.Tensor], backend: Backend) -> None:
+    """The same UserError on every rank when any rank's piece of a score is NaN or inf."""
+    bad = next((t.name for t in targets if not torch.isfinite(scores[t.name]).all()), None)
+    for rank, name in enumerate(backend.everyone(bad)):
+        if name is not None:
+            raise UserError(f"score of {name} is NaN or inf on rank {rank}; check the data and the weights")
+
+
+def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """Mask of the n largest in each group of m consecutive inputs. scores: (rows, in), m divides in."""
+    groups = scores.reshape(-1, m)
+    order = groups.argsort(dim=1, descending=True, stable=True)
+    keep = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order[:, :n], True)
+    return keep.view(scores.shape)
+
+
+def keep_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """Mask of the num_kept(in, sparsity) largest in each row."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    return keep.scatter_(1, order[:, : num_kept(scores.shape[1], sparsity)], True)
+
+
+def _keep_globally(model, targets, scores, sparsity, backend) -> dict[str, torch.Tensor]:
+    floored = {}
+    for target in targets:  # the best few of every matrix are out of the competition
+        (best,) = _keep_in(model, [target], scores, max(1, round(FLOOR * target.numel)), backend)
+        floored[target.name] = scores[target.name].masked_fill(best, torch.inf)
+    keep = num_kept(sum(target.numel for target in targets), sparsity)
+    masks = _keep_in(model, targets, floored, keep, backend)
+    return {target.name: mask for target, mask in zip(targets, masks, strict=True)}
+
+
+def _keep_in(model, targets, scores, keep: int, backend: Backend) -> list[torch.Tensor]:
+    starts, before = [], 0
+    for target in targets:
+        starts.append(before + backend.shard(model, target).offset)
+        before += target.numel
+    return keep_largest([scores[target.name] for target in targets], starts, keep, backend.sum_over_shards)

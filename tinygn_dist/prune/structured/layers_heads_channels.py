@@ -1,0 +1,201 @@
+"""Unit patterns: score layers, heads (KV groups), FFN channels and experts, choose what goes, re-fit what stays.
+
+Probes decide between layers, heads and experts, in units of loss. Inside one FFN the layer's own output error decides
+(every layer keeps the same width, so that stock classes load). Where several kinds may go, candidate mixes are tried
+on the live model, measured, and undone to the last bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from tinygn_dist.config import UNIT_KINDS, PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
+from tinygn_dist.models.anatomy import Anatomy
+from tinygn_dist.models.kept import Removal, Trial
+from tinygn_dist.prune.structured.absorb import takers_of
+from tinygn_dist.prune.structured.layer_order import score_layers
+from tinygn_dist.prune.structured.scores import reads_moments, score_units
+from tinygn_dist.prune.structured.trials import Fits, Trials
+
+log = logging.getLogger(__name__)
+_ROUTED = "{} stay, as many as the router chooses for each token"
+_PROBE_TOKENS = 512
+"""of which removal ranks the layers of SmolLM2-135M with a correlation of 0.93 with held-out losses, and heads with 0.82, where
+two halves of what was held out agree with 0.98 and 0.83 (docs/results.md)"""
+_HELD_OUT = 32
+"""of SmolLM2-135M's layers the seventh to go was another one on eight sequences, which left 13 % more perplexity than what other
+eight chose (docs/results.md)"""
+_MOST_LOOKS = 4
+"""at mixes of which each was the best by the times of the ones before"""
+MIXED_KINDS = ("heads", "channels", "experts")
+
+
+def unit_sizes(anatomy: Anatomy, kinds: Collection[str] = ()) -> UnitSizes:
+    """Counts and parameters per unit. UserError when layers differ in one of these kinds, which an even cut cannot express."""
+    facts: dict[str, tuple[int, int]] = {}
+    for kind in MIXED_KINDS:
+        by_count = len(anatomy.stacks) > 1 and kind == "heads"
+        seen = {(group.num_units, 0 if by_count else group.unit_params) for group in anatomy.of_kind(kind)}
+        if len(seen) > 1 or kind == "channels" and _some_stay(anatomy):
+            if kind in kinds:
+                raise UserError(
+                    f"layers have different numbers of {kind} that may go, which cannot be cut evenly; use "
+                    + ("--pattern channels with --prune.uneven true" if _may_differ(anatomy) else "--pattern layers")
+                )
+            seen = set()
+        facts[kind] = seen.pop() if seen else (0, 0)
+    inner = [number for kind in MIXED_KINDS for number in facts[kind]]
+    experts = anatomy.of_kind("experts")
+    if len(anatomy.stacks) > 1 or not experts and "layers" in anatomy.fixed:
+        return UnitSizes(anatomy.num_layers, 0, *inner, uneven_params=sum(anatomy.layer_params))
+    if not experts:
+        return UnitSizes(anatomy.num_layers, max(anatomy.layer_params), *inner)
+    sparse = {group.layer for group in experts}
+    dense = [params for layer, params in enumerate(anatomy.layer_params) if layer not in sparse]
+    sparse_params = anatomy.layer_params[experts[0].layer]
+    return UnitSizes(anatomy.num_layers, sparse_params, *inner, experts[0].least, len(dense), max(dense, default=0))
+
+
+def _may_differ(anatomy: Anatomy) -> bool:
+    """Whether its config has a width for each layer or stack."""
+    return any(ffn.uneven for ffn in anatomy.family.feed_forwards)
+
+
+def _some_stay(anatomy: Anatomy) -> bool:
+    """Whether layers keep all their channels, whatever goes."""
+    return _may_differ(anatomy) and len(anatomy.of_kind("channels")) < anatomy.num_layers
+
+
+def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None = None) -> list[Mix]:
+    """The mixes that reach the asked sparsity, a share of the layers' parameters or of a measured latency. UserError,
+    before weights load, when none does."""
+    kinds, sizes = options.unit_kinds, unit_sizes(anatomy, options.unit_kinds)
+    counted = options.counts is not None and len(anatomy.stacks) > 1
+    if options.pattern in anatomy.fixed and not (
+        counted and (options.pattern == "layers" or anatomy.of_kind(options.pattern))
+    ):
+        others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
+        raise UserError(
+            f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
+        )
+    bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
+    if bad:
+        raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")
+    if options.protect and kinds != ("layers",):
+        raise UserError("prune.protect keeps whole layers; other units are cut evenly in all, so use --pattern layers")
+    if options.counts is not None:
+        return [_fixed_mix(sizes, options, anatomy.num_layers - len(anatomy.lasting) if counted else 0)]
+    found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of, latency))
+    found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
+    if not found and latency:
+        raise UserError(
+            f"{options.pattern} cannot reach {options.target}: of {latency.total_seconds:.3g} s measured, "
+            f"{latency.rest / latency.total_seconds:.0%} lie outside the layers ({_told(sizes)}); ask for more"
+        )
+    if not found:
+        raise UserError(
+            f"{options.pattern} cannot remove {options.sparsity:.0%} of the layers' {sizes.total_params:,} parameters "
+            f"({_told(sizes)}); lower sparsity or use --pattern units"
+        )
+    return found
+
+
+def dense_params(anatomy: Anatomy) -> int:
+    """What a sparsity is a share of: the parameters of the layers."""
+    return unit_sizes(anatomy).total_params
+
+
+def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
+    """most_layers: how many layers of several stacks may go, which no budget removes, as it removes no heads of them."""
+    mix = Mix(**options.counts)
+    for kind in ("layers", *MIXED_KINDS):
+        there, asked = getattr(sizes, kind), getattr(mix, kind)
+        by_count = {"layers": most_layers, "heads": sizes.heads - 1 if most_layers else 0}
+        most = max(sizes.most(kind), by_count.get(kind, 0))
+        if asked and (kind not in options.unit_kinds or asked > most):
+            raise UserError(
+                f"prune.counts asks {asked} {kind} to go, the model has {there} (per layer) of which "
+                f"{_ROUTED.format(sizes.least_experts) if kind == 'experts' else 'one stays'}, and pattern "
+                f"{options.pattern} removes {', '.join(options.unit_kinds)}"
+            )
+    return mix
+
+
+def _told(sizes: UnitSizes) -> str:
+    told = f"layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each stays"
+    if sizes.experts:
+        told += f"; of {sizes.experts} experts {_ROUTED.format(sizes.least_experts)}"
+    return told
+
+
+Replan = Callable[[Mix], Sequence[Mix]]
+"""what there is to choose from once a mix was looked at more closely"""
+
+
+def remove_units(
+    setting: Setting, candidates: Sequence[Mix], options: PruneConfig, replan: Replan | None = None
+) -> Removal:
+    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
+    and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
+    they are compared on sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the
+    shorter model gives."""
+    most = _most_of(candidates)
+    probed = setting.first(options.probe_samples)
+    probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
+    fitted, held_out = apart(setting)
+    tried = held_out.first(options.probe_samples)
+    scores = score_layers(probed, fitted, held_out, most.layers, options)
+    anew = len(candidates) > 1 or replan is not None
+    order = [scores.layer_order[:count] for count in range(most.layers + 1)]
+    takers = takers_of(setting.anatomy, order if anew else order[-1:]) if options.compensate else {}
+    trials = Trials(tried, most, options, scores, [])
+    fits, moments = Fits(setting, most, takers, options), None
+    if anew or not trials.in_two(most) or reads_moments(setting, most, options):
+        moments = fits.moments(fitted if anew else setting)
+    score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
+    trials.jobs = fits.jobs(moments)
+    best = trials.best_of(candidates)
+    if replan is not None:
+        best = _closer(trials, best, most, replan)
+    kept, shifts = trials.leave(best, setting, anew=anew)
+    return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
+
+
+def apart(setting: Setting) -> tuple[Setting, Setting]:
+    """What layers and mixes are fitted on, and a quarter of the sequences (one micro-batch at least, _HELD_OUT at most) that they
+    are compared on: on those of the fit the kind with more weights to fit looks better than it is. One micro-batch serves for
+    both."""
+    if len(setting.batches) < 2:
+        return setting, setting
+    quarter = sum(map(batch_size, setting.batches)) // 4
+    return setting.split(min(_HELD_OUT, quarter))
+
+
+def _closer(trials: Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
+    """Has the best mix timed until it is the best by its own time too, `_MOST_LOOKS` times at most: the last may then be one that
+    only the corrected table speaks for. most: as of `apply_mix`."""
+    for _ in range(_MOST_LOOKS):
+        others = [mix for mix in replan(best) if all(getattr(most, k) or not getattr(mix, k) for k in UNIT_KINDS)]
+        if not others or best in others:
+            break
+        best = trials.best_of(others)
+    return best
+
+
+def _enough_to_rank(probed: Setting, options: PruneConfig) -> Setting:
+    """As many sequences as make _PROBE_TOKENS: probing every head on all of them takes longer than trying every mix."""
+    tokens = probed.batches[0].get("input_ids")
+    if tokens is None:
+        return probed
+    return probed.first(min(options.probe_samples, math.ceil(_PROBE_TOKENS / tokens.shape[1])))
+
+
+def _most_of(candidates: Sequence[Mix]) -> Mix:
+    """Of every kind, the largest number in any of them."""
+    return Mix(*(max(getattr(mix, kind) for mix in candidates) for kind in UNIT_KINDS))

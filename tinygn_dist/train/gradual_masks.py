@@ -1,0 +1,253 @@
+"""Masks that change while the model trains: the sparsity grows by a plan, dead weights may come back.
+
+Everything hangs on the optimizer's own steps, so it is the same in our training loop and in anybody else's, and micro
+batches and skipped steps do not count. At an update the model is scored where it lies, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tinygn_dist.config import PruneConfig, ScheduleConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.backprop import weight_gradients
+from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.experiments.movement_and_admm import Best, Consensus, Movement, StepStatistics
+from tinygn_dist.experiments.top_kast import DenseWeights
+from tinygn_dist.maths import criteria
+from tinygn_dist.maths.counter_rng import key_of, uniform
+from tinygn_dist.maths.schedules import Plan, make_plan, swapped_share
+from tinygn_dist.models.anatomy import Target
+from tinygn_dist.prune.sparsity.mask_selection import choose_masks
+from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.sparsify import at_sparsity, sparsify
+
+log = logging.getLogger(__name__)
+_ABOVE_ALL = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. step: optimizer steps done before it. sparsity: over all targets. by_target: their own.
+    removed, regrown: weights."""
+
+    step: int
+    sparsity: float
+    removed: int
+    regrown: int
+    by_target: dict[str, float]
+
+
+def plan_of(schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bool = False) -> Plan:
+    """The plan of a training of `total` optimizer steps. UserError when no update fits into it."""
+    return make_plan(
+        schedule.kind,
+        total=total,
+        every=schedule.every,
+        first=schedule.first,
+        final=1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity,
+        freeze=schedule.freeze,
+        swaps=schedule.regrow != "none",
+        rounds=rounds,
+    )
+
+
+def _step_statistics(
+    setting: Setting, targets: Sequence[Target], schedule: ScheduleConfig, final: float
+) -> StepStatistics | None:
+    if schedule.kind == "admm":
+        return Consensus(targets, setting.backend, schedule.penalty, final)
+    if schedule.criterion == "movement":
+        return Movement(targets, setting.backend)
+    if schedule.regrow == "top-kast":
+        return DenseWeights(setting.model, targets, setting.backend, schedule.explore)
+    return None
+
+
+class GradualMasks:
+    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        targets: Sequence[Target],
+        prune: PruneConfig,
+        schedule: ScheduleConfig,
+        plan: Plan,
+        going_on: dict[str, Any] | None = None,
+    ) -> None:
+        """Chooses the first masks and applies them to the model of `setting`, whose batches score every update.
+
+        going_on: what `state` returned when masks of another run of the program were saved, which are then to be
+        filled in; nothing is chosen.
+        """
+        self.plan, self.history, self.steps = plan, [], 0
+        self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
+        self.step_statistics = _step_statistics(setting, targets, schedule, plan.levels[-1])
+        asked = at_sparsity(prune, plan.levels[0])
+        if going_on is None and asked is not None:
+            self.masks = sparsify(setting, targets, asked)
+        else:
+            self.masks = self._all(targets)
+        if going_on is not None:
+            self.load_state(going_on)
+        elif self.step_statistics:
+            self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(setting))
+
+    @property
+    def knows_before_training(self) -> bool:
+        """Whether there is something about the weights to save before the first step."""
+        return self.step_statistics is not None and self.step_statistics.knows_before_training
+
+    def _all(self, targets: Sequence[Target]) -> Masks:
+        shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
+        return Masks(targets, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
+
+    def attach(
+        self, model: nn.Module, *optimizers: Any, after_update: Callable[[Update], None] | None = None
+    ) -> list[Any]:
+        """Hold the masks after every step of the prepared optimizers, and change them when the plan says so, by the
+        steps of the first one. Returns handles with `remove()`."""
+        backend = self._setting.backend
+        self._refuse_codes(optimizers)
+
+        def stepped() -> None:
+            self.steps += 1
+            if self.steps in self.plan.updates:
+                update = self._update(model, optimizers)
+                if after_update:
+                    after_update(update)
+
+        if self.steps == 0:
+            self._track(self._count(self._setting, self.masks))
+        held: list[Any] = []
+        if self.step_statistics and self.steps < self.plan.updates[-1]:
+            held += self.step_statistics.attach(model, optimizers)
+            with backend.paused(model) as bare:
+                here = replace(self._setting, model=bare)
+                self.step_statistics.before_steps(bare, optimizers[0], self._best(here))
+        held += [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
+        return [*held, backend.after_step(model, optimizers[0], stepped)]
+
+    def _refuse_codes(self, optimizers: Sequence[Any]) -> None:
+        stays = self.step_statistics is not None and self.step_statistics.state_stays
+        coded = [each for each in optimizers if self._setting.backend.keeps_codes(each)]
+        if self.plan.updates and coded and not stays:
+            raise UserError(
+                f"{type(self._setting.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in which that "
+                "of weights which go or come back cannot be cleared; accepted: optimizers with 32-bit state, or schedule.kind "
+                "one-shot without regrow"
+            )
+
+    def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
+        backend = self._setting.backend
+        with backend.paused(model) as bare:
+            setting = replace(self._setting, model=bare)
+            chosen = self._choose(setting, optimizers[0])
+            update = self._count(setting, chosen)
+            if self.step_statistics is None or not self.step_statistics.state_stays:
+                self._clear_state(bare, optimizers, chosen)
+            self.masks.by_name.update(chosen.by_name)
+            self.masks.apply_(bare, backend)
+            backend.agree(self.masks.fingerprint(bare, backend), "the mask")
+        self.history.append(update)
+        if self.step_statistics and self.steps == self.plan.updates[-1]:
+            self.step_statistics.finish()
+        self._track(update)
+        log.info(
+            "step %d: sparsity %.4f, %d weights removed, %d regrown",
+            update.step, update.sparsity, update.removed, update.regrown,
+        )  # fmt: skip
+        return update
+
+    def _clear_state(self, bare: nn.Module, optimizers: Sequence[Any], chosen: Masks) -> None:
+        """What the optimizers know of weights that went or came back is of another life of theirs."""
+        with torch.no_grad():
+            for target in self.masks.targets:
+                changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
+                for optimizer in optimizers:
+                    self._setting.backend.clear_state(bare, optimizer, target, changed)
+
+    def _track(self, update: Update) -> None:
+        """To the trackers: sparsity of the whole and of every target, and what changed."""
+        changed = {"removed": update.removed, "regrown": update.regrown, "churn": update.removed + update.regrown}
+        metrics = {f"mask/{name}": value for name, value in {"sparsity": update.sparsity, **changed}.items()}
+        metrics |= {f"sparsity/{name}": value for name, value in update.by_target.items()}
+        self._setting.backend.track(metrics, self.steps)
+
+    def _choose(self, setting: Setting, optimizer: Any) -> Masks:
+        schedule, targets, level = self._schedule, self.masks.targets, self.plan.level_after(self.steps)
+        asked = at_sparsity(self._prune, level)
+        if self.step_statistics:
+            here = 0.0 if asked is None else level
+            best, keep = self._best(setting), self.masks.by_name
+            return Masks(targets, self.step_statistics.choose(setting.model, optimizer, keep, here, best))
+        if asked is None:
+            return self.masks
+        asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
+        if schedule.criterion != "auto":
+            asked = asked.model_copy(update={"criterion": schedule.criterion})
+        if schedule.regrow == "none":
+            return sparsify(setting, targets, asked)
+        share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
+        return Masks(targets, self._regrown(setting, asked, share))
+
+    def _best(self, setting: Setting) -> Best:
+        """Masks of the largest scores, by the pattern and scope that are asked for."""
+
+        def best(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
+            return choose_masks(
+                setting.model,
+                self.masks.targets,
+                scores,
+                sparsity=sparsity,
+                scope="layer" if self._prune.scope == "auto" else self._prune.scope,
+                nm=at_sparsity(self._prune, sparsity).nm if self._prune.nm else None,
+                backend=setting.backend,
+            )
+
+        return best
+
+    def _regrown(self, setting: Setting, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
+        """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
+        the best prospects, dropped ones included, which start from zero unless they were kept all along."""
+        backend, targets, best = setting.backend, self.masks.targets, self._best(setting)
+        shards = {t.name: backend.shard(setting.model, t) for t in targets}
+        sizes = {t.name: criteria.magnitude(shards[t.name].weight) for t in targets}
+        stay = best(sizes, 1 - (1 - asked.sparsity) * (1 - share))
+        if self._schedule.regrow == "random":
+            growth = {
+                name: uniform(
+                    shard.offset, shard.offset + shard.weight.numel(), key_of(asked.seed + self.steps, name)
+                ).view(shard.weight.shape)
+                for name, shard in shards.items()
+            }
+        else:
+            gradients = weight_gradients(setting, targets, squares=False)
+            growth = {t.name: gradients.rounded(t.name).abs() for t in targets}
+        growth = {n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}
+        return best(growth, asked.sparsity)
+
+    def _count(self, setting: Setting, chosen: Masks) -> Update:
+        removed = regrown = 0
+        for target in chosen.targets:
+            old, new = self.masks.by_name[target.name], chosen.by_name[target.name]
+            removed += int((old & ~new).sum())
+            regrown += int((new & ~old).sum())
+        removed, regrown = setting.backend.sum_over_shards(torch.tensor([removed, regrown])).tolist()
+        kept, sizes = chosen.kept(setting.backend), {t.name: t.numel for t in chosen.targets}
+        by_target = {name: 1 - kept[name] / size for name, size in sizes.items()}
+        return Update(self.steps, 1 - sum(kept.values()) / sum(sizes.values()), removed, regrown, by_target)
+
+    def state(self) -> dict[str, Any]:
+        """What has to be known, beside the masks, to go on. Plain values."""
+        return {"steps": self.steps, "history": [asdict(update) for update in self.history]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.steps, self.history = state["steps"], [Update(**update) for update in state["history"]]

@@ -1,0 +1,252 @@
+"""Block reconstruction: the weights that are left of one layer after the other are tuned until the layer gives, on what the
+compressed layers before it give, what the dense model has at that place.
+
+Masks and units are chosen before and stay. This is the block-wise fine-tuning of EBFT (Guo et al. 2024, arXiv 2402.12419),
+with an error that is relative to each token, because a few tokens of a language model are a hundred times as long as the others;
+with a learning rate that is relative to each matrix; and with held-out sequences, on which a layer never gets worse.
+Two streams of hidden states are kept, at one place in each model; a gradient is that of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.backprop import gradients_of
+from tinygn_dist.estimate.hooks import first
+from tinygn_dist.estimate.layer_inputs import output_of, run_layers
+from tinygn_dist.estimate.partial_forward import PrefixCache
+from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.models.anatomy import Anatomy, Target
+from tinygn_dist.models.objective import Batch, real_tokens
+from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.train.forward_only.update_rules import BETAS
+
+HELD_OUT = 8
+"""one of so many calibration sequences is held out"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer of the compressed model, and the layers of the dense one whose work it does."""
+
+    layer: int
+    dense: range
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Mean squared error per token of a layer's output on held-out sequences, relative to the dense output's square; epoch:
+    the one whose weights were taken, 0 for those from before."""
+
+    layer: int
+    before: float
+    after: float
+    epoch: int
+
+
+def check(anatomy: Anatomy, options: PruneConfig) -> None:
+    """UserError, before weights load, for a model that cannot be worked on layer by layer."""
+    if not options.reconstruct:
+        return
+    asked = f"prune.reconstruct {options.reconstruct}"
+    if not anatomy.layers_path:
+        raise UserError(
+            f"{asked} tunes one layer after the other, and {anatomy.model_class} has no single list of layers that can run by themselves; "
+            "leave it at 0, and use recover.steps"
+        )
+    if options.pattern == "hidden":
+        raise UserError(
+            f"{asked} compares hidden states with the dense model's, and pattern hidden leaves narrower ones; leave it at 0, "
+            "and use recover.steps"
+        )
+
+
+def blocks_of(kept: Sequence[int], num_dense: int) -> list[Block]:
+    """kept: the dense model's layers that stayed. What a kept layer reads must be what it read in the dense model, so the
+    layer before it also does the work of those that were removed in between."""
+    starts = [0, *kept[1:], num_dense]
+    return [Block(layer, range(starts[layer], starts[layer + 1])) for layer in range(len(kept))]
+
+
+def reconstruct(
+    setting: Setting,
+    dense: Setting,
+    blocks: Sequence[Block],
+    targets: Sequence[Target],
+    keep: Mapping[str, torch.Tensor],
+    options: PruneConfig,
+) -> dict[str, Any]:
+    """Tunes the live weights of `targets`; returns what the report says.
+
+    setting, dense: the compressed and the dense model, on the same batches. keep: masks by target name, shaped like this
+    rank's shards; a target without one moves as a whole. Norms and biases stay.
+    """
+    fit, held_out = setting.split(max(1, sum(map(batch_size, setting.batches)) // HELD_OUT))
+    parts = [_Part.of(group, setting, dense) for group in [*_groups(fit, options.reconstruct_batch), held_out.batches]]
+    outcomes = []
+    with setting.progress.bar("reconstruction", len(blocks) * options.reconstruct) as advance:
+        for block in blocks:
+            for part in parts:
+                part.ask_dense(block)
+            moved = [_Moved(setting, t, keep.get(t.name)) for t in targets if t.layer == block.layer]
+            outcomes.append(_tune(block, moved, parts, options, advance))
+            for part in parts:
+                part.go_on(block)
+    return {
+        "epochs": options.reconstruct,
+        "learning_rate": options.reconstruct_rate,
+        "fitted_sequences": sum(map(batch_size, fit.batches)),
+        "held_out_sequences": sum(map(batch_size, held_out.batches)),
+        "layers": [asdict(outcome) for outcome in outcomes],
+    }
+
+
+def _groups(fit: Setting, sequences: int) -> list[list[Batch]]:
+    """The micro-batches of each step. They stay together in every epoch, so each is always the same rank's."""
+    groups: list[list[Batch]] = [[]]
+    for batch in fit.batches:
+        if sum(map(batch_size, groups[-1])) >= sequences:
+            groups.append([])
+        groups[-1].append(batch)
+    return groups
+
+
+@dataclass
+class _Part:
+    """Micro-batches that are worked on together, with what the two models give for this rank's share of them: `starts`
+    and `dense_starts` before the present layer, `dense_ends` behind it."""
+
+    setting: Setting
+    dense: Setting
+    starts: list[PrefixCache] = field(default_factory=list)
+    dense_starts: list[PrefixCache] = field(default_factory=list)
+    dense_ends: list[PrefixCache] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], setting: Setting, dense: Setting) -> _Part:
+        room = setting.costs.cache_bytes * len(batches) / len(setting.batches)
+        costs = replace(setting.costs, cache_bytes=room)
+        return cls(*(replace(s, batches=batches, costs=costs, progress=Progress()) for s in (setting, dense)))
+
+    def ask_dense(self, block: Block) -> None:
+        self.dense_ends = run_layers(self.dense, block.dense, self.dense_starts)
+
+    def go_on(self, block: Block) -> None:
+        """The dense model's states are at the next layer already."""
+        self.starts, self.dense_starts = run_layers(self.setting, _only(block), self.starts), self.dense_ends
+
+    def error(self, block: Block) -> float:
+        """Mean per token, over all ranks; the same on each, whatever their number."""
+        backend = self.setting.backend
+        found = torch.zeros(2, len(self.setting.batches), dtype=torch.float64)
+        mine = backend.share(list(enumerate(self.setting.batches)))
+        with torch.no_grad():
+            for number, ((place, batch), real) in enumerate(mine):
+                errors = self._errors(block, number, batch)
+                if real:
+                    found[:, place] = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)])
+        backend.sum_over_data([found])
+        return float(found[0].sum() / found[1].sum())
+
+    def gradients(self, block: Block, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
+        """fp32, shaped like this rank's shards, of the sum of the errors."""
+        setting = self.setting
+        with setting.backend.gradient_sums(setting.model, targets, lambda grad: grad) as sums:
+            for number, (batch, real) in enumerate(setting.backend.share(setting.batches)):
+                with sums.micro_batch(counts=real):
+                    self._errors(block, number, batch).sum().backward()
+        return {target.name: sums.moments.rounded(target.name) for target in targets}
+
+    def _errors(self, block: Block, number: int, batch: Batch) -> torch.Tensor:
+        """(real tokens,) fp32 squared errors, relative to the dense output's square, of this rank's micro-batch `number`."""
+        batch = self.setting.on_device(batch)
+        output = output_of(self.setting, _only(block), batch, self.starts[number] if self.starts else None)
+        wanted = self.dense_ends[number].at(block.dense.stop).float()
+        away = (first(output).float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-20)
+        real = real_tokens(batch)
+        return away.flatten() if real is None else away.flatten()[real]
+
+
+class _Moved:
+    """This rank's piece of a target that is tuned: in fp32, and as it was at its best. rms: of all its weights that are not
+    zero."""
+
+    def __init__(self, setting: Setting, target: Target, keep: torch.Tensor | None) -> None:
+        self.target, self._setting = target, setting
+        weight = setting.backend.shard(setting.model, target).weight
+        self._best, self.value, self._keep = weight.clone(), weight.float().clone(), keep
+        sums = [float(self.value.double().square().sum()), float((self.value != 0).sum())]
+        squares, count = setting.backend.sum_over_shards(torch.tensor(sums, dtype=torch.float64)).tolist()
+        self.rms = (squares / max(count, 1)) ** 0.5
+
+    def take(self, gradient: torch.Tensor) -> None:
+        """For the optimizer's next step. gradient: its own to keep."""
+        self.value.grad = gradient if self._keep is None else gradient.mul_(self._keep)
+
+    def show(self) -> None:
+        """Writes the value to the model."""
+        self._write(self.value.to(self._best.dtype))
+
+    def remember(self) -> None:
+        self._best.copy_(self.value)
+
+    def take_best(self) -> None:
+        self._write(self._best)
+
+    def _write(self, piece: torch.Tensor) -> None:
+        self._setting.backend.write(self._setting.model, self.target, piece)
+
+
+def _tune(
+    block: Block,
+    moved: Sequence[_Moved],
+    parts: Sequence[_Part],
+    options: PruneConfig,
+    advance: Callable[[], None],
+) -> Outcome:
+    """parts: the micro-batches of each step, and last those held out. advance: called after every epoch."""
+    *fit, held_out = parts
+    setting, targets = held_out.setting, [one.target for one in moved]
+    epochs, steps, done = options.reconstruct, options.reconstruct * len(fit), 0
+    before = best = held_out.error(block)
+    taken = 0
+    parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
+    order = torch.Generator().manual_seed(options.seed)
+    optimizer = _optimizer(moved)
+    with gradients_of(setting.bare, parameters):
+        for epoch in range(1, epochs + 1):
+            for index in torch.randperm(len(fit), generator=order).tolist() if moved else ():
+                gradients = fit[index].gradients(block, targets)
+                for one, group in zip(moved, optimizer.param_groups, strict=True):
+                    one.take(gradients.pop(one.target.name))
+                    group["lr"] = options.reconstruct_rate * (1 - done / steps) * one.rms
+                optimizer.step()
+                for one in moved:
+                    one.show()
+                done += 1
+            now = held_out.error(block)
+            if now < best:
+                best, taken = now, epoch
+                for one in moved:
+                    one.remember()
+            advance()
+    for one in moved:
+        one.take_best()
+    return Outcome(block.layer, before, best, taken)
+
+
+def _optimizer(moved: Sequence[_Moved]) -> torch.optim.Optimizer | None:
+    if not moved:
+        return None
+    groups = [{"params": [one.value]} for one in moved]
+    return torch.optim.Adam(groups, betas=BETAS, eps=1e-12, fused=True)
+
+
+def _only(block: Block) -> range:
+    return range(block.layer, block.layer + 1)
