@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 
 import torch
-from prepared import add_arguments, setting_of
+from prepared import add_arguments, problem_of
 
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.estimate.probes import measure
@@ -34,17 +34,17 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the section `recover`")
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    setting = setting_of(asked)
+    problem = problem_of(asked)
     apart = argparse.Namespace(**{**vars(asked), "data": asked.evaluation, "windows": asked.held_out})
-    held_out = replace(setting, batches=setting_of(apart, setting.backend).batches)
+    held_out = replace(problem, batches=problem_of(apart, problem.backend).batches)
     options = {"optimizer": "zo-sgd", "directions": asked.batch, "batch_size": asked.batch}
     options = RecoverConfig.model_validate(options | dict(word.split("=", 1) for word in asked.set))
     training = ForwardOnly(
-        setting.model, setting.anatomy.targets, zeros(setting), setting.objective, options, setting.backend
+        problem.model, problem.anatomy.matrices, zeros(problem), problem.objective, options, problem.backend
     )
     before, began, steps = measure(held_out, []), time.monotonic(), 0
-    while time.monotonic() - began < asked.seconds and (steps + 1) * asked.batch <= len(setting.batches):
-        training.step(setting.batches[steps * asked.batch :][: asked.batch], steps, 1.0)
+    while time.monotonic() - began < asked.seconds and (steps + 1) * asked.batch <= len(problem.batches):
+        training.step(problem.batches[steps * asked.batch :][: asked.batch], steps, 1.0)
         steps += 1
     after = measure(held_out, [])
     change, error = criteria.ratio_mean((after.base - before.base)[None], before.counts)
@@ -53,9 +53,9 @@ def main() -> None:
     print(f"change {float(change):+.5f} +- {float(error):.5f}")
 
 
-def zeros(setting) -> dict[str, torch.Tensor]:
+def zeros(problem) -> dict[str, torch.Tensor]:
     """Masks of the matrices that have zeros."""
-    weights = {t.name: setting.backend.shard(setting.model, t).weight for t in setting.anatomy.targets}
+    weights = {t.name: problem.backend.shard(problem.model, t).weight for t in problem.anatomy.matrices}
     return {name: weight != 0 for name, weight in weights.items() if not weight.all()}
 
 

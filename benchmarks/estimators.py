@@ -20,18 +20,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from prepared import add_arguments, setting_of
+from prepared import add_arguments, problem_of
 
 from tinygn_dist.estimate.backprop import gate_gradients
-from tinygn_dist.estimate.elimination import Contest, race
+from tinygn_dist.estimate.elimination import Contest, successive_elimination
 from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
 from tinygn_dist.estimate.input_moments import block_influence, input_moments
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, signs
-from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 KINDS = {"layers": None, "attention": "heads", "ffn": "channels", "heads": "heads"}
 STEPS = {"forward": 2.0**-9, "central": 2.0**-5}
@@ -52,17 +52,17 @@ def main() -> None:
     if asked.command == "table":
         return table(Path(asked.folder))
     Path(asked.out).mkdir(exist_ok=True)
-    with fast_products(torch.device("cpu")):
+    with fast_matmul(torch.device("cpu")):
         found = measured(asked)
     torch.save(found, Path(asked.out) / f"{asked.kind}.pt")
 
 
 # -- measuring -----------------------------------------------------------------------------------------------------------
-def probes_of(setting: Setting, kind: str, every: int) -> list[Probe]:
+def probes_of(problem: Problem, kind: str, every: int) -> list[Probe]:
     """Removal of whole layers; of all heads or all channels of a layer; of single heads (KV groups)."""
     if kind == "layers":
-        return [Probe(layer) for layer in range(0, setting.anatomy.num_layers, every)]
-    groups = setting.anatomy.of_kind(KINDS[kind])[::every]
+        return [Probe(layer) for layer in range(0, problem.anatomy.num_layers, every)]
+    groups = problem.anatomy.of_kind(KINDS[kind])[::every]
     if kind == "heads":
         return list(single_units(groups))
     return [Probe(group.layer, group, tuple(range(group.num_units))) for group in groups]
@@ -71,10 +71,10 @@ def probes_of(setting: Setting, kind: str, every: int) -> list[Probe]:
 def measured(asked: argparse.Namespace) -> dict:
     held_out = asked.windows
     asked.windows += MOST_BACKWARDS
-    whole = setting_of(asked)
+    whole = problem_of(asked)
     probes = probes_of(whole, asked.kind, asked.every)
 
-    def on(start: int, count: int) -> Setting:
+    def on(start: int, count: int) -> Problem:
         return replace(whole, batches=whole.batches[start : start + count])
 
     few = on(held_out, asked.few)
@@ -102,7 +102,7 @@ def contests_of(probes: list[Probe], kind: str) -> list[Contest]:
     return [Contest(tuple(i for i, p in enumerate(probes) if p.layer == layer), 1) for layer in places]
 
 
-def by_gates(few: Setting, half: Setting, probes: list[Probe]) -> dict:
+def by_gates(few: Problem, half: Problem, probes: list[Probe]) -> dict:
     one = gate_derivatives(few, probes, scheme="forward", step=STEPS["forward"])
     two = gate_derivatives(half, probes, scheme="central", step=STEPS["central"])
     slope = two.slopes.sum(1) / two.counts.sum()
@@ -113,7 +113,7 @@ def by_gates(few: Setting, half: Setting, probes: list[Probe]) -> dict:
     }
 
 
-def by_random_directions(few: Setting, probes: list[Probe]) -> dict:
+def by_random_directions(few: Problem, probes: list[Probe]) -> dict:
     """All gates moved at once: the mean over directions of slope times sign."""
     step, count = STEPS["central"], max(1, len(probes) // 2)
     estimate = torch.zeros(len(probes), dtype=torch.float64)
@@ -124,29 +124,29 @@ def by_random_directions(few: Setting, probes: list[Probe]) -> dict:
     return {"random directions over all gates": (-estimate, 2 * count * len(few.batches))}
 
 
-def _loss_at(setting: Setting, probes: list[Probe], factors: torch.Tensor) -> float:
+def _loss_at(problem: Problem, probes: list[Probe], factors: torch.Tensor) -> float:
     hooks, by_group = [], {}
     for probe, factor in zip(probes, factors.tolist(), strict=True):
         if probe.group is None:
-            layer = setting.bare.get_submodule(setting.anatomy.path_of(probe.layer))
+            layer = problem.bare.get_submodule(problem.anatomy.path_of(probe.layer))
             hooks.append((layer, LayerGate(torch.tensor(factor, dtype=torch.float64))))
         else:
             gates = by_group.setdefault(probe.group, torch.ones(probe.group.num_units, dtype=torch.float64))
             gates[list(probe.units)] = factor
     for group, gates in by_group.items():
-        hooks += unit_gates(setting.bare, group, gates)
+        hooks += unit_gates(problem.bare, group, gates)
     with attached(hooks):
-        seen = measure(setting, [])
+        seen = measure(problem, [])
     return float(seen.base.sum() / seen.counts.sum())
 
 
-def by_backprop(setting: Setting, probes: list[Probe]) -> dict:
+def by_backprop(problem: Problem, probes: list[Probe]) -> dict:
     groups = list(dict.fromkeys(probe.group for probe in probes if probe.group is not None))
-    by_group, by_layer, counts = gate_gradients(setting, groups, [p.layer for p in probes if p.group is None])
+    by_group, by_layer, counts = gate_gradients(problem, groups, [p.layer for p in probes if p.group is None])
     grads = (
         by_layer if not groups else torch.stack([by_group[groups.index(p.group)][list(p.units)].sum(0) for p in probes])
     )
-    mass, cost = grads.square().sum(1) / 2 / counts.sum(), 3 * len(setting.batches)
+    mass, cost = grads.square().sum(1) / 2 / counts.sum(), 3 * len(problem.batches)
     return {
         "backprop, gate gradient (Taylor)": (-grads.sum(1) / counts.sum(), cost),
         "backprop, Fisher mass of the gate": (mass, cost),
@@ -154,23 +154,23 @@ def by_backprop(setting: Setting, probes: list[Probe]) -> dict:
     }
 
 
-def without_the_loss(setting: Setting, probes: list[Probe]) -> dict:
+def without_the_loss(problem: Problem, probes: list[Probe]) -> dict:
     """Sums of squared weights, and of what reaches the residual stream (layers: block influence)."""
-    anatomy, cost = setting.anatomy, len(setting.batches)
+    anatomy, cost = problem.anatomy, len(problem.batches)
     if probes[0].group is None:
         sizes = torch.zeros(anatomy.num_layers, dtype=torch.float64)
-        for target in anatomy.targets:
-            sizes[target.layer] += setting.bare.get_parameter(target.parameter).detach().double().square().sum()
-        active = criteria.block_influence(*block_influence(setting))
+        for matrix in anatomy.matrices:
+            sizes[matrix.layer] += problem.bare.get_parameter(matrix.parameter).detach().double().square().sum()
+        active = criteria.block_influence(*block_influence(problem))
         layers = [probe.layer for probe in probes]
         return {"magnitude": (sizes[layers], 0), "activation": (active[layers], cost)}
     groups = list(dict.fromkeys(probe.group for probe in probes))
-    targets = [anatomy.target_of(group.output) for group in groups]
-    moments = input_moments(setting, targets, full=False)
+    matrices = [anatomy.matrix_of(group.output) for group in groups]
+    moments = input_moments(problem, matrices, full=False)
     sizes, active = {}, {}
-    for group, target in zip(groups, targets, strict=True):
-        weight = target.matrix(setting.bare.get_parameter(target.parameter).detach())
-        energy = criteria.column_energy(weight, moments.moments.sum(moments.of(target)).float())
+    for group, matrix in zip(groups, matrices, strict=True):
+        weight = matrix.oriented(problem.bare.get_parameter(matrix.parameter).detach())
+        energy = criteria.column_energy(weight, moments.moments.sum(moments.of(matrix)).float())
         sizes[group] = criteria.unit_sums(weight.double().square().sum(0), group.output_width)
         active[group] = criteria.unit_sums(energy, group.output_width)
 
@@ -243,14 +243,14 @@ def raced(seen: dict, order: torch.Tensor) -> tuple[float, float, float, float]:
     that all take; by how much what it removes costs more on all sequences, per contest; open contests."""
     truth, counts, contests = seen["truth"][:, order], seen["counts"][order], seen["removed"]
 
-    def look(setting: Setting, asked: list[Probe], *, without: object = ()) -> Measured:
-        columns = [int(batch["number"]) for batch in setting.batches]
+    def look(problem: Problem, asked: list[Probe], *, without: object = ()) -> Measured:
+        columns = [int(batch["number"]) for batch in problem.batches]
         rows = [probe.layer for probe in asked]
         return Measured(truth[rows][:, columns], counts[columns], counts[columns], len(rows) * len(columns))
 
     batches = [{"number": torch.tensor([number])} for number in range(len(counts))]
-    setting = Setting(None, None, None, batches, None, None)
-    found = race(setting, [Probe(row) for row in range(len(truth))], contests, look=look)
+    problem = Problem(None, None, None, batches, None, None)
+    found = successive_elimination(problem, [Probe(row) for row in range(len(truth))], contests, look=look)
     exact, wrong, lost = criteria.ratio_mean(truth, counts)[0], 0, 0.0
     for contest in contests:
         members = torch.tensor(contest.probes)

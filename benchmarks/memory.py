@@ -32,7 +32,7 @@ from tinygn_dist.checkpoints import export, load
 from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.config import DistributedConfig, ModelConfig
 from tinygn_dist.estimate.backprop import weight_gradients
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.criteria import taylor
 from tinygn_dist.models.anatomy import read_anatomy
@@ -110,12 +110,12 @@ def measure(folder: Path, seq_len: int, offload: str) -> None:
     ids = torch.randint(0, source.config.vocab_size, (backend.num_ranks, 1, seq_len))
     ids = backend.everyone(ids)[0]
     batches = [{"input_ids": row, "labels": row} for row in ids]
-    here = Setting(model, anatomy, objective_of("causal-lm"), batches, backend, Progress())
+    here = Problem(model, anatomy, objective_of("causal-lm"), batches, backend, Progress())
     with peak_of(facts, "forward peak", before):
         mean_loss(here, "a forward")
-    sums = weight_gradients(here, anatomy.targets, squares=False)
+    sums = weight_gradients(here, anatomy.matrices, squares=False)
     facts["gradient sums"] = size_of(sums.tensors())
-    scores = [taylor(backend.shard(model, t).weight, sums.rounded(t.name)) for t in anatomy.targets]
+    scores = [taylor(backend.shard(model, t).weight, sums.rounded(t.name)) for t in anatomy.matrices]
     facts["scores"] = size_of(scores)
     facts["all three"] = sum(facts[name] for name in ("parameters", "gradient sums", "scores"))
     facts["process after scoring"] = anonymous() - before
@@ -157,7 +157,7 @@ def peak_of(facts: dict[str, int], name: str, before: int) -> Iterator[None]:
         while not done.wait(0.002):
             highest[0] = max(highest[0], _anonymous_now())
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    watcher = threading.Thread(matrix=watch, daemon=True)
     watcher.start()
     yield
     done.set()

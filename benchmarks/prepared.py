@@ -17,7 +17,7 @@ from tinygn_dist.checkpoints import load
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import DataConfig, DistributedConfig, ModelConfig
 from tinygn_dist.data import splits as calibration
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import objective_of
 from tinygn_dist.runtime.progress import Progress
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser, *, windows: int, seq_len: int) -> None
     parser.add_argument("--seq-len", type=int, default=seq_len, help="tokens of each")
 
 
-def setting_of(asked: Namespace, backend: Backend | None = None) -> Setting:
+def problem_of(asked: Namespace, backend: Backend | None = None) -> Problem:
     """The model, and `windows` calibration sequences of the data as `tinygn compress` draws them."""
     backend = backend or make_backend(DistributedConfig(timeout_seconds=600))
     source = load.find_model(ModelConfig(name=asked.model))
@@ -40,7 +40,7 @@ def setting_of(asked: Namespace, backend: Backend | None = None) -> Setting:
     data = DataConfig(name=asked.data, num_samples=asked.windows, seq_len=asked.seq_len, eval_samples=1)
     splits = calibration.load_splits(data, source.task, load.load_processor(source), 0)
     anatomy = read_anatomy(load.skeleton(source), needs_units=True)
-    return Setting(model, anatomy, objective_of(source.task), splits.calibration, backend, Progress())
+    return Problem(model, anatomy, objective_of(source.task), splits.calibration, backend, Progress())
 
 
 def on_ranks(script: str, ranks: int, words: list[str]) -> dict[str, Any]:

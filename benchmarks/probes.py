@@ -22,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from prepared import add_arguments, on_ranks, setting_of
+from prepared import add_arguments, on_ranks, problem_of
 
 from tinygn_dist.estimate.probes import Probe, measure
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
-from tinygn_dist.runtime.cpu_matmul import fast_products, stock_products
+from tinygn_dist.runtime.cpu_matmul import fast_matmul, stock_matmul
 
 MOST_PLAIN = 5
 """plain forwards of each window between two rows"""
@@ -75,28 +75,28 @@ def _per_forward(row: dict[str, float], clock: str) -> float:
 
 def timed(folder: Path, asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    setting = setting_of(asked)
-    layers = range(0, setting.anatomy.num_layers, asked.every)
+    problem = problem_of(asked)
+    layers = range(0, problem.anatomy.num_layers, asked.every)
     alone = [Probe(layer) for layer in layers]
     blocks = [
         Probe(group.layer, group, tuple(range(group.num_units)))
-        for group in setting.anatomy.groups
+        for group in problem.anatomy.groups
         if group.layer in layers
     ]
-    backend, few = setting.backend, [alone[0], alone[-1]]
+    backend, few = problem.backend, [alone[0], alone[-1]]
     rows = {"layers, restarting": (alone, True)}
     if "whole" not in asked.skip:
         rows["layers, whole"] = (alone, False)
     if "blocks" not in asked.skip:
         rows["blocks, restarting"] = (blocks, True)
-    with fast_products(backend.device):
-        measure(setting, few)  # warm
-        facts = {"memory": {"evaluation": peak(lambda: mean_loss(setting, "evaluation"))}}
-        facts["memory"]["probing"] = peak(lambda: measure(setting, few))
-        plain = Plain(setting, max(1, min(MOST_PLAIN, len(alone) // 2)))
+    with fast_matmul(backend.device):
+        measure(problem, few)  # warm
+        facts = {"memory": {"evaluation": peak(lambda: mean_loss(problem, "evaluation"))}}
+        facts["memory"]["probing"] = peak(lambda: measure(problem, few))
+        plain = Plain(problem, max(1, min(MOST_PLAIN, len(alone) // 2)))
         for name, (asked_probes, reuse) in rows.items():
-            row = clocked(setting, lambda p=asked_probes, r=reuse: measure(setting, p, reuse=r))
-            facts[name] = row | {"forwards": len(asked_probes) * len(setting.batches)}
+            row = clocked(problem, lambda p=asked_probes, r=reuse: measure(problem, p, reuse=r))
+            facts[name] = row | {"forwards": len(asked_probes) * len(problem.batches)}
             plain.again()
     everyone = backend.everyone(facts | plain.facts)
     if backend.is_main:
@@ -112,30 +112,30 @@ class Plain:
     """facts: seconds of plain forwards on one rank so far, with the products in use and with stock torch's. times: forwards of
     each window and kind at once."""
 
-    def __init__(self, setting: Setting, times: int) -> None:
-        self.setting, self.times = setting, times
+    def __init__(self, problem: Problem, times: int) -> None:
+        self.problem, self.times = problem, times
         self.facts: dict[str, dict[str, float]] = {}
         self.again()
 
     def again(self) -> None:
-        if self.setting.backend.num_ranks == 1:
+        if self.problem.backend.num_ranks == 1:
             self._add("plain")
-            with stock_products():
+            with stock_matmul():
                 self._add("plain, stock torch")
 
     def _add(self, name: str) -> None:
-        row = clocked(self.setting, lambda: mean_loss(self.setting, "plain"), self.times)
-        row["forwards"] = self.times * len(self.setting.batches)
+        row = clocked(self.problem, lambda: mean_loss(self.problem, "plain"), self.times)
+        row["forwards"] = self.times * len(self.problem.batches)
         before = self.facts.get(name, {})
         self.facts[name] = {key: value + before.get(key, 0) for key, value in row.items()}
 
 
-def clocked(setting: Setting, work: Callable[[], object], times: int = 1) -> dict[str, float]:
-    setting.backend.barrier()
+def clocked(problem: Problem, work: Callable[[], object], times: int = 1) -> dict[str, float]:
+    problem.backend.barrier()
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(times):
         work()
-    setting.backend.barrier()
+    problem.backend.barrier()
     return {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
 
 

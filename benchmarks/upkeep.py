@@ -32,7 +32,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints import load
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import objective_of
@@ -98,9 +98,9 @@ def measure(folder: Path, asked: argparse.Namespace) -> None:
         kind: Recovery(teacher if kind == "taught" else None, "causal-lm", (), options, Plan(1), backend, Progress())
         for kind in KINDS
     }
-    setting = Setting(model, anatomy, objective_of("causal-lm"), batch, backend, Progress())
+    problem = Problem(model, anatomy, objective_of("causal-lm"), batch, backend, Progress())
     prune = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
-    masks = TimedMasks(anatomy.targets, sparsify(setting, anatomy.targets, prune).by_name)
+    masks = TimedMasks(anatomy.matrices, sparsify(problem, anatomy.matrices, prune).by_name)
     kinds = KINDS if asked.teacher else KINDS[:2]
     seconds: dict[str, list[float]] = {kind: [] for kind in [*kinds, "itself"]}
     with backend.in_fp32(model):

@@ -24,7 +24,19 @@ from tinygn_dist.backends.base import Backend  # noqa: E402
 from tinygn_dist.config import DistributedConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+SUITES = ("contract", "pipeline", "gpu")
+"""folders of tests that cross the package's folders; every other folder mirrors one of the package"""
+PURE = ("maths", "config", "test_layering.py")
 CLI_SECONDS = 150
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test is `unit`, or of the suite whose folder it lies in; those of PURE are `pure` too."""
+    for item in items:
+        first = item.path.relative_to(ROOT / "tests").parts[0]
+        item.add_marker(first if first in SUITES else "unit")
+        if first in PURE:
+            item.add_marker("pure")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from transformers import (
 from tests import tiny
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.estimate.hooks import InputGate, LayerGate, attached
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.kept import KeptUnits
@@ -143,12 +143,12 @@ def build(model_type: str, **changes) -> nn.Module:
     return model
 
 
-def make_setting(model: nn.Module, backend: Replicated) -> Setting:
+def make_problem(model: nn.Module, backend: Replicated) -> Problem:
     anatomy = read_anatomy(model, needs_units=True)
     objective = {AutoModelForCausalLM: causal_lm, AutoModelForSeq2SeqLM: seq2seq_lm}.get(
         auto_class(model.config), classification
     )
-    return Setting(model, anatomy, objective, batches_for(model), backend, Progress(shown=False))
+    return Problem(model, anatomy, objective, batches_for(model), backend, Progress(shown=False))
 
 
 def batches_for(model: nn.Module) -> list[dict[str, torch.Tensor]]:
@@ -185,10 +185,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
-def choose(setting: Setting, kinds: list[str], seed: int = 0) -> tuple[KeptUnits, Mix]:
+def choose(problem: Problem, kinds: list[str], seed: int = 0) -> tuple[KeptUnits, Mix]:
     """Some units to keep, other ones in every layer, and the mix that says how many went."""
     generator = torch.Generator().manual_seed(seed)
-    anatomy = setting.anatomy
+    anatomy = problem.anatomy
     gone_layers = {1, 3} if len(anatomy.stacks) > 1 else {1}  # the second of each stack
     layers = tuple(layer for layer in range(LAYERS) if "layers" not in kinds or layer not in gone_layers)
     kept, gone = {}, {"layers": LAYERS - len(layers)}
@@ -203,9 +203,9 @@ def choose(setting: Setting, kinds: list[str], seed: int = 0) -> tuple[KeptUnits
 
 
 @contextlib.contextmanager
-def gated(setting: Setting, kept: KeptUnits):
+def gated(problem: Problem, kept: KeptUnits):
     """The full model with everything that is not kept shut, by means of this test where the product has its own."""
-    model, anatomy = setting.model, setting.anatomy
+    model, anatomy = problem.model, problem.anatomy
     hooks, handles = [], []
     for group in anatomy.groups:
         units = kept.of(group.kind).get(group.layer)
@@ -241,8 +241,8 @@ def route(router: nn.Module, scores: torch.Tensor, gone: torch.Tensor):
     return scores, top, chosen
 
 
-def shrunk(setting: Setting, kept: KeptUnits) -> nn.Module:
-    model, anatomy = setting.model, setting.anatomy
+def shrunk(problem: Problem, kept: KeptUnits) -> nn.Module:
+    model, anatomy = problem.model, problem.anatomy
     config = smaller_config(model.config, anatomy, kept)
     small = auto_class(config).from_config(config)
     small.load_state_dict(tiny.smaller_state(model.state_dict(), anatomy, kept), strict=True)

@@ -14,7 +14,7 @@ from torch import nn
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import Anatomy, read_anatomy
 from tinygn_dist.models.kept import KeptUnits
 from tinygn_dist.models.objective import IGNORED, Batch, add_reference, objective_of
@@ -128,7 +128,7 @@ def batches(family: str, count: int = 3, size: int = 2, length: int = 10, *, pad
     return made
 
 
-def setting(family: str, backend: Backend | None = None, model: nn.Module | None = None, **data: int) -> Setting:
+def problem(family: str, backend: Backend | None = None, model: nn.Module | None = None, **data: int) -> Problem:
     """A prepared model with its anatomy, objective and data."""
     backend = backend or make_backend(DistributedConfig())
     model = backend.prepare(model if model is not None else build(family))
@@ -137,7 +137,7 @@ def setting(family: str, backend: Backend | None = None, model: nn.Module | None
     rows = batches(family, **data)
     if task == "feature-extraction":  # at the reference itself the distance has no slope: compare with a moved one
         rows = [{**b, "reference": b["reference"] + 0.5} for b in add_reference(model, rows, backend.device)]
-    return Setting(model, anatomy, objective_of(task), rows, backend, Progress())
+    return Problem(model, anatomy, objective_of(task), rows, backend, Progress())
 
 
 def tokenizer(*, chat: bool = False, special_prefix: bool = False) -> hf.PreTrainedTokenizerFast:

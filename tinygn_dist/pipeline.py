@@ -19,20 +19,20 @@ from tinygn_dist.data.self_generated import write_rows
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.estimator import peak_gib
 from tinygn_dist.estimate.gates import check_step
-from tinygn_dist.estimate.problem import Setting, costs_of
+from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.evaluate.lm_tasks import check_tasks
 from tinygn_dist.maths.counts import Mix, share_left
-from tinygn_dist.models.anatomy import Anatomy, Target, read_anatomy
+from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.prune.sparsity import sparsify as weights
 from tinygn_dist.prune.structured import filters
-from tinygn_dist.prune.structured.latency import LatencyTarget
+from tinygn_dist.prune.structured.latency import LatencyGoal
 from tinygn_dist.prune.structured.methods import cut_of
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.prune.structured.size_goal import meet_goal
 from tinygn_dist.run.recovery import TrainingStage
 from tinygn_dist.run.report import REPORT_FILE, Report, versions
-from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.runtime.stage_timer import Stages, give_back
 from tinygn_dist.train import reconstruct
@@ -54,7 +54,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     with backend.together("checking the request"):
         run.check()
     run.measure_costs()
-    with export.only_writer(run.destination, backend), fast_products(backend.device):
+    with export.only_writer(run.destination, backend), fast_matmul(backend.device):
         run.every_stage()
     return run.report
 
@@ -73,7 +73,7 @@ class _Run(TrainingStage):
         self.progress = Progress(shown=backend.is_main)
         self.stage = Stages()
         self.masks: GradualMasks | None = None
-        self.latency: LatencyTarget | None = None
+        self.latency: LatencyGoal | None = None
         self.teacher: nn.Module | TeacherCache | None = None
         self.course, self.round = Course(), 0
         self.protected = config.prune.protect
@@ -122,21 +122,21 @@ class _Run(TrainingStage):
         skeleton = self.skeleton = load.skeleton(self.source)
         self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
         self.mixes: list[Mix] = []
-        self.targets: tuple[Target, ...] = ()
+        self.matrices: tuple[Matrix, ...] = ()
         if config.prune.unit_kinds:
             self.cut = cut_of(self.anatomy, config.prune)
-            asked = meet_target(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
+            asked = meet_goal(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
             self.config = config = config.model_copy(update={"prune": asked})
             self.mixes = [] if asked.asks_latency else self.cut.plan_mixes(self.anatomy, asked)
             self.dense_params = self.cut.dense_params(self.anatomy)
         else:
-            self.targets = self.anatomy.choose_targets(config.prune.targets, config.prune.ignore)
-            weights.check(self.anatomy, self.targets, config.prune)
+            self.matrices = self.anatomy.choose_matrices(config.prune.matrices, config.prune.ignore)
+            weights.check(self.anatomy, self.matrices, config.prune)
         reconstruct.check(self.anatomy, config.prune)
         if config.prune.probe_step is not None:
             check_step(config.prune.probe_step, load.dtype_of(self.source))
         check_tasks(config.evaluate, self.source.task)
-        check_training(config.recover, self.targets or self.anatomy.targets, self.backend)
+        check_training(config.recover, self.matrices or self.anatomy.matrices, self.backend)
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
         if config.data.name == "self" and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
@@ -147,9 +147,9 @@ class _Run(TrainingStage):
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
 
     def measure_costs(self) -> None:
-        """Where a latency is asked for: what layers cost on this device, and the mixes that meet the target by that."""
+        """Where a latency is asked for: what layers cost on this device, and the mixes that meet the matrix by that."""
         if self.config.prune.asks_latency:
-            self.latency = LatencyTarget(self.source, self.config, self.anatomy, self.backend)
+            self.latency = LatencyGoal(self.source, self.config, self.anatomy, self.backend)
             self.mixes = self.latency.mixes
 
     def load(self) -> None:
@@ -214,8 +214,8 @@ class _Run(TrainingStage):
         if not mixes:
             return
         closer = {"replan": self.latency.replanned} if self.latency else {}
-        setting = self.setting(self.model, self.splits.calibration)
-        kept, scores, trials, shifts = self.cut.remove_units(setting, mixes, asked, **closer)
+        problem = self.problem(self.model, self.splits.calibration)
+        kept, scores, trials, shifts = self.cut.remove_units(problem, mixes, asked, **closer)
         self.backend.agree(kept.fingerprint(), "the kept units")
         if self.report.selection:
             self.report.earlier_rounds.append(self.report.selection)
@@ -237,7 +237,7 @@ class _Run(TrainingStage):
         self.model, self.dtypes = self.backend.place(smaller), smaller.dtypes
         self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
         if self.cut is filters and self.config.prune.compensate:
-            filters.reestimate_norms(self.setting(self.model, self.splits.calibration))
+            filters.reestimate_norms(self.problem(self.model, self.splits.calibration))
         self.kept_layers = kept.layers
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {
@@ -248,8 +248,8 @@ class _Run(TrainingStage):
 
     def sparsify(self) -> None:
         """Choose and apply masks; the weights that are kept may have been updated."""
-        setting = replace(self.setting(self.model, self.splits.calibration), parts=self.parts)
-        self.masks = GradualMasks(setting, self.targets, self.config.prune, self.config.schedule, self.plan)
+        problem = replace(self.problem(self.model, self.splits.calibration), parts=self.parts)
+        self.masks = GradualMasks(problem, self.matrices, self.config.prune, self.config.schedule, self.plan)
         self.tell_masks()
         self.report.notes.append(
             "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
@@ -260,7 +260,7 @@ class _Run(TrainingStage):
         masks = self.masks.masks
         fingerprint, kept = masks.fingerprint(self.model, self.backend), masks.kept(self.backend)
         self.backend.agree(fingerprint, "the mask")
-        targeted, in_layers = (sum(t.numel for t in ts) for ts in (self.targets, self.anatomy.targets))
+        targeted, in_layers = (sum(t.numel for t in ts) for ts in (self.matrices, self.anatomy.matrices))
         self.report.selection = {"fingerprint": fingerprint, "kept": kept}
         self.report.parameters = {
             "dense": self.anatomy.total_params,
@@ -289,7 +289,7 @@ class _Run(TrainingStage):
             reloaded, _ = placed(source, backend)
             with backend.together("comparing what was reloaded"):
                 export.check_reloaded(reloaded, held, self.dtypes, backend)
-            self.report.sparsity = export.sparsity_figures(disk, self.targets, reloaded, backend)
+            self.report.sparsity = export.sparsity_figures(disk, self.matrices, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.all_figures(reloaded) | size
             if self.latency:
@@ -314,8 +314,8 @@ class _Run(TrainingStage):
         del self.model
         give_back()
 
-    def setting(self, model: nn.Module, batches: Sequence[Batch]) -> Setting:
+    def problem(self, model: nn.Module, batches: Sequence[Batch]) -> Problem:
         costs = costs_of(self.config.prune)
-        return Setting(
+        return Problem(
             model, self.anatomy, self.objective, batches, self.backend, self.progress, self.report.notes, costs=costs
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tests.contract.sharded_models import NO_DOWN, digest, llama, rows, setting
+from tests.contract.sharded_models import NO_DOWN, digest, llama, problem, rows
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import PruneConfig, RecoverConfig, ScheduleConfig
 from tinygn_dist.evaluate.quality import mean_loss
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
 from tinygn_dist.train.loop import Course, InTraining, Recovery
@@ -33,28 +33,28 @@ def gradual(backend: Backend, dtype: torch.dtype) -> dict[str, dict[str, object]
 
 
 def _gradual(backend: Backend, dtype: torch.dtype, prune: dict, schedule: dict) -> dict[str, object]:
-    here = setting(backend, llama().to(dtype))
+    here = problem(backend, llama().to(dtype))
     prune = PruneConfig(**{"pattern": "unstructured", "sparsity": 0.6, **prune})
     schedule = ScheduleConfig(every=2, **schedule)
     plan = plan_of(schedule, prune, 6)
     assert plan.updates == (2, 4)
-    masks = GradualMasks(here, here.anatomy.choose_targets(prune.targets, prune.ignore), prune, schedule, plan)
+    masks = GradualMasks(here, here.anatomy.choose_matrices(prune.matrices, prune.ignore), prune, schedule, plan)
     asked = RecoverConfig(steps=6, learning_rate=5e-3, batch_size=8, weight_decay=0.1, clip_norm=0.5, distill=0)
-    before = {target.name: masks.masks.by_name[target.name].clone() for target in masks.masks.targets}
+    before = {matrix.name: masks.masks.by_name[matrix.name].clone() for matrix in masks.masks.matrices}
 
     def stepped(now: InTraining) -> None:
         assert masks.masks.violations(now.model, backend) == 0, f"live weights regrew in step {now.course.step}"
         assert masks.steps == now.course.step, "a step was counted twice or not at all"
         if now.course.step in plan.updates:
-            total = sum(target.numel for target in masks.masks.targets)
+            total = sum(matrix.numel for matrix in masks.masks.matrices)
             kept = sum(masks.masks.kept(backend).values())
             if prune.nm is None and prune.scope == "global":
                 assert kept == total - round(plan.level_after(masks.steps) * total)
-            for target in masks.masks.targets:
-                changed = before[target.name] ^ masks.masks.by_name[target.name]
+            for matrix in masks.masks.matrices:
+                changed = before[matrix.name] ^ masks.masks.by_name[matrix.name]
                 if schedule.regrow != "top-kast":  # whose weights trained before they came
-                    _assert_fresh(backend, now, target, changed)
-                before[target.name] = masks.masks.by_name[target.name].clone()
+                    _assert_fresh(backend, now, matrix, changed)
+                before[matrix.name] = masks.masks.by_name[matrix.name].clone()
 
     course = Course()
     recovery = Recovery(None, "causal-lm", rows(5), asked, plan, backend, Progress(), stepped=stepped)
@@ -67,14 +67,14 @@ def _gradual(backend: Backend, dtype: torch.dtype, prune: dict, schedule: dict) 
     }
 
 
-def _assert_fresh(backend: Backend, now: InTraining, target: Target, changed: torch.Tensor) -> None:
+def _assert_fresh(backend: Backend, now: InTraining, matrix: Matrix, changed: torch.Tensor) -> None:
     """Where the mask changed the optimizer knows nothing; elsewhere it knows something."""
-    whole = backend.whole_training(now.model, now.optimizer, target.parameter)
-    changed = backend.gather(now.model, target, changed).view(-1).cpu()
+    whole = backend.whole_training(now.model, now.optimizer, matrix.parameter)
+    changed = backend.gather(now.model, matrix, changed).view(-1).cpu()
     states = [value for key, value in whole.items() if key != "weight" and value.dim() == 1]
     assert len(states) == 2, f"AdamW has two moments, found {list(whole)}"
     for state in states:
-        state = target.within(state.view(-1, target.numel) if target.index is not None else state)
+        state = matrix.within(state.view(-1, matrix.numel) if matrix.index is not None else state)
         assert not state[changed].any() and state[~changed].count_nonzero() > 0.5 * (~changed).sum()
 
 
@@ -101,8 +101,8 @@ def resumed(backend: Backend) -> None:
 
     digests = []
     for course in (Course(), Course(step=3)):
-        here = setting(backend, llama())
-        masks = GradualMasks(here, here.anatomy.targets, prune, schedule, plan)
+        here = problem(backend, llama())
+        masks = GradualMasks(here, here.anatomy.matrices, prune, schedule, plan)
         recovery = Recovery(None, "causal-lm", rows(5), asked, plan, backend, Progress(), begin, save)
         recovery.run(here.model, masks, course)
         digests.append(digest(backend, here.model))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests import plain
-from tests.contract.sharded_models import llama, mixtral, setting
+from tests.contract.sharded_models import llama, mixtral, problem
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.prune.sparsity.sparsify import sparsify
@@ -27,19 +27,19 @@ def reconstructed(backend: Backend) -> dict[str, dict[str, float]]:
 
 
 def _reconstructed(backend: Backend, build: Callable[[], nn.Module], dtype: torch.dtype) -> dict[str, float]:
-    sparse, dense = (setting(backend, build().to(dtype)) for _ in range(2))
+    sparse, dense = (problem(backend, build().to(dtype)) for _ in range(2))
     options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion="magnitude", reconstruct=2)
     options = options.model_copy(update={"reconstruct_rate": 0.02, "reconstruct_batch": 3})
-    masks = sparsify(sparse, sparse.anatomy.targets, options)
+    masks = sparsify(sparse, sparse.anatomy.matrices, options)
     before = masks.fingerprint(sparse.model, backend)
     layers = range(sparse.anatomy.num_layers)
     blocks = blocks_of(layers, len(layers))
-    told = reconstruct(sparse, dense, blocks, sparse.anatomy.targets, masks.by_name, options)
+    told = reconstruct(sparse, dense, blocks, sparse.anatomy.matrices, masks.by_name, options)
     assert masks.violations(sparse.model, backend) == 0 and masks.fingerprint(sparse.model, backend) == before
     backend.agree(told, "what reconstruction reached")
     state = plain.full_state(backend, sparse.model)
     facts = {"norm": float(sum(t.double().square().sum() for t in state.values()) ** 0.5)}
-    facts["zeros"] = float(sum(int((state[t.parameter] == 0).sum()) for t in sparse.anatomy.targets))
+    facts["zeros"] = float(sum(int((state[t.parameter] == 0).sum()) for t in sparse.anatomy.matrices))
     for layer in told["layers"]:
         assert layer["after"] <= layer["before"]
         facts |= {f"{key} {layer['layer']}": float(layer[key]) for key in ("before", "after")}

@@ -25,7 +25,7 @@ from torch import nn
 from tests import plain
 from tests.contract.gradual_checks import gradual, resumed
 from tests.contract.reconstruct_checks import reconstructed
-from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, rows, setting
+from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, problem, rows
 from tests.contract.unit_checks import stacks, to_a_latency
 from tests.one_card import share_cards
 from tinygn_dist.backends import Backend, make_backend
@@ -38,7 +38,7 @@ from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.cli.main import leave
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
 from tinygn_dist.errors import Stopped
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.pipeline import compress
@@ -113,23 +113,23 @@ def pieces(backend: Backend) -> None:
     """Shards partition every weight, at the offsets they claim; gather and cut are each other's inverse."""
     for model in (llama(), gpt2(), mixtral()):
         reference = {name: p.detach().to(backend.device, copy=True) for name, p in model.named_parameters()}
-        here = setting(backend, model)
-        for target in here.anatomy.targets:
-            shard, whole = backend.shard(here.model, target), target.within(reference[target.parameter])
+        here = problem(backend, model)
+        for matrix in here.anatomy.matrices:
+            shard, whole = backend.shard(here.model, matrix), matrix.within(reference[matrix.parameter])
             flat = whole.reshape(-1)[shard.offset : shard.offset + shard.weight.numel()]
-            assert torch.equal(shard.weight.reshape(-1), flat), target.name
-            held = torch.zeros(target.numel, dtype=torch.int64)
+            assert torch.equal(shard.weight.reshape(-1), flat), matrix.name
+            held = torch.zeros(matrix.numel, dtype=torch.int64)
             held[shard.offset : shard.offset + shard.weight.numel()] += 1
-            assert backend.sum_over_shards(held).eq(1).all(), f"{target.name}: not a partition"
-            assert torch.equal(backend.gather(here.model, target, shard.weight), whole)
-            assert torch.equal(backend.cut(here.model, target, whole), shard.weight)
-            positive = backend.gather(here.model, target, shard.weight > 0)
+            assert backend.sum_over_shards(held).eq(1).all(), f"{matrix.name}: not a partition"
+            assert torch.equal(backend.gather(here.model, matrix, shard.weight), whole)
+            assert torch.equal(backend.cut(here.model, matrix, whole), shard.weight)
+            positive = backend.gather(here.model, matrix, shard.weight > 0)
             assert torch.equal(positive, whole > 0)
 
 
 def nothing_stays(backend: Backend) -> None:
     """A model that is no longer used is freed when the next is placed: after a cut, the dense one."""
-    here = setting(backend, llama())
+    here = problem(backend, llama())
     mean_loss(here, "evaluating")
     model = weakref.ref(here.model)
     del here
@@ -166,7 +166,7 @@ def loading(backend: Backend, sharded: int, folder: Path) -> None:
 
 def restoring(backend: Backend, sharded: int, folder: Path) -> None:
     """A model of another size than the source's, from a run's own checkpoint: each rank reads its share of it."""
-    here = setting(backend, llama(True))
+    here = problem(backend, llama(True))
     reference = tensors_of(llama(True))
     with Checkpoints(folder / "saved", {}, backend, keep=1).writing("all") as writer:
         write_weights(writer, here.model, None, backend)
@@ -202,7 +202,7 @@ def held_storage() -> int:
 
 def sums(backend: Backend, sharded: int) -> None:
     """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the weights."""
-    setting(backend, llama())
+    problem(backend, llama())
     assert int(backend.sum_over_shards(torch.ones(1))) == sharded
     data = torch.tensor([float(2**backend.rank)])
     backend.sum_over_data([data])
@@ -222,11 +222,11 @@ def masks(backend: Backend) -> dict[str, dict[str, object]]:
     cases += [("gpt2", gpt2, name, case) for name, case in CONV1D_CASES]
     cases += [("mixtral", mixtral, name, case) for name, case in EXPERT_CASES]
     for family, build, criterion, case in cases:
-        here = setting(backend, build())
+        here = problem(backend, build())
         before = digest(backend, here.model) if criterion == "fisher" and not case else None
         options = PruneConfig(**{"pattern": "unstructured", "sparsity": 0.5, "criterion": criterion, **case})
-        targets = here.anatomy.choose_targets(options.targets, options.ignore)
-        chosen = sparsify(here, targets, options)
+        matrices = here.anatomy.choose_matrices(options.matrices, options.ignore)
+        chosen = sparsify(here, matrices, options)
         fingerprint = chosen.fingerprint(here.model, backend)
         backend.agree(fingerprint, "the mask")
         assert chosen.violations(here.model, backend) == 0
@@ -248,7 +248,7 @@ def units(backend: Backend) -> dict[str, str]:
     found = {}
     for case in UNIT_CASES:
         build = mixtral if case["pattern"] == "experts" else llama
-        here, options = setting(backend, build()), PruneConfig(**case)
+        here, options = problem(backend, build()), PruneConfig(**case)
         kept, _, trials, _ = remove_units(here, plan_mixes(here.anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
@@ -258,9 +258,9 @@ def units(backend: Backend) -> dict[str, str]:
 def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> dict[str, float]:
     """5 steps of AdamW with momentum, weight decay, clipping and 2 or 4 micro-batches per step and rank."""
     model = llama(tied).to(dtype)
-    here = setting(backend, model)
+    here = problem(backend, model)
     options = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
-    chosen = sparsify(here, here.anatomy.targets, options)
+    chosen = sparsify(here, here.anatomy.matrices, options)
     fingerprint = chosen.fingerprint(here.model, backend)
     asked = RecoverConfig(steps=5, learning_rate=5e-3, batch_size=8, weight_decay=0.1, clip_norm=0.5, distill=0)
     dtypes = [tensor.dtype for tensor in here.model.state_dict().values()]
@@ -289,16 +289,16 @@ def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: Recove
     return losses
 
 
-def _told(backend: Backend, here: Setting, losses: list[float], chosen: Masks) -> dict[str, float]:
+def _told(backend: Backend, here: Problem, losses: list[float], chosen: Masks) -> dict[str, float]:
     """Losses, and sums over the trained weights as they would be exported."""
     facts = {f"loss {step}": loss for step, loss in enumerate(losses)}
     facts["loss after"] = mean_loss(here, "evaluating")
     state = plain.full_state(backend, here.model)
     if backend.is_main:
-        for target in here.anatomy.targets:
-            assert int((state[target.name] == 0).sum()) >= target.numel // 2
+        for matrix in here.anatomy.matrices:
+            assert int((state[matrix.name] == 0).sum()) >= matrix.numel // 2
         facts["norm"] = float(sum(t.double().square().sum() for t in state.values()) ** 0.5)
-        facts["zeros"] = float(sum(int((state[t.name] == 0).sum()) for t in here.anatomy.targets))
+        facts["zeros"] = float(sum(int((state[t.name] == 0).sum()) for t in here.anatomy.matrices))
     return facts
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests import plain
 from tinygn_dist.backends import Backend
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import objective_of
 from tinygn_dist.runtime.progress import Progress
@@ -64,9 +64,9 @@ def rows(count: int = 5, length: int = 12) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
-def setting(backend: Backend, model: nn.Module) -> Setting:
+def problem(backend: Backend, model: nn.Module) -> Problem:
     anatomy = read_anatomy(model, needs_units=True)
-    return Setting(backend.prepare(model), anatomy, objective_of("causal-lm"), rows(), backend, Progress())
+    return Problem(backend.prepare(model), anatomy, objective_of("causal-lm"), rows(), backend, Progress())
 
 
 def digest(backend: Backend, model: nn.Module) -> str:

@@ -29,16 +29,16 @@ def test_sum_over_data_adds_every_rank_once(ranks: Ranks):
 
 
 def _facts_about_weights(backend: Backend) -> dict[str, Any]:
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     size, total, largest = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), torch.zeros(1)
     spans = []
-    for target in setting.anatomy.targets:
-        shard = backend.shard(setting.model, target)
+    for matrix in problem.anatomy.matrices:
+        shard = backend.shard(problem.model, matrix)
         size += shard.weight.numel()
         total += float(shard.weight.double().sum())
         if shard.weight.numel():
             largest = torch.maximum(largest, shard.weight.abs().max().view(1).cpu())
-        spans.append((target.name, shard.offset, shard.offset + shard.weight.numel()))
+        spans.append((matrix.name, shard.offset, shard.offset + shard.weight.numel()))
     return {
         "size": int(backend.sum_over_shards(size)),
         "total": float(backend.sum_over_shards(total)),
@@ -93,48 +93,48 @@ def test_deal_is_balanced_and_the_same_on_every_rank(ranks: Ranks):
 
 def _solved(backend: Backend, family: str) -> dict[str, Any]:
     """Each job's solution depends on data of all ranks and on the whole weight."""
-    setting = tiny.setting(family, backend)
-    targets = setting.anatomy.targets
+    problem = tiny.problem(family, backend)
+    matrices = problem.anatomy.matrices
     jobs = [
-        Job((target,), [torch.full((2, 2), float(backend.rank + 1), dtype=torch.float64)], float(target.numel))
-        for target in targets[:-2]
+        Job((matrix,), [torch.full((2, 2), float(backend.rank + 1), dtype=torch.float64)], float(matrix.numel))
+        for matrix in matrices[:-2]
     ]
-    jobs.append(Job(targets[-2:], [torch.full((1,), 10.0**backend.rank, dtype=torch.float64)], 1.0))
+    jobs.append(Job(matrices[-2:], [torch.full((1,), 10.0**backend.rank, dtype=torch.float64)], 1.0))
     backend.sum_for_jobs(jobs)
     solved_here = []
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        solved_here.append([target.name for target in job.targets])
-        assert [tuple(w.shape) for w in weights] == [t.shape for t in job.targets], "not the whole matrix"
+        solved_here.append([matrix.name for matrix in job.matrices])
+        assert [tuple(w.shape) for w in weights] == [t.shape for t in job.matrices], "not the whole matrix"
         keeps = [weight > 0 for weight in weights]
         return [
             ((weight * float(job.moments[0].sum())).masked_fill(~keep, 0), keep)
             for weight, keep in zip(weights, keeps, strict=True)
         ]
 
-    masks = backend.map_targets(setting.model, jobs, solve)
+    masks = backend.map_matrices(problem.model, jobs, solve)
     return {
         "solved": solved_here,
-        "state": plain.full_state(backend, setting.model),
+        "state": plain.full_state(backend, problem.model),
         "masks": masks,
-        "offsets": {t.name: backend.shard(setting.model, t).offset for t in targets},
+        "offsets": {t.name: backend.shard(problem.model, t).offset for t in matrices},
     }
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_map_targets_gives_every_rank_the_solution_of_one(ranks: Ranks, family: str):
-    n, dense = ranks.size, tiny.setting(family)
+    n, dense = ranks.size, tiny.problem(family)
     dense.model.cpu()
     found = ranks.call(_solved, family)
-    factor = {t.name: n * (n + 1) / 2 * 4 for t in dense.anatomy.targets[:-2]}
-    factor |= {t.name: sum(10.0**rank for rank in range(n)) for t in dense.anatomy.targets[-2:]}
+    factor = {t.name: n * (n + 1) / 2 * 4 for t in dense.anatomy.matrices[:-2]}
+    factor |= {t.name: sum(10.0**rank for rank in range(n)) for t in dense.anatomy.matrices[-2:]}
     names = [name for facts in found for job in facts["solved"] for name in job]
     assert sorted(names) == sorted(factor)  # each solved by exactly one rank
     for facts in found:
-        for target in dense.anatomy.targets:
-            weight = dense.model.get_parameter(target.name).detach()
-            assert torch.equal(facts["masks"][target.name], weight > 0)
-            torch.testing.assert_close(facts["state"][target.name], (weight * factor[target.name]).clamp(min=0))
+        for matrix in dense.anatomy.matrices:
+            weight = dense.model.get_parameter(matrix.name).detach()
+            assert torch.equal(facts["masks"][matrix.name], weight > 0)
+            torch.testing.assert_close(facts["state"][matrix.name], (weight * factor[matrix.name]).clamp(min=0))
         untouched = [name for name in facts["state"] if name not in factor]
         assert all(
             torch.equal(facts["state"][n], dict(dense.model.named_parameters())[n])
@@ -144,7 +144,7 @@ def test_map_targets_gives_every_rank_the_solution_of_one(ranks: Ranks, family: 
 
 
 def _full_state(backend: Backend) -> dict[str, torch.Tensor]:
-    return plain.full_state(backend, tiny.setting("llama-tied", backend).model)
+    return plain.full_state(backend, tiny.problem("llama-tied", backend).model)
 
 
 def test_full_tensors_are_the_whole_model_with_tied_weights_once(ranks: Ranks):
@@ -153,13 +153,13 @@ def test_full_tensors_are_the_whole_model_with_tied_weights_once(ranks: Ranks):
 
 
 def _masked(backend: Backend, family: str) -> tuple[dict[str, torch.Tensor], int]:
-    setting = tiny.setting(family, backend)
-    target = setting.anatomy.targets[1]
-    shard = backend.shard(setting.model, target)
+    problem = tiny.problem(family, backend)
+    matrix = problem.anatomy.matrices[1]
+    shard = backend.shard(problem.model, matrix)
     shard.weight.fill_(-1.0)
     indices = torch.arange(shard.weight.numel(), device=shard.weight.device).view(shard.weight.shape) + shard.offset
-    backend.write_mask(setting.model, target, indices % 3 == 0)
-    return plain.full_state(backend, setting.model)[target.name]
+    backend.write_mask(problem.model, matrix, indices % 3 == 0)
+    return plain.full_state(backend, problem.model)[matrix.name]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
-from tinygn_dist.estimate.elimination import Contest, race
+from tinygn_dist.estimate.elimination import Contest, successive_elimination
 from tinygn_dist.estimate.probes import Probe, measure, single_units
 from tinygn_dist.estimate.problem import ProbeCosts
 from tinygn_dist.experiments.unit_subsets import effects_together
@@ -18,12 +18,12 @@ from tinygn_dist.train.forward_only.loop import ForwardOnly
 
 def descend(backend: Backend) -> tuple[list[float], float, int]:
     """Losses of 4 steps, a digest of the weights, and the forwards this rank ran."""
-    setting, forwards = tiny.setting("llama", backend, count=4, size=1), [0]
-    setting.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    problem, forwards = tiny.problem("llama", backend, count=4, size=1), [0]
+    problem.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
     options = RecoverConfig(optimizer="zo-adam", directions=4, batch_size=4, probe_step=2**-8, learning_rate=0.01)
-    training = ForwardOnly(setting.model, setting.anatomy.targets, {}, setting.objective, options, backend)
-    losses = [training.step(setting.batches, number, 1.0)[0] for number in range(4)]
-    digest = sum(float(p.detach().double().sin().sum()) for p in setting.model.parameters())
+    training = ForwardOnly(problem.model, problem.anatomy.matrices, {}, problem.objective, options, backend)
+    losses = [training.step(problem.batches, number, 1.0)[0] for number in range(4)]
+    digest = sum(float(p.detach().double().sin().sum()) for p in problem.model.parameters())
     return losses, digest, forwards[0]
 
 
@@ -37,12 +37,12 @@ def test_ranks_take_different_directions_and_end_with_the_same_weights(process_g
 
 def search(backend: Backend) -> tuple[str, float]:
     """The numbers of a training whose first steps measure its rate, and a digest of the weights."""
-    setting = tiny.setting("llama", backend, count=4, size=1)
+    problem = tiny.problem("llama", backend, count=4, size=1)
     options = RecoverConfig(optimizer="zo-sgd", directions=4, batch_size=4, probe_step=2**-8)
-    training = ForwardOnly(setting.model, setting.anatomy.targets, {}, setting.objective, options, backend)
+    training = ForwardOnly(problem.model, problem.anatomy.matrices, {}, problem.objective, options, backend)
     for number in range(14):
-        training.step(setting.batches, number, 1.0)
-    digest = sum(float(p.detach().double().sin().sum()) for p in setting.model.parameters())
+        training.step(problem.batches, number, 1.0)
+    digest = sum(float(p.detach().double().sin().sum()) for p in problem.model.parameters())
     return repr(training.state_dict()), digest
 
 
@@ -55,11 +55,11 @@ def test_ranks_find_the_rate_of_one_process(process_groups, backend):
 
 def subsets(backend: Backend) -> list[list[float]]:
     """Losses without random subsets of heads, and of gate settings that share forwards, with little room for inputs."""
-    setting = replace(tiny.setting("llama", backend, count=3, size=1), costs=ProbeCosts(together=2, cache_bytes=3000))
-    heads = list(single_units(setting.anatomy.of_kind("heads")))
+    problem = replace(tiny.problem("llama", backend, count=3, size=1), costs=ProbeCosts(together=2, cache_bytes=3000))
+    heads = list(single_units(problem.anatomy.of_kind("heads")))
     contests = [Contest((i, i + 1), 1) for i in (0, 2, 4)]
-    found = effects_together(setting, heads, contests, torch.zeros(6, dtype=torch.float64), 5)
-    return [found.mean.tolist(), *measure(setting, heads).differences.tolist()]
+    found = effects_together(problem, heads, contests, torch.zeros(6, dtype=torch.float64), 5)
+    return [found.mean.tolist(), *measure(problem, heads).differences.tolist()]
 
 
 def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
@@ -69,13 +69,13 @@ def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
 def probe(backend: Backend) -> tuple[list[list[float]], list[int], int]:
     """Means of a race over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and places of
     the latter; the layers this rank ran for the former."""
-    setting, layers = tiny.setting("llama", backend, count=3, size=1), [0]
-    for layer in setting.model.model.layers:
+    problem, layers = tiny.problem("llama", backend, count=3, size=1), [0]
+    for layer in problem.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))
-    asked = [*map(Probe, range(3)), *single_units(setting.anatomy.of_kind("heads"))]
-    found = race(setting, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
-    ran, longer = layers[0], tiny.setting("llama", backend, count=5, size=1)
-    later = race(longer, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    asked = [*map(Probe, range(3)), *single_units(problem.anatomy.of_kind("heads"))]
+    found = successive_elimination(problem, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    ran, longer = layers[0], tiny.problem("llama", backend, count=5, size=1)
+    later = successive_elimination(longer, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
     return [found.mean.tolist(), later.mean.tolist()], [*later.sequences.tolist(), *later.place.tolist()], ran
 
 

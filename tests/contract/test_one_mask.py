@@ -34,18 +34,18 @@ CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs
 
 
 def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[str, Any]:
-    setting = tiny.setting(family, backend, count=5)
+    problem = tiny.problem(family, backend, count=5)
     name, scope = (PATTERNS | IN_GROUPS).get(pattern, ("unstructured", "auto"))
     more = {"gram_gib": 0} if pattern in IN_GROUPS else MORE.get(pattern, {})
     options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **more)
-    masks = sparsify(setting, setting.anatomy.targets, options)
-    state = plain.full_state(backend, setting.model)
+    masks = sparsify(problem, problem.anatomy.matrices, options)
+    state = plain.full_state(backend, problem.model)
     return {
-        "fingerprint": masks.fingerprint(setting.model, backend),
+        "fingerprint": masks.fingerprint(problem.model, backend),
         "kept": masks.kept(backend),
-        "zeros": {t.name: int((state[t.name] == 0).sum()) for t in setting.anatomy.targets},
-        "negative": any(bool(torch.signbit(state[t.name][state[t.name] == 0]).any()) for t in setting.anatomy.targets),
-        "weights": {t.name: state[t.name].clone() for t in setting.anatomy.targets},
+        "zeros": {t.name: int((state[t.name] == 0).sum()) for t in problem.anatomy.matrices},
+        "negative": any(bool(torch.signbit(state[t.name][state[t.name] == 0]).any()) for t in problem.anatomy.matrices),
+        "weights": {t.name: state[t.name].clone() for t in problem.anatomy.matrices},
     }
 
 
@@ -79,15 +79,15 @@ UNIT_CASES = [
 
 
 def _units(backend: Backend, family: str, pattern: str, criterion: str, estimator: str = "auto") -> dict[str, Any]:
-    setting = tiny.setting(family, backend, count=5)
+    problem = tiny.problem(family, backend, count=5)
     options = PruneConfig(pattern=pattern, criterion=criterion, estimator=estimator, sparsity=0.15, multiple_of=8)
-    kept, scores, trials, _ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, scores, trials, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     return {
         "fingerprint": kept.fingerprint(),
         "kept": kept,
         "table": scores.table,
         "trials": [(trial.mix, trial.loss) for trial in trials],
-        "state": plain.full_state(backend, setting.model),
+        "state": plain.full_state(backend, problem.model),
     }
 
 
@@ -132,10 +132,10 @@ TAKEN_OVER = [
 
 
 def _taken_over(backend: Backend, family: str, count: int, asked: dict[str, Any]) -> dict[str, Any]:
-    setting = tiny.setting(family, backend, count=count)
+    problem = tiny.problem(family, backend, count=count)
     options = PruneConfig(**asked)
-    kept, scores, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    state, spent = plain.full_state(backend, setting.model), (scores.forwards, scores.exhaustive)
+    kept, scores, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    state, spent = plain.full_state(backend, problem.model), (scores.forwards, scores.exhaustive)
     return {"kept": kept, "order": scores.layer_order, "spent": spent, "shifts": shifts, "state": state}
 
 
@@ -155,12 +155,12 @@ def test_layers_are_judged_and_taken_over_alike(ranks: Ranks, family: str, count
 
 def _uneven(backend: Backend, model_type: str) -> dict[str, Any]:
     model = family_cases.build(model_type)
-    one = family_cases.make_setting(model, backend)
-    setting = replace(one, model=backend.prepare(model), batches=5 * one.batches)
+    one = family_cases.make_problem(model, backend)
+    problem = replace(one, model=backend.prepare(model), batches=5 * one.batches)
     options = PruneConfig(pattern="channels", uneven=True, sparsity=0.2, multiple_of=8)
-    cut = cut_of(setting.anatomy, options)
-    kept, scores, trials, shifts = cut.remove_units(setting, cut.plan_mixes(setting.anatomy, options), options)
-    state = plain.full_state(backend, setting.model)
+    cut = cut_of(problem.anatomy, options)
+    kept, scores, trials, shifts = cut.remove_units(problem, cut.plan_mixes(problem.anatomy, options), options)
+    state = plain.full_state(backend, problem.model)
     return {"kept": kept, "spent": scores.forwards, "tried": [t.mix for t in trials], "shifts": shifts, "state": state}
 
 
@@ -181,13 +181,13 @@ def test_the_same_heads_by_backpropagation(ranks: Ranks):
 
 
 def _budgets_of_some(backend: Backend, least: int) -> str:
-    setting = tiny.setting("llama", backend, count=9)
+    problem = tiny.problem("llama", backend, count=9)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(hessians, "BUDGET_SEQUENCES", least)
         masks = sparsify(
-            setting, setting.anatomy.targets, PruneConfig(pattern="unstructured", sparsity=0.4, gram_gib=0)
+            problem, problem.anatomy.matrices, PruneConfig(pattern="unstructured", sparsity=0.4, gram_gib=0)
         )
-    return masks.fingerprint(setting.model, backend)
+    return masks.fingerprint(problem.model, backend)
 
 
 def test_budgets_of_a_quarter_of_the_sequences_are_those_of_one_process(ranks: Ranks):
@@ -200,11 +200,11 @@ def test_budgets_of_a_quarter_of_the_sequences_are_those_of_one_process(ranks: R
 def _few_rows(backend: Backend, criterion: str, room: float) -> tuple[str, str]:
     """One micro-batch: most ranks have nothing to look at, and still take part in every sum."""
     options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, gram_gib=room)
-    setting = tiny.setting("llama", backend, count=1)
-    masks = sparsify(setting, setting.anatomy.targets, options)
+    problem = tiny.problem("llama", backend, count=1)
+    masks = sparsify(problem, problem.anatomy.matrices, options)
     channels = PruneConfig(pattern="channels", sparsity=0.15, multiple_of=8)
-    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, channels), channels)
-    return masks.fingerprint(setting.model, backend), kept.fingerprint()
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, channels), channels)
+    return masks.fingerprint(problem.model, backend), kept.fingerprint()
 
 
 @pytest.mark.parametrize("criterion, room", [("wanda", 16.0), ("taylor", 16.0), ("obs", 16.0), ("obs", 0.0)])
@@ -218,23 +218,23 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
     """Three dense steps first, so that AdamW has momentum for every weight; then the mask, then five more steps with
     weight decay and clipping, looked at after every one."""
     torch.manual_seed(0)
-    setting = tiny.setting("llama", backend)
-    bare = setting.bare.train()
-    targets = setting.anatomy.targets
+    problem = tiny.problem("llama", backend)
+    bare = problem.bare.train()
+    matrices = problem.anatomy.matrices
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-2, weight_decay=0.1)
     model, optimizer = backend.prepare(bare, optimizer)
     masks, counts = None, []
-    rows = [{k: v[backend.rank % 2 :][:1] for k, v in b.items() if k != "attention_mask"} for b in setting.batches]
-    rows = [setting.on_device(row) for row in rows]
+    rows = [{k: v[backend.rank % 2 :][:1] for k, v in b.items() if k != "attention_mask"} for b in problem.batches]
+    rows = [problem.on_device(row) for row in rows]
     for step in range(8):
         if step == 3:
-            kept = {t.name: _every_other(backend, setting.model, t) for t in targets}
-            masks = Masks(targets, kept)
+            kept = {t.name: _every_other(backend, problem.model, t) for t in matrices}
+            masks = Masks(matrices, kept)
             masks.apply_(model, backend)
             handle = masks.enforce(model, optimizer, backend)
         for micro in range(accumulate):
             with backend.no_sync(model, last=micro == accumulate - 1):
-                loss = setting.objective(model, rows[(step + micro) % 3]).mean() / accumulate
+                loss = problem.objective(model, rows[(step + micro) % 3]).mean() / accumulate
                 backend.backward(loss)
         backend.clip_grad_norm(model.parameters(), 0.5)
         optimizer.step()
@@ -246,12 +246,12 @@ def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
     return {
         "violations": counts,
         "state": state,
-        "negative": any(bool(torch.signbit(state[t.name][state[t.name] == 0]).any()) for t in targets),
+        "negative": any(bool(torch.signbit(state[t.name][state[t.name] == 0]).any()) for t in matrices),
     }
 
 
-def _every_other(backend: Backend, model: torch.nn.Module, target: Any) -> torch.Tensor:
-    shard = backend.shard(model, target)
+def _every_other(backend: Backend, model: torch.nn.Module, matrix: Any) -> torch.Tensor:
+    shard = backend.shard(model, matrix)
     indices = torch.arange(shard.weight.numel(), device=shard.weight.device) + shard.offset
     return (indices % 2 == 0).view(shard.weight.shape)
 
@@ -272,14 +272,14 @@ def test_zeros_survive_momentum_weight_decay_and_clipping(ranks: Ranks, accumula
 
 def _without_enforcement(backend: Backend) -> int:
     """The test above can fail: one step without the hook revives pruned weights."""
-    setting = tiny.setting("llama", backend)
-    optimizer = torch.optim.AdamW(setting.bare.parameters(), lr=1e-2)
-    model, optimizer = backend.prepare(setting.bare, optimizer)
+    problem = tiny.problem("llama", backend)
+    optimizer = torch.optim.AdamW(problem.bare.parameters(), lr=1e-2)
+    model, optimizer = backend.prepare(problem.bare, optimizer)
     masks = Masks(
-        setting.anatomy.targets, {t.name: _every_other(backend, setting.model, t) for t in setting.anatomy.targets}
+        problem.anatomy.matrices, {t.name: _every_other(backend, problem.model, t) for t in problem.anatomy.matrices}
     )
     masks.apply_(model, backend)
-    backend.backward(setting.objective(model, setting.on_device(setting.batches[0])).mean())
+    backend.backward(problem.objective(model, problem.on_device(problem.batches[0])).mean())
     optimizer.step()
     return masks.violations(model, backend)
 
@@ -289,15 +289,15 @@ def test_without_enforcement_they_would_not(pair: Ranks):
 
 
 def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[str, torch.Tensor], int]:
-    setting = tiny.setting("llama", backend, count=1)
+    problem = tiny.problem("llama", backend, count=1)
     asked, plan = PruneConfig(pattern="2:4", criterion="magnitude"), Plan(options.steps, (), (0.5,))
-    masks = GradualMasks(setting, setting.anatomy.targets, asked, ScheduleConfig(), plan)
+    masks = GradualMasks(problem, problem.anatomy.matrices, asked, ScheduleConfig(), plan)
     teacher = tiny.build("llama").to(backend.device)
     rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 12, padded=False)]
     rows = [{k: v[:, : 6 + i % 4] for k, v in row.items()} for i, row in enumerate(rows)]  # of different lengths
     course = Course()
-    Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(setting.model, masks, course)
-    return course, plain.full_state(backend, setting.model), masks.masks.violations(setting.model, backend)
+    Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(problem.model, masks, course)
+    return course, plain.full_state(backend, problem.model), masks.masks.violations(problem.model, backend)
 
 
 @functools.cache
@@ -320,9 +320,9 @@ def test_recovery_is_the_same_training_at_every_world_size(ranks: Ranks, clip_no
 
 
 def _one_sgd_step(backend: Backend) -> dict[str, torch.Tensor]:
-    setting = tiny.setting("llama", backend)
-    optimizer = torch.optim.SGD(setting.bare.parameters(), lr=0.1)
-    model, optimizer = backend.prepare(setting.bare, optimizer)
+    problem = tiny.problem("llama", backend)
+    optimizer = torch.optim.SGD(problem.bare.parameters(), lr=0.1)
+    model, optimizer = backend.prepare(problem.bare, optimizer)
     options = RecoverConfig(steps=1, batch_size=4, distill=0.0, clip_norm=1e9)
     recovery = Recovery(None, "causal-lm", (), options, Plan(1), backend, Progress())
     recovery._one_step(model, optimizer, _uneven_rows())

@@ -14,7 +14,7 @@ from torch import nn
 from tests.contract.sharded_models import VOCAB, digest, rows, seeded
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import Config, PruneConfig
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import continuation, objective_of
@@ -75,13 +75,13 @@ def stacks(backend: Backend) -> dict[str, list[object]]:
         model, options = build(), PruneConfig(**case)
         config, anatomy = model.config, read_anatomy(model, needs_units=True)
         objective = objective_of({convnext: "image-classification", gemma3n: "causal-lm"}.get(build, "seq2seq-lm"))
-        dense = Setting(backend.prepare(model), anatomy, objective, _batches(build), backend, Progress())
+        dense = Problem(backend.prepare(model), anatomy, objective, _batches(build), backend, Progress())
         cut = cut_of(anatomy, options)
         kept, _, _, shifts = cut.remove_units(dense, cut.plan_mixes(anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         make = functools.partial(type(build())._from_config, smaller_config(config, anatomy, kept))
         smaller = backend.place(smaller_origin(make, dense.model, anatomy, kept, backend, shifts))
-        measured = Setting(smaller, anatomy, objective, dense.batches, backend, Progress())
+        measured = Problem(smaller, anatomy, objective, dense.batches, backend, Progress())
         found[name] = [kept.fingerprint(), digest(backend, smaller), mean_loss(measured, "evaluating")]
     return found
 
@@ -105,7 +105,7 @@ def to_a_latency(backend: Backend, folder: Path) -> dict[str, object]:
     config = Config(
         model={"name": str(folder / "model")},
         data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
-        prune={"pattern": "units", "target": "latency=0.6", "multiple_of": 7},
+        prune={"pattern": "units", "matrix": "latency=0.6", "multiple_of": 7},
         evaluate={"latency": False},
         output={"dir": str(folder / "latency"), "overwrite": True},
     )

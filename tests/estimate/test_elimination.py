@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny
 from tinygn_dist.estimate import elimination
-from tinygn_dist.estimate.elimination import Contest, Limit, decided, race
+from tinygn_dist.estimate.elimination import Contest, Limit, decided, successive_elimination
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
 from tinygn_dist.maths import criteria
 
@@ -44,9 +44,9 @@ def test_the_error_is_that_of_what_these_sequences_will_say():
     """1.5 standard errors apart, where it takes 1.76: open where eight of very many sequences were seen, settled where eight of fifteen were (an error of
     sqrt(7 / 15) = 0.68 of that), and when all were."""
     pair = alike([0.0, 1.5 / 7**0.5], noise=0.0, own=1.0)
-    for total, settled in ((10**6, False), (15, True), (8, True)):
+    for total, resolve_estimator in ((10**6, False), (15, True), (8, True)):
         goes, stays = decided(*pair, removed=1, total=total)
-        assert goes.tolist() == [settled, False] and stays.tolist() == [False, settled], total
+        assert goes.tolist() == [resolve_estimator, False] and stays.tolist() == [False, resolve_estimator], total
 
 
 def test_what_is_decided_stands(backend):
@@ -54,12 +54,12 @@ def test_what_is_decided_stands(backend):
     all sequences, of which the later ones are easier: their means fall below unit 0's."""
     wave, later = torch.tensor([1.0, -1, 1, 1, -1, 1, -1, 1]) / 10, torch.tensor([0.0] * 3 + [15.0] * 5)
     losses = torch.stack([wave * 0 + 1, 5 + wave - later, 5 - wave - later, wave * 0 + 50]).double()
-    setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
+    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
     probes, contests = [Probe(i) for i in range(4)], [Contest((0, 1, 2, 3), 2)]
-    found = race(setting, probes, contests, look=replaying(losses))
+    found = successive_elimination(problem, probes, contests, look=replaying(losses))
     assert found.sequences.tolist() == [3, 8, 8, 3] and (found.place < 2).tolist() == [True, False, True, False]
     assert found.mean[0] == 1 and (found.mean[1:3] < -4).all() and found.forwards == 22
-    everything = race(setting, probes, contests, adaptive=False, look=replaying(losses))
+    everything = successive_elimination(problem, probes, contests, adaptive=False, look=replaying(losses))
     assert everything.place.tolist() == [2, 1, 0, 3] and everything.forwards == everything.exhaustive == 32
 
 
@@ -67,29 +67,31 @@ def test_contests_for_several_numbers_settle_the_order(backend):
     """Which one of three would go first, and which two: the last is clear at once, the order of the others on all sequences
     alone (they differ by 0.1 and noise); with one contest for two it is never asked."""
     seen, _ = alike([0.1, 0.0, 50.0], noise=1.0, own=1.0)
-    setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
+    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
     everyone, probes = (0, 1, 2), [Probe(i) for i in range(3)]
-    two = race(setting, probes, [Contest(everyone, 2)], look=replaying(seen))
-    both = race(setting, probes, [Contest(everyone, 1), Contest(everyone, 2)], look=replaying(seen))
+    two = successive_elimination(problem, probes, [Contest(everyone, 2)], look=replaying(seen))
+    both = successive_elimination(problem, probes, [Contest(everyone, 1), Contest(everyone, 2)], look=replaying(seen))
     assert two.sequences.tolist() == [3, 3, 3] and both.sequences.tolist() == [8, 8, 3]
     assert both.place.tolist() == [1, 0, 2] and (both.open, two.open) == (1, 0)
 
 
 def test_what_noise_leaves_open_is_told(backend):
     seen, _ = alike([0.0, 0.1, 5.0], noise=1.0, own=1.0)
-    setting = replace(tiny.setting("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
+    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
     for removed, still in ((1, 1), (2, 0)):
         for adaptive_ in (True, False):
             contests = [Contest((0, 1, 2), removed)]
-            found = race(setting, [Probe(i) for i in range(3)], contests, adaptive=adaptive_, look=replaying(seen))
+            found = successive_elimination(
+                problem, [Probe(i) for i in range(3)], contests, adaptive=adaptive_, look=replaying(seen)
+            )
             assert found.open == still
 
 
 def replaying(losses: torch.Tensor):
     """What measures: unit by the number of its probe's layer, sequence by the batch's."""
 
-    def look(setting, asked, *, without=()):
-        columns = [int(batch["x"]) for batch in setting.batches]
+    def look(problem, asked, *, without=()):
+        columns = [int(batch["x"]) for batch in problem.batches]
         rows = [probe.layer for probe in asked]
         ones = torch.ones(len(columns), dtype=torch.float64)
         return Measured(losses[rows][:, columns], ones, ones, len(rows) * len(columns))
@@ -124,9 +126,9 @@ def test_a_race_chooses_like_exhaustive_probing_with_fewer_forwards(backend, see
     noisy = effects * (1 + 0.7 * torch.randn(180, 32, generator=draw, dtype=torch.float64))
     batches = [{"x": torch.tensor([[i]])} for i in range(32)]
 
-    setting = replace(tiny.setting("llama", backend), batches=batches)
+    problem = replace(tiny.problem("llama", backend), batches=batches)
     contests = [Contest(tuple(range(9 * g, 9 * g + 9)), 3) for g in range(20)]
-    found = race(setting, [Probe(i) for i in range(180)], contests, look=replaying(noisy))
+    found = successive_elimination(problem, [Probe(i) for i in range(180)], contests, look=replaying(noisy))
     exact, _ = criteria.ratio_mean(noisy, torch.ones(32, dtype=torch.float64))
 
     alike_ = (found.place < 3).view(20, 9) == (exact.view(20, 9).argsort(1).argsort(1) < 3)
@@ -135,20 +137,20 @@ def test_a_race_chooses_like_exhaustive_probing_with_fewer_forwards(backend, see
 
 
 def test_without_contests_or_when_nothing_is_ever_clear_everything_is_measured(backend):
-    setting = tiny.setting("llama", backend, count=4)
-    asked = list(single_units(setting.anatomy.of_kind("heads")))
-    seen = measure(setting, asked)
+    problem = tiny.problem("llama", backend, count=4)
+    asked = list(single_units(problem.anatomy.of_kind("heads")))
+    seen = measure(problem, asked)
     mean, error = criteria.ratio_mean(seen.differences, seen.counts)
-    found = race(setting, asked, [])
+    found = successive_elimination(problem, asked, [])
     torch.testing.assert_close(found.mean, mean)
     torch.testing.assert_close(found.error, error)
     assert found.forwards == found.exhaustive == seen.forwards and found.open == 0
 
 
 def test_a_limit_ends_the_race_after_the_round_that_reaches_it(backend):
-    setting = tiny.setting("llama", backend, count=8, size=1)
-    asked = list(single_units(setting.anatomy.of_kind("heads")))
+    problem = tiny.problem("llama", backend, count=8, size=1)
+    asked = list(single_units(problem.anatomy.of_kind("heads")))
     contest = Contest(tuple(range(6)), 3)
     for limit, spent in ((Limit(forwards=1), 18), (Limit(deadline=0), 18)):
-        found = race(setting, asked, [contest], limit=limit)
+        found = successive_elimination(problem, asked, [contest], limit=limit)
         assert found.forwards == spent and found.sequences.tolist() == [3] * 6

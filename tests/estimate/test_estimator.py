@@ -28,23 +28,23 @@ def test_each_kept_storage_counts_once():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "vit"])
 def test_the_count_is_what_autograd_really_holds(backend, family: str):
     """Against the same forward with everything kept alive, where a storage is known by its address."""
-    setting = tiny.setting(family, backend, count=2)
-    kept, own = [], {p.untyped_storage().data_ptr() for p in setting.model.parameters()}
+    problem = tiny.problem(family, backend, count=2)
+    kept, own = [], {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        losses = setting.objective(setting.model, setting.batches[0])
+        losses = problem.objective(problem.model, problem.batches[0])
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     sizes = [size for pointer, size in storages.items() if pointer not in own]
-    assert estimator.backward_bytes(setting) == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.02)
+    assert estimator.backward_bytes(problem) == pytest.approx(sum(sizes) + 2 * max(sizes), rel=0.02)
     assert losses.total.requires_grad
 
 
 def test_counting_leaves_no_trace_and_cannot_go_backward(backend):
-    setting = tiny.setting("llama", backend)
-    setting.model.requires_grad_(False)
-    before = tiny.state_bytes(setting.model)
-    estimator.backward_bytes(setting)
-    assert tiny.same_bits(before, tiny.state_bytes(setting.model))
-    assert not any(p.requires_grad or p.grad is not None for p in setting.model.parameters())
+    problem = tiny.problem("llama", backend)
+    problem.model.requires_grad_(False)
+    before = tiny.state_bytes(problem.model)
+    estimator.backward_bytes(problem)
+    assert tiny.same_bits(before, tiny.state_bytes(problem.model))
+    assert not any(p.requires_grad or p.grad is not None for p in problem.model.parameters())
     x = torch.ones(2, requires_grad=True)
     with estimator.saved_sizes(set()):
         y = (x * x).sum()
@@ -54,29 +54,29 @@ def test_counting_leaves_no_trace_and_cannot_go_backward(backend):
 
 @pytest.mark.parametrize("free,chosen", [(GIB, "backprop"), (1000, "finite-difference"), (None, "finite-difference")])
 def test_auto_is_backprop_where_it_fits(backend, monkeypatch, free, chosen: str):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     monkeypatch.setattr(estimator, "free_bytes", lambda device: free)
-    options = estimator.settled(setting, PruneConfig(pattern="heads", criterion="gate"))
-    assert options.estimator == chosen and len(setting.notes) == 1 and chosen in setting.notes[0]
-    assert ("GiB" in setting.notes[0]) == (free is not None)
-    assert estimator.settled(setting, options) is options  # what is asked for is not looked into
+    options = estimator.resolve_estimator(problem, PruneConfig(pattern="heads", criterion="gate"))
+    assert options.estimator == chosen and len(problem.notes) == 1 and chosen in problem.notes[0]
+    assert ("GiB" in problem.notes[0]) == (free is not None)
+    assert estimator.resolve_estimator(problem, options) is options  # what is asked for is not looked into
 
 
 def test_what_statistics_hold_counts_too(backend, monkeypatch):
-    setting = tiny.setting("llama", backend)
-    needed = estimator.backward_bytes(setting)
+    problem = tiny.problem("llama", backend)
+    needed = estimator.backward_bytes(problem)
     monkeypatch.setattr(estimator, "free_bytes", lambda device: round(needed / estimator.SPARE) + 1000)
-    assert estimator.choose(setting)[0] == "backprop"
-    assert estimator.choose(setting, held=1000)[0] == "finite-difference"
+    assert estimator.choose(problem)[0] == "backprop"
+    assert estimator.choose(problem, held=1000)[0] == "finite-difference"
 
 
 def test_scores_go_backward_only_where_it_fits(backend, monkeypatch):
-    setting, went = tiny.setting("llama", backend), []
+    problem, went = tiny.problem("llama", backend), []
     plain = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: went.append(1) or plain(*a, **k))
-    for free, backwards in ((1000, 0), (GIB, len(setting.batches))):
+    for free, backwards in ((1000, 0), (GIB, len(problem.batches))):
         monkeypatch.setattr(estimator, "free_bytes", lambda device, free=free: free)
-        here = replace(setting, notes=[])
+        here = replace(problem, notes=[])
         scores = score_units(here, Mix(heads=1), PruneConfig(pattern="heads", criterion="gate"), None)
         assert len(went) == backwards and bool(scores.forwards) == (backwards == 0) and len(here.notes) == 1
 

@@ -1,4 +1,4 @@
-"""Fused experts as targets and as units, from tiny mixtures of experts in every storage layout."""
+"""Fused experts as matrices and as units, from tiny mixtures of experts in every storage layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_setting, on_meta, shrunk
+from tests.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_problem, on_meta, shrunk
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig, load_config
@@ -23,7 +23,7 @@ from tinygn_dist.estimate.gradient_energy import loss_moments
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.input_moments import input_moments
 from tinygn_dist.estimate.probes import Probe
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import mixes
 from tinygn_dist.prune.sparsity.mask_selection import keep_n_of_m
 from tinygn_dist.prune.sparsity.sparsify import sparsify
@@ -36,47 +36,47 @@ def backend() -> Replicated:
 
 
 @pytest.fixture(params=MOE)
-def moe(request, backend) -> Setting:
-    return make_setting(build(request.param), backend)
+def moe(request, backend) -> Problem:
+    return make_problem(build(request.param), backend)
 
 
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "taylor", "fisher", "wanda", "ria", "gblm"])
 def test_experts_unstructured(moe, scope, criterion):
     asked = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
-    targets = moe.anatomy.targets
-    kept = sparsify(moe, targets, asked).kept(moe.backend)
+    matrices = moe.anatomy.matrices
+    kept = sparsify(moe, matrices, asked).kept(moe.backend)
     if scope == "global":
-        assert sum(kept.values()) * 2 == sum(target.numel for target in targets)
+        assert sum(kept.values()) * 2 == sum(matrix.numel for matrix in matrices)
         assert all(kept.values())
     else:
-        assert all(kept[target.name] * 2 == target.numel for target in targets)
-    held = [torch.count_nonzero(moe.model.get_parameter(name)) for name in {t.parameter for t in targets}]
+        assert all(kept[matrix.name] * 2 == matrix.numel for matrix in matrices)
+    held = [torch.count_nonzero(moe.model.get_parameter(name)) for name in {t.parameter for t in matrices}]
     assert sum(kept.values()) == sum(held)
 
 
 @pytest.mark.parametrize("criterion", ["wanda", "obs", "taylor"])
 def test_unreached_experts_keep_their_largest(moe, criterion, caplog):
     starve_(moe, expert=3)
-    targets = [target for target in moe.anatomy.targets if target.index == 3]
-    before = {t.name: t.matrix(t.within(moe.model.get_parameter(t.parameter).detach())).clone() for t in targets}
+    matrices = [matrix for matrix in moe.anatomy.matrices if matrix.index == 3]
+    before = {t.name: t.oriented(t.within(moe.model.get_parameter(t.parameter).detach())).clone() for t in matrices}
     scope = "layer" if criterion == "obs" else "global"
     asked = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
-    kept = sparsify(moe, moe.anatomy.targets, asked).kept(moe.backend)
+    kept = sparsify(moe, moe.anatomy.matrices, asked).kept(moe.backend)
     assert "no calibration token reached experts [3]" in caplog.text
-    for target in targets:
-        after = target.matrix(target.within(moe.model.get_parameter(target.parameter).detach()))
-        assert kept[target.name] * 2 == target.numel
+    for matrix in matrices:
+        after = matrix.oriented(matrix.within(moe.model.get_parameter(matrix.parameter).detach()))
+        assert kept[matrix.name] * 2 == matrix.numel
         staying = after != 0
-        torch.testing.assert_close(after[staying], before[target.name][staying])
+        torch.testing.assert_close(after[staying], before[matrix.name][staying])
         if criterion != "obs":  # the solver spreads its quota over blocks of columns
-            assert before[target.name][staying].abs().min() >= before[target.name][~staying].abs().max()
+            assert before[matrix.name][staying].abs().min() >= before[matrix.name][~staying].abs().max()
 
 
-def starve_(setting: Setting, expert: int) -> None:
+def starve_(problem: Problem, expert: int) -> None:
     """No token goes to one expert of any layer: the router's choice of it is turned to the next one."""
-    for group in setting.anatomy.of_kind("experts"):
-        router = setting.model.get_submodule(group.router)
+    for group in problem.anatomy.of_kind("experts"):
+        router = problem.model.get_submodule(group.router)
         router.register_forward_hook(
             lambda m, _, out: (out[0], out[1], torch.where(out[2] == expert, (expert + 1) % EXPERTS, out[2]))
         )
@@ -93,14 +93,14 @@ def test_expert_inputs_rebuild_the_output(moe):
     handle.remove()
     rebuilt = torch.zeros_like(recorded["out"])
     for routed in seen:
-        target = next(t for t in moe.anatomy.targets if t.name == f"{group.output}.down_proj[{routed.expert}]")
-        down = target.matrix(target.within(experts.down_proj))
+        matrix = next(t for t in moe.anatomy.matrices if t.name == f"{group.output}.down_proj[{routed.expert}]")
+        down = matrix.oriented(matrix.within(experts.down_proj))
         bias = experts.down_proj_bias[routed.expert] if experts.has_bias else 0
         rebuilt.index_add_(0, routed.tokens, (routed.inner @ down.t() + bias) * routed.weights[:, None])
         torch.testing.assert_close(routed.rows, recorded["hidden"][routed.tokens])
     close(rebuilt, recorded["out"])
 
-    found = input_moments(replace(moe, batches=[batch]), moe.anatomy.targets, full=True)
+    found = input_moments(replace(moe, batches=[batch]), moe.anatomy.matrices, full=True)
     real = batch["attention_mask"].flatten().bool()
     for routed in seen:
         for leaf, rows in (("gate_up_proj", routed.rows), ("down_proj", routed.inner)):
@@ -111,15 +111,15 @@ def test_expert_inputs_rebuild_the_output(moe):
 
 def test_expert_gradients(moe):
     """One sample per micro-batch, each expert with its own part of the fused parameter's gradient."""
-    targets = [target for target in moe.anatomy.targets if target.index is not None]
-    found = weight_gradients(moe, targets, squares=True)
-    expected = dict.fromkeys((target.name for target in targets), 0)
+    matrices = [matrix for matrix in moe.anatomy.matrices if matrix.index is not None]
+    found = weight_gradients(moe, matrices, squares=True)
+    expected = dict.fromkeys((matrix.name for matrix in matrices), 0)
     for batch in moe.batches:
         moe.model.zero_grad()
         moe.objective(moe.model, batch).mean().backward()
-        for target in targets:
-            grad = moe.model.get_parameter(target.parameter).grad[target.index]
-            expected[target.name] = expected[target.name] + grad.square()
+        for matrix in matrices:
+            grad = moe.model.get_parameter(matrix.parameter).grad[matrix.index]
+            expected[matrix.name] = expected[matrix.name] + grad.square()
     for name, squares in expected.items():
         torch.testing.assert_close(found.rounded(name), squares)
 
@@ -144,7 +144,7 @@ def test_expert_loss_moments(moe):
             out.index_add_(0, tokens, x * weights[tokens, slot][:, None])
         return out
 
-    found = loss_moments(moe, [target for target in moe.anatomy.targets if target.module == path], 4.0)
+    found = loss_moments(moe, [matrix for matrix in moe.anatomy.matrices if matrix.module == path], 4.0)
     sums: dict[str, list[torch.Tensor]] = {}
     experts.forward = plain
     for batch in moe.batches:
@@ -170,30 +170,30 @@ def test_expert_loss_moments(moe):
 def test_solver_counts_are_exact(moe, allocation):
     starve_(moe, expert=3)
     options = PruneConfig(pattern="unstructured", sparsity=0.6, allocation=allocation)
-    targets = moe.anatomy.targets
-    kept = sparsify(moe, targets, options).kept(moe.backend)
-    reached = [target for target in targets if target.index != 3]
+    matrices = moe.anatomy.matrices
+    kept = sparsify(moe, matrices, options).kept(moe.backend)
+    reached = [matrix for matrix in matrices if matrix.index != 3]
     if allocation == 0:
-        assert all(kept[target.name] == target.numel - round(0.6 * target.numel) for target in targets)
+        assert all(kept[matrix.name] == matrix.numel - round(0.6 * matrix.numel) for matrix in matrices)
     else:
-        total = sum(target.numel for target in reached)
-        assert sum(kept[target.name] for target in reached) == total - round(0.6 * total)
-    for target in set(targets) - set(reached):
-        assert kept[target.name] == target.numel - round(0.6 * target.numel)
+        total = sum(matrix.numel for matrix in reached)
+        assert sum(kept[matrix.name] for matrix in reached) == total - round(0.6 * total)
+    for matrix in set(matrices) - set(reached):
+        assert kept[matrix.name] == matrix.numel - round(0.6 * matrix.numel)
 
 
 def test_wanda_weighs_each_expert_by_its_own_inputs(moe):
     group, seen = moe.anatomy.of_kind("experts")[-1], {}
-    targets = [target for target in moe.anatomy.targets if target.module == group.output]
-    found = input_moments(moe, targets, full=False)
-    for target in targets:
-        weight = target.matrix(moe.model.get_parameter(target.parameter)[target.index]).detach()
-        norms = found.moments.rounded(target.name).sqrt()
-        seen[target.name] = keep_n_of_m(weight.abs() * norms, 2, 4) if norms.any() else None
-    sparsify(moe, targets, PruneConfig(pattern="2:4", criterion="wanda"))
-    for target in targets:
-        weight = target.matrix(moe.model.get_parameter(target.parameter)[target.index])
-        assert seen[target.name] is None or torch.equal(weight != 0, seen[target.name])
+    matrices = [matrix for matrix in moe.anatomy.matrices if matrix.module == group.output]
+    found = input_moments(moe, matrices, full=False)
+    for matrix in matrices:
+        weight = matrix.oriented(moe.model.get_parameter(matrix.parameter)[matrix.index]).detach()
+        norms = found.moments.rounded(matrix.name).sqrt()
+        seen[matrix.name] = keep_n_of_m(weight.abs() * norms, 2, 4) if norms.any() else None
+    sparsify(moe, matrices, PruneConfig(pattern="2:4", criterion="wanda"))
+    for matrix in matrices:
+        weight = matrix.oriented(moe.model.get_parameter(matrix.parameter)[matrix.index])
+        assert seen[matrix.name] is None or torch.equal(weight != 0, seen[matrix.name])
 
 
 def test_expert_gates_agree(moe):
@@ -238,7 +238,7 @@ def test_unrouted_experts_go_first(moe, caplog):
 def test_units_tries_mixes_with_experts(backend):
     """Candidates are measured with their experts taken from the router, and the live weights come back. (On one micro-batch, which
     serves for the fit and for the comparison.)"""
-    moe = make_setting(build("mixtral"), backend)
+    moe = make_problem(build("mixtral"), backend)
     moe = replace(moe, batches=moe.batches[:1])
     options = PruneConfig(pattern="units", sparsity=0.4)
     plan = plan_mixes(moe.anatomy, options)

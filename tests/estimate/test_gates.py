@@ -21,13 +21,13 @@ from tinygn_dist.models.objective import Batch, Losses, add_reference, model_inp
 def test_measured_steps_are_nearly_as_good_as_the_best_one(backend, dtype, exponents, factor, scheme: str):
     """RMS error over heads against exact derivatives of the same weights in float32: at most 3 (bf16: 5) times that of
     the best of all powers of two, which nobody knows beforehand."""
-    setting = tiny.setting("llama", backend, model=tiny.build("llama").to(dtype), count=1, size=4)
-    groups = setting.anatomy.of_kind("heads")
-    by_group, _, counts = gate_gradients(replace(setting, model=tiny.build("llama").to(dtype).float()), groups, [])
+    problem = tiny.problem("llama", backend, model=tiny.build("llama").to(dtype), count=1, size=4)
+    groups = problem.anatomy.of_kind("heads")
+    by_group, _, counts = gate_gradients(replace(problem, model=tiny.build("llama").to(dtype).float()), groups, [])
     exact, gates = torch.cat(by_group).sum(1), list(single_units(groups))
 
     def error(step: float | None) -> float:
-        found = gate_derivatives(setting, gates, scheme=scheme, step=step)
+        found = gate_derivatives(problem, gates, scheme=scheme, step=step)
         return float((found.slopes.sum(1) - exact).square().mean().sqrt())
 
     assert error(None) < factor * min(error(2.0**-k) for k in exponents)
@@ -36,12 +36,12 @@ def test_measured_steps_are_nearly_as_good_as_the_best_one(backend, dtype, expon
 
 def test_second_differences_are_the_second_derivative(backend):
     """Against double backpropagation through a gate on one layer's FFN output."""
-    setting = tiny.setting("llama", backend, count=1)
-    group = setting.anatomy.of_kind("channels")[2]
-    found = gate_derivatives(setting, [Probe(2, group, tuple(range(48)))], step=2**-4)
+    problem = tiny.problem("llama", backend, count=1)
+    group = problem.anatomy.of_kind("channels")[2]
+    found = gate_derivatives(problem, [Probe(2, group, tuple(range(48)))], step=2**-4)
     gate = torch.ones((), requires_grad=True)
-    handle = setting.model.get_submodule(group.output).register_forward_pre_hook(lambda _, args: (args[0] * gate,))
-    total = setting.objective(setting.model, setting.batches[0]).total.sum()
+    handle = problem.model.get_submodule(group.output).register_forward_pre_hook(lambda _, args: (args[0] * gate,))
+    total = problem.objective(problem.model, problem.batches[0]).total.sum()
     (slope,) = torch.autograd.grad(total, gate, create_graph=True)
     (bend,) = torch.autograd.grad(slope, gate)
     handle.remove()
@@ -63,26 +63,26 @@ def distance(power: int):
 
 @pytest.mark.parametrize("power,kinked", [(1, True), (2, False)])
 def test_kinks_are_counted_and_smooth_minima_are_not(backend, power: int, kinked: bool):
-    setting = tiny.setting("bert", backend, count=2)
-    rows = add_reference(setting.model, setting.batches, setting.backend.device)
-    setting = replace(setting, objective=distance(power), batches=rows)
-    gates = list(single_units(setting.anatomy.of_kind("channels")[1:2]))[:6] + [Probe(0)]
-    found = gate_derivatives(setting, gates, step=2**-7)
+    problem = tiny.problem("bert", backend, count=2)
+    rows = add_reference(problem.model, problem.batches, problem.backend.device)
+    problem = replace(problem, objective=distance(power), batches=rows)
+    gates = list(single_units(problem.anatomy.of_kind("channels")[1:2]))[:6] + [Probe(0)]
+    found = gate_derivatives(problem, gates, step=2**-7)
     assert found.kinked == (list(range(7)) if kinked else [])
-    forward = gate_derivatives(setting, gates, scheme="forward", step=2**-7)
+    forward = gate_derivatives(problem, gates, scheme="forward", step=2**-7)
     assert (forward.slopes.sum(1) > 100 * found.slopes.sum(1).abs()).all() or not kinked
 
 
 def test_forward_differences_cost_half(backend):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     gates = [Probe(layer) for layer in range(3)]
-    both = gate_derivatives(setting, gates, step=2**-7)
-    one = gate_derivatives(setting, gates, scheme="forward", step=2**-7)
-    assert both.forwards == 2 * one.forwards == 2 * 3 * len(setting.batches)
+    both = gate_derivatives(problem, gates, step=2**-7)
+    one = gate_derivatives(problem, gates, scheme="forward", step=2**-7)
+    assert both.forwards == 2 * one.forwards == 2 * 3 * len(problem.batches)
     torch.testing.assert_close(one.slopes, both.slopes, rtol=0.1, atol=0.1)
 
 
 def test_a_step_too_small_for_the_model_is_refused(backend):
-    setting = tiny.setting("llama", backend, model=tiny.build("llama").bfloat16())
+    problem = tiny.problem("llama", backend, model=tiny.build("llama").bfloat16())
     with pytest.raises(UserError, match="bfloat16"):
-        gate_derivatives(setting, [Probe(0)], step=1e-4)
+        gate_derivatives(problem, [Probe(0)], step=1e-4)

@@ -22,16 +22,16 @@ from tinygn_dist.prune.sparsity.sparsify import solver_passes, sparsify
 def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
     """sum_t (weight + s_t / mean s) x x^T and sum_t dy^2 |x|^2 of every weight, over real tokens, from gradients that torch
     keeps for us."""
-    setting = tiny.setting(family)
-    found = loss_moments(setting, setting.anatomy.targets, weight)
+    problem = tiny.problem(family)
+    found = loss_moments(problem, problem.anatomy.matrices, weight)
     gram, rows = {}, {}
-    for batch in setting.batches:
-        for name, x, dy in _seen(setting, batch):
+    for batch in problem.batches:
+        for name, x, dy in _seen(problem, batch):
             energy = dy.square().mean(1)
             weighted = x * (weight + energy / energy.mean()).bfloat16()[:, None]
             gram[name] = gram.get(name, 0) + weighted.t() @ x
             rows[name] = rows.get(name, 0) + dy.square().t() @ x.square().sum(1)
-    assert set(rows) == {target.name for target in setting.anatomy.targets}
+    assert set(rows) == {matrix.name for matrix in problem.anatomy.matrices}
     for name in rows:
         close = dict(rtol=1e-4, atol=1e-6 * float(gram[name].abs().max()))
         torch.testing.assert_close(fill_below(found.grams.sum(name)), gram[name], **close)
@@ -42,17 +42,17 @@ def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
 def test_recomputed_layers_give_the_same_gradients_and_keep_nothing_in_between(family: str) -> None:
     """Between forward and backward none of the memory is held that matrices inside of layers wrote; plain autograd holds some.
     The layers' forwards are as they were afterwards."""
-    setting = tiny.setting(family)
-    bare, batch = setting.bare, setting.batches[0]
-    layers = [bare.get_submodule(setting.anatomy.path_of(layer)) for layer in range(setting.anatomy.num_layers)]
-    inside = [bare.get_submodule(target.module) for target in setting.anatomy.targets]
+    problem = tiny.problem(family)
+    bare, batch = problem.bare, problem.batches[0]
+    layers = [bare.get_submodule(problem.anatomy.path_of(layer)) for layer in range(problem.anatomy.num_layers)]
+    inside = [bare.get_submodule(matrix.module) for matrix in problem.anatomy.matrices]
     before = [set(layer.__dict__) for layer in layers]
 
     def gradients() -> tuple[int, list[torch.Tensor]]:
         written: list[StorageWeakRef] = []
         note = lambda _, __, out: written.append(StorageWeakRef(out.untyped_storage()))  # noqa: E731
         handles = [module.register_forward_hook(note) for module in inside]
-        loss = setting.objective(bare, batch).total.sum()
+        loss = problem.objective(bare, batch).total.sum()
         held = sum(not storage.expired() for storage in written)
         for handle in handles:
             handle.remove()
@@ -67,8 +67,8 @@ def test_recomputed_layers_give_the_same_gradients_and_keep_nothing_in_between(f
         torch.testing.assert_close(one, other)
 
 
-def _seen(setting, batch):
-    """Of each target in the batch: its name, the fp64 real rows it read and the gradients at its output."""
+def _seen(problem, batch):
+    """Of each matrix in the batch: its name, the fp64 real rows it read and the gradients at its output."""
     kept = []
 
     def keep(name):
@@ -79,13 +79,13 @@ def _seen(setting, batch):
         return hook
 
     handles = [
-        setting.bare.get_submodule(target.module).register_forward_hook(keep(target.name))
-        for target in setting.anatomy.targets
+        problem.bare.get_submodule(matrix.module).register_forward_hook(keep(matrix.name))
+        for matrix in problem.anatomy.matrices
     ]
-    setting.objective(setting.model, batch).total.sum().backward()
+    problem.objective(problem.model, batch).total.sum().backward()
     for handle in handles:
         handle.remove()
-    setting.bare.zero_grad()
+    problem.bare.zero_grad()
     real = batch["attention_mask"].bool()
     for name, x, output in kept:
         yield name, x.detach()[real].double(), output.grad[real].double()
@@ -113,25 +113,25 @@ def test_every_pass_takes_the_same_share_of_what_is_left(options: dict, expected
 
 def test_two_passes_measure_the_model_that_the_first_one_left() -> None:
     """The same as asking twice."""
-    once, twice = tiny.setting("llama"), tiny.setting("llama")
+    once, twice = tiny.problem("llama"), tiny.problem("llama")
     options = PruneConfig(pattern="unstructured", sparsity=0.75)
-    sparsify(once, once.anatomy.targets, options)
-    sparsify(twice, twice.anatomy.targets, options.model_copy(update={"sparsity": 0.5}))
-    sparsify(twice, twice.anatomy.targets, options.model_copy(update={"passes": 1}))
+    sparsify(once, once.anatomy.matrices, options)
+    sparsify(twice, twice.anatomy.matrices, options.model_copy(update={"sparsity": 0.5}))
+    sparsify(twice, twice.anatomy.matrices, options.model_copy(update={"passes": 1}))
     assert tiny.same_bits(tiny.state_bytes(once.bare), tiny.state_bytes(twice.bare))
     zeros = sum(int((p == 0).sum()) for n, p in once.bare.named_parameters() if n.endswith("proj.weight"))
-    assert zeros == round(0.75 * sum(target.numel for target in once.anatomy.targets))
+    assert zeros == round(0.75 * sum(matrix.numel for matrix in once.anatomy.matrices))
 
 
 def test_loss_moments_leave_no_trace() -> None:
-    setting = tiny.setting("llama")
-    before = tiny.state_bytes(setting.bare)
-    flags = [p.requires_grad for p in setting.bare.parameters()]
-    loss_moments(setting, setting.anatomy.targets, 0.0)
-    assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
-    assert flags == [p.requires_grad for p in setting.bare.parameters()]
-    assert all(p.grad is None for p in setting.bare.parameters())
-    assert not any("_hf_hook" in module.__dict__ for module in setting.bare.modules())
+    problem = tiny.problem("llama")
+    before = tiny.state_bytes(problem.bare)
+    flags = [p.requires_grad for p in problem.bare.parameters()]
+    loss_moments(problem, problem.anatomy.matrices, 0.0)
+    assert tiny.same_bits(before, tiny.state_bytes(problem.bare))
+    assert flags == [p.requires_grad for p in problem.bare.parameters()]
+    assert all(p.grad is None for p in problem.bare.parameters())
+    assert not any("_hf_hook" in module.__dict__ for module in problem.bare.modules())
 
 
 def test_blend_adds_up_and_reaches_both_ends() -> None:
@@ -146,14 +146,14 @@ def test_blend_adds_up_and_reaches_both_ends() -> None:
 @pytest.mark.parametrize("allocation", [0.0, 0.5, 1.0])
 def test_exact_count_whatever_the_allocation(allocation: float) -> None:
     """A global budget moves zeros between layers and never changes their number; a quiet layer loses more."""
-    setting = tiny.setting("llama")
-    quiet = setting.bare.get_submodule("model.layers.1.mlp.down_proj")
+    problem = tiny.problem("llama")
+    quiet = problem.bare.get_submodule("model.layers.1.mlp.down_proj")
     with torch.no_grad():
         quiet.weight.mul_(1e-3)
     options = PruneConfig(pattern="unstructured", sparsity=0.5, allocation=allocation)
-    masks = sparsify(setting, setting.anatomy.targets, options)
-    kept = masks.kept(setting.backend)
-    total = sum(target.numel for target in setting.anatomy.targets)
+    masks = sparsify(problem, problem.anatomy.matrices, options)
+    kept = masks.kept(problem.backend)
+    total = sum(matrix.numel for matrix in problem.anatomy.matrices)
     assert sum(kept.values()) == total - round(0.5 * total)
     share = kept["model.layers.1.mlp.down_proj.weight"] / quiet.weight.numel()
     assert share == pytest.approx(0.5, abs=1e-3) if allocation == 0 else share < 0.5
@@ -164,30 +164,30 @@ def test_auto_allocation_is_the_best_on_held_out_loss() -> None:
     options = PruneConfig(pattern="unstructured", sparsity=0.5, probe_samples=2)
     losses, states = {}, {}
     for share in CANDIDATES:
-        setting = tiny.setting("llama")
-        kept, held_out = setting.split(2)
-        sparsify(kept, setting.anatomy.targets, options.model_copy(update={"allocation": share}))
+        problem = tiny.problem("llama")
+        kept, held_out = problem.split(2)
+        sparsify(kept, problem.anatomy.matrices, options.model_copy(update={"allocation": share}))
         with torch.no_grad():
-            found = [plain.loss(setting.bare, batch, "llama") for batch in held_out.batches]
+            found = [plain.loss(problem.bare, batch, "llama") for batch in held_out.batches]
         losses[share] = float(sum(one.total.sum() for one in found)) / int(sum(one.count.sum() for one in found))
-        states[share] = tiny.state_bytes(setting.bare)
-    setting = tiny.setting("llama")
-    masks = sparsify(setting, setting.anatomy.targets, options.model_copy(update={"allocation": "auto"}))
+        states[share] = tiny.state_bytes(problem.bare)
+    problem = tiny.problem("llama")
+    masks = sparsify(problem, problem.anatomy.matrices, options.model_copy(update={"allocation": "auto"}))
     best = min(losses, key=losses.__getitem__)
     assert len(set(losses.values())) == len(CANDIDATES)
-    assert tiny.same_bits(tiny.state_bytes(setting.bare), states[best])
-    assert setting.notes[-1].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in setting.notes[-1]
-    for target in setting.anatomy.targets:
-        weight = setting.bare.get_parameter(target.parameter)
-        assert not weight[~masks.by_name[target.name]].any()
+    assert tiny.same_bits(tiny.state_bytes(problem.bare), states[best])
+    assert problem.notes[-1].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in problem.notes[-1]
+    for matrix in problem.anatomy.matrices:
+        weight = problem.bare.get_parameter(matrix.parameter)
+        assert not weight[~masks.by_name[matrix.name]].any()
 
 
 def test_split_holds_out_the_last_sequences() -> None:
-    setting = tiny.setting("llama")
-    kept, held_out = setting.split(1)
-    assert [*kept.batches, *held_out.batches] == list(setting.batches) and len(held_out.batches) == 1
-    everything = setting.split(10**6)
-    assert len(everything[1].batches) == len(setting.batches) // 2
+    problem = tiny.problem("llama")
+    kept, held_out = problem.split(1)
+    assert [*kept.batches, *held_out.batches] == list(problem.batches) and len(held_out.batches) == 1
+    everything = problem.split(10**6)
+    assert len(everything[1].batches) == len(problem.batches) // 2
     with pytest.raises(UserError, match="data.num_samples"):
         kept.first(1).split(1)
 
@@ -203,13 +203,13 @@ class _NoSlope(torch.autograd.Function):
 
 
 def test_gradients_without_a_value_are_named_in_one_line() -> None:
-    setting = tiny.setting("llama")
-    handle = setting.bare.model.layers[1].register_forward_hook(lambda module, args, out: _NoSlope.apply(out))
+    problem = tiny.problem("llama")
+    handle = problem.bare.model.layers[1].register_forward_hook(lambda module, args, out: _NoSlope.apply(out))
     options = PruneConfig(pattern="unstructured", sparsity=0.5, passes=1, estimator="backprop")
     with pytest.raises(
         UserError, match="layers.[01].* hold NaN or inf, though no loss does; use --estimator finite-diff"
     ):
-        sparsify(setting, setting.anatomy.targets, options)
-    masks = sparsify(setting, setting.anatomy.targets, options.model_copy(update={"estimator": "finite-difference"}))
+        sparsify(problem, problem.anatomy.matrices, options)
+    masks = sparsify(problem, problem.anatomy.matrices, options.model_copy(update={"estimator": "finite-difference"}))
     handle.remove()
-    assert sum(masks.kept(setting.backend).values()) > 0
+    assert sum(masks.kept(problem.backend).values()) > 0

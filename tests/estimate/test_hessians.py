@@ -16,14 +16,14 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate import hessians
 from tinygn_dist.estimate.gradient_energy import TokenWeights, loss_moments
 from tinygn_dist.estimate.hessians import gram_gib, layer_groups, measure
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import sums as moments
 from tinygn_dist.maths.solve import least_squares, obs
 from tinygn_dist.maths.sums import Moments, fill_below
-from tinygn_dist.models.anatomy import Target, read_anatomy
+from tinygn_dist.models.anatomy import Matrix, read_anatomy
 from tinygn_dist.models.objective import model_inputs, real_tokens
 from tinygn_dist.prune.sparsity import budgets, sparsify
-from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 HALF = PruneConfig(pattern="unstructured", sparsity=0.5)
 IN_GROUPS = HALF.model_copy(update={"gram_gib": 0.0})
@@ -37,21 +37,21 @@ FORWARD = {"estimator": "finite-difference"}
 def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
     """Of a model that does not change in between: what a layer is handed is what it reads in a whole forward, and the weights
     of tokens are those of one pass."""
-    setting = family_cases.make_setting(family_cases.build(model_type), Replicated(Accelerator(cpu=True)))
-    targets = setting.anatomy.targets
-    wanted = loss_moments(setting, targets, 0.0)
-    before = tiny.state_bytes(setting.bare)
+    problem = family_cases.make_problem(family_cases.build(model_type), Replicated(Accelerator(cpu=True)))
+    matrices = problem.anatomy.matrices
+    wanted = loss_moments(problem, matrices, 0.0)
+    before = tiny.state_bytes(problem.bare)
     seen = set()
-    for jobs in measure(setting, targets, IN_GROUPS).jobs(solving=False):
+    for jobs in measure(problem, matrices, IN_GROUPS).jobs(solving=False):
         for job in jobs:
-            (target,) = job.targets
+            (matrix,) = job.matrices
             gram, rows = job.moments
-            family_cases.close(gram, fill_below(wanted.grams.sum(target.name)).float())
-            family_cases.close(rows, wanted.rows.sum(target.name))
-            seen.add(target.name)
-    assert seen == {target.name for target in targets}
-    assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
-    assert not any("_hf_hook" in module.__dict__ for module in setting.bare.modules())
+            family_cases.close(gram, fill_below(wanted.grams.sum(matrix.name)).float())
+            family_cases.close(rows, wanted.rows.sum(matrix.name))
+            seen.add(matrix.name)
+    assert seen == {matrix.name for matrix in matrices}
+    assert tiny.same_bits(before, tiny.state_bytes(problem.bare))
+    assert not any("_hf_hook" in module.__dict__ for module in problem.bare.modules())
 
 
 @pytest.mark.parametrize(("least", "sequences"), [(1, 3), (5, 6), (99, 12)])
@@ -61,23 +61,23 @@ def test_budgets_of_groups_come_from_the_first_sequences(
     """A quarter of twelve, or whole micro-batches of three that hold as many as are asked at least; the energies of rows are of
     all, and so is what is solved on."""
     monkeypatch.setattr(hessians, "BUDGET_SEQUENCES", least)
-    setting = tiny.setting("llama", count=4, size=3)
-    targets = setting.anatomy.targets
-    everything, some = (loss_moments(s, targets, 0.0) for s in (setting, setting.first(sequences)))
+    problem = tiny.problem("llama", count=4, size=3)
+    matrices = problem.anatomy.matrices
+    everything, some = (loss_moments(s, matrices, 0.0) for s in (problem, problem.first(sequences)))
     for solving, wanted in ((False, some), (True, everything)):
-        for jobs in measure(setting, targets, IN_GROUPS).jobs(solving=solving):
+        for jobs in measure(problem, matrices, IN_GROUPS).jobs(solving=solving):
             for job in jobs:
-                name, (gram, rows) = job.targets[0].name, job.moments
+                name, (gram, rows) = job.matrices[0].name, job.moments
                 family_cases.close(gram, fill_below(wanted.grams.sum(name)).float())
                 family_cases.close(rows, everything.rows.sum(name))
 
 
 @pytest.mark.parametrize("options", [HALF, HALF.model_copy(update=FORWARD)], ids=["loss-aware", "forward-only"])
 def test_budgets_see_all_layers_of_the_dense_model(options: PruneConfig) -> None:
-    setting = tiny.setting("llama")
-    targets = setting.anatomy.targets
+    problem = tiny.problem("llama")
+    matrices = problem.anatomy.matrices
     found = [
-        budgets.allocate(setting, targets, measure(setting, targets, asked), asked, 0.75)
+        budgets.allocate(problem, matrices, measure(problem, matrices, asked), asked, 0.75)
         for asked in (options, options.model_copy(update={"gram_gib": 0.0}))
     ]
     assert found[0] == found[1] and len(set(found[0].values())) > 10
@@ -91,17 +91,17 @@ def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
 ) -> None:
     """Forward-only against plain sums; loss-aware they are symmetric, with no corner left out."""
     monkeypatch.setattr(moments, "BLOCK", 7)
-    setting = tiny.setting("llama")
-    targets = setting.anatomy.targets
-    plain = {target.name: gram.float() for target, gram in zip(targets, _grams(setting, targets), strict=True)}
-    for jobs in measure(setting, targets, options).jobs(solving=False):
+    problem = tiny.problem("llama")
+    matrices = problem.anatomy.matrices
+    plain = {matrix.name: gram.float() for matrix, gram in zip(matrices, _grams(problem, matrices), strict=True)}
+    for jobs in measure(problem, matrices, options).jobs(solving=False):
         for job in jobs:
             gram = job.moments[0]
             family_cases.close(gram, gram.t())
             assert gram.dtype == torch.float32 and gram[-1, 0] != 0
             if options.estimator == "finite-difference":
-                for target in job.targets:
-                    family_cases.close(gram, plain[target.name])
+                for matrix in job.matrices:
+                    family_cases.close(gram, plain[matrix.name])
 
 
 # -- inputs from what is compressed ----------------------------------------------------------------------------------------
@@ -110,28 +110,28 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
     """Against whole forwards of a second model, whose layers are solved one after the other by hand."""
     options = IN_GROUPS.model_copy(update=FORWARD | {"allocation": 0.0})
     # few tokens leave Gram matrices so near to singular that rounding moves what is solved on them by some per cent
-    setting, by_hand, at_once = (tiny.setting(family, count=48, size=4, length=16) for _ in range(3))
-    sparsify.sparsify(setting, setting.anatomy.targets, options)
-    with fast_products(setting.backend.device):  # a tie goes by the last bit of a product
-        for layer in range(setting.anatomy.num_layers):
-            targets = [target for target in by_hand.anatomy.targets if target.layer == layer]
-            for target, gram in zip(targets, _grams(by_hand, targets), strict=True):
-                weight = target.matrix(by_hand.bare.get_parameter(target.parameter).data)
-                solved = obs.prune(weight, gram.float(), round(0.5 * target.numel), row_energy=torch.ones(len(weight)))
+    problem, by_hand, at_once = (tiny.problem(family, count=48, size=4, length=16) for _ in range(3))
+    sparsify.sparsify(problem, problem.anatomy.matrices, options)
+    with fast_matmul(problem.backend.device):  # a tie goes by the last bit of a product
+        for layer in range(problem.anatomy.num_layers):
+            matrices = [matrix for matrix in by_hand.anatomy.matrices if matrix.layer == layer]
+            for matrix, gram in zip(matrices, _grams(by_hand, matrices), strict=True):
+                weight = matrix.oriented(by_hand.bare.get_parameter(matrix.parameter).data)
+                solved = obs.prune(weight, gram.float(), round(0.5 * matrix.numel), row_energy=torch.ones(len(weight)))
                 weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
-    sparsify.sparsify(at_once, at_once.anatomy.targets, options.model_copy(update={"gram_gib": 16.0}))
+    sparsify.sparsify(at_once, at_once.anatomy.matrices, options.model_copy(update={"gram_gib": 16.0}))
     apart = []
-    for target in by_hand.anatomy.targets:  # rounding of a near-singular Gram matrix may flip a tie
-        wanted, found, other = (s.bare.get_parameter(target.parameter).detach() for s in (by_hand, setting, at_once))
-        assert int(((found == 0) != (wanted == 0)).sum()) <= 0.005 * target.numel, target.name
-        assert float((found - wanted).norm()) <= 0.05 * float(wanted.norm()), target.name
+    for matrix in by_hand.anatomy.matrices:  # rounding of a near-singular Gram matrix may flip a tie
+        wanted, found, other = (s.bare.get_parameter(matrix.parameter).detach() for s in (by_hand, problem, at_once))
+        assert int(((found == 0) != (wanted == 0)).sum()) <= 0.005 * matrix.numel, matrix.name
+        assert float((found - wanted).norm()) <= 0.05 * float(wanted.norm()), matrix.name
         apart.append(float((other - wanted).norm() / wanted.norm()))
     assert max(apart) > 0.1  # the test can fail
 
 
-def _grams(setting: Setting, targets: list[Target]) -> list[torch.Tensor]:
+def _grams(problem: Problem, matrices: list[Matrix]) -> list[torch.Tensor]:
     """fp64 sum of x x^T over real tokens, in whole forwards of the model as it is now."""
-    sums = {target.name: torch.zeros(target.shape[1], target.shape[1], dtype=torch.float64) for target in targets}
+    sums = {matrix.name: torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64) for matrix in matrices}
 
     def add(name: str, batch: dict):
         def hook(module, inputs) -> None:
@@ -140,10 +140,10 @@ def _grams(setting: Setting, targets: list[Target]) -> list[torch.Tensor]:
 
         return hook
 
-    for batch in setting.batches:
-        handles = [setting.bare.get_submodule(t.module).register_forward_pre_hook(add(t.name, batch)) for t in targets]
+    for batch in problem.batches:
+        handles = [problem.bare.get_submodule(t.module).register_forward_pre_hook(add(t.name, batch)) for t in matrices]
         with torch.no_grad():
-            setting.model(**model_inputs(batch))
+            problem.model(**model_inputs(batch))
         for handle in handles:
             handle.remove()
     return list(sums.values())
@@ -151,19 +151,19 @@ def _grams(setting: Setting, targets: list[Target]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("model_type", family_cases.MOE)
 def test_experts_are_solved_on_what_reaches_them_by_then(model_type: str) -> None:
-    setting = family_cases.make_setting(family_cases.build(model_type), Replicated(Accelerator(cpu=True)))
-    targets = setting.anatomy.targets
-    kept = sparsify.sparsify(setting, targets, IN_GROUPS).kept(setting.backend)
-    total = sum(target.numel for target in targets)
-    assert abs(sum(kept.values()) - total / 2) <= len(targets)  # experts without a gradient are rounded alone
-    assert all(p.isfinite().all() for p in setting.bare.parameters())
+    problem = family_cases.make_problem(family_cases.build(model_type), Replicated(Accelerator(cpu=True)))
+    matrices = problem.anatomy.matrices
+    kept = sparsify.sparsify(problem, matrices, IN_GROUPS).kept(problem.backend)
+    total = sum(matrix.numel for matrix in matrices)
+    assert abs(sum(kept.values()) - total / 2) <= len(matrices)  # experts without a gradient are rounded alone
+    assert all(p.isfinite().all() for p in problem.bare.parameters())
 
 
 def test_token_weights_of_experts_that_now_read_other_tokens() -> None:
     """A token that an expert did not read before weighs what the mean one did, which is plain + 1."""
-    setting = family_cases.make_setting(family_cases.build("mixtral"), Replicated(Accelerator(cpu=True)))
-    found = TokenWeights(setting, setting.anatomy.targets, 4.0)
-    name = next(target.name for target in setting.anatomy.targets if target.index == 0)
+    problem = family_cases.make_problem(family_cases.build("mixtral"), Replicated(Accelerator(cpu=True)))
+    found = TokenWeights(problem, problem.anatomy.matrices, 4.0)
+    name = next(matrix.name for matrix in problem.anatomy.matrices if matrix.index == 0)
     weights_then, tokens_then = found._held[name, 0, 0]
     now = torch.arange(30)
     told = found.of(name, 0, now)
@@ -194,15 +194,15 @@ def _peak_gib(monkeypatch: pytest.MonkeyPatch, options: PruneConfig) -> float:
 
     watch("add")
     watch("reserve")
-    setting = tiny.setting("llama")
-    sparsify.sparsify(setting, setting.anatomy.targets, options)
+    problem = tiny.problem("llama")
+    sparsify.sparsify(problem, problem.anatomy.matrices, options)
     return peak / 2**30
 
 
 @pytest.mark.parametrize("change", [{}, FORWARD, {"pattern": "2:4"}], ids=str)
 def test_no_more_gram_matrices_than_those_of_one_group(monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
-    targets = tiny.setting("llama").anatomy.targets
-    by_layer = [gram_gib([target for target in targets if target.layer == layer]) for layer in range(3)]
+    matrices = tiny.problem("llama").anatomy.matrices
+    by_layer = [gram_gib([matrix for matrix in matrices if matrix.layer == layer]) for layer in range(3)]
     assert 0 < _peak_gib(monkeypatch, IN_GROUPS.model_copy(update=change)) <= max(by_layer)
     two = IN_GROUPS.model_copy(update=change | {"gram_gib": 2.1 * max(by_layer)})
     assert max(by_layer) / 2 < _peak_gib(monkeypatch, two) <= 2 * max(by_layer)
@@ -212,27 +212,27 @@ def test_no_more_gram_matrices_than_those_of_one_group(monkeypatch: pytest.Monke
 
 def test_a_layer_runs_twice_for_the_solver_and_once_for_budgets() -> None:
     """And once forward in the pass that goes backward; the last layer has nobody to hand over to."""
-    setting = tiny.setting("llama")
+    problem = tiny.problem("llama")
     calls = [0, 0, 0]
-    for index, layer in enumerate(setting.bare.model.layers):
+    for index, layer in enumerate(problem.bare.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     options = IN_GROUPS.model_copy(update={"estimator": "backprop"})  # auto takes a forward to measure what fits
-    sparsify.sparsify(setting, setting.anatomy.targets, options)
-    count = len(setting.batches)
+    sparsify.sparsify(problem, problem.anatomy.matrices, options)
+    count = len(problem.batches)
     assert calls == [4 * count, 4 * count, 3 * count]
-    assert "prune.gram_gib 0" in setting.notes[0] and "3 groups" in setting.notes[0]
+    assert "prune.gram_gib 0" in problem.notes[0] and "3 groups" in problem.notes[0]
 
 
 # -- groups and refusals ---------------------------------------------------------------------------------------------------
 def test_groups_are_consecutive_layers_that_fit() -> None:
     anatomy = read_anatomy(tiny.build("llama", num_hidden_layers=7), needs_units=True)
-    targets = [target for target in anatomy.targets if target.layer not in (0, 3)]
-    one = gram_gib([target for target in targets if target.layer == 1])
+    matrices = [matrix for matrix in anatomy.matrices if matrix.layer not in (0, 3)]
+    one = gram_gib([matrix for matrix in matrices if matrix.layer == 1])
     assert one == pytest.approx(8 * (6 * 32**2 + 48**2) / 2**30)
 
     def layers(room: float) -> list[list[int]]:
-        groups = layer_groups(anatomy, targets, room)
-        assert all({target.layer for target in group.targets} <= set(group.layers) for group in groups)
+        groups = layer_groups(anatomy, matrices, room)
+        assert all({matrix.layer for matrix in group.matrices} <= set(group.layers) for group in groups)
         return [list(group.layers) for group in groups]
 
     assert layers(5.1 * one) == [[0, 1, 2, 3, 4, 5, 6]]
@@ -241,11 +241,11 @@ def test_groups_are_consecutive_layers_that_fit() -> None:
 
 
 def test_a_model_without_a_list_of_layers_is_refused_before_it_loads() -> None:
-    anatomy = replace(tiny.setting("llama").anatomy, stacks=())
+    anatomy = replace(tiny.problem("llama").anatomy, stacks=())
     with pytest.raises(UserError, match=r"prune.gram_gib 0 and .* GiB of Gram matrices, .* raise prune.gram_gib to"):
-        sparsify.check(anatomy, anatomy.targets, IN_GROUPS)
-    sparsify.check(anatomy, anatomy.targets, HALF)
-    sparsify.check(anatomy, anatomy.targets, IN_GROUPS.model_copy(update={"criterion": "wanda"}))
+        sparsify.check(anatomy, anatomy.matrices, IN_GROUPS)
+    sparsify.check(anatomy, anatomy.matrices, HALF)
+    sparsify.check(anatomy, anatomy.matrices, IN_GROUPS.model_copy(update={"criterion": "wanda"}))
 
 
 # -- the cut ---------------------------------------------------------------------------------------------------------------
@@ -264,6 +264,6 @@ def test_counts_by_size_find_the_cut() -> None:
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "bart"])
 def test_layers_that_cannot_run_by_themselves_need_room_for_all(model_type: str) -> None:
-    targets = family_cases.on_meta(model_type).targets
+    matrices = family_cases.on_meta(model_type).matrices
     with pytest.raises(UserError, match="no one list of layers that can run by themselves; raise prune.gram_gib"):
-        layer_groups(family_cases.on_meta(model_type), targets, 0.0)
+        layer_groups(family_cases.on_meta(model_type), matrices, 0.0)

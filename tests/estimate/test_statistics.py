@@ -20,20 +20,20 @@ from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.input_moments import block_influence, input_moments
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
 from tinygn_dist.estimate.probes import Probe, measure, single_units, together
-from tinygn_dist.estimate.problem import ProbeCosts, Setting
+from tinygn_dist.estimate.problem import ProbeCosts, Problem
 from tinygn_dist.models.objective import model_inputs
 
 ALL = tuple(tiny.CONFIGS)
 
 
 @pytest.fixture(scope="module")
-def settings(backend) -> Callable[[str], Setting]:
-    made: dict[str, Setting] = {}
-    return lambda family: made.setdefault(family, tiny.setting(family, backend))
+def settings(backend) -> Callable[[str], Problem]:
+    made: dict[str, Problem] = {}
+    return lambda family: made.setdefault(family, tiny.problem(family, backend))
 
 
 @pytest.fixture
-def in_float64(monkeypatch: pytest.MonkeyPatch, backend) -> Iterator[Callable[..., Setting]]:
+def in_float64(monkeypatch: pytest.MonkeyPatch, backend) -> Iterator[Callable[..., Problem]]:
     """Settings in float64 throughout (transformers computes softmax and norms in float32 whatever the model's dtype),
     so that finite differences are limited by theory alone."""
     monkeypatch.setattr(torch, "float32", torch.float64)
@@ -41,10 +41,10 @@ def in_float64(monkeypatch: pytest.MonkeyPatch, backend) -> Iterator[Callable[..
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
 
-    def build(family: str, **data: int) -> Setting:
-        setting = tiny.setting(family, backend, model=tiny.build(family).double(), **data)
-        double = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in setting.batches]
-        return replace(setting, batches=double)
+    def build(family: str, **data: int) -> Problem:
+        problem = tiny.problem(family, backend, model=tiny.build(family).double(), **data)
+        double = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in problem.batches]
+        return replace(problem, batches=double)
 
     yield build
     torch.set_default_dtype(before)
@@ -53,12 +53,12 @@ def in_float64(monkeypatch: pytest.MonkeyPatch, backend) -> Iterator[Callable[..
 # -- removal probes ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 def test_probe_of_a_layer_is_the_loss_without_it(settings, family: str):
-    setting = settings(family)
-    seen = measure(setting, [Probe(layer) for layer in range(3)])
-    base = plain.total_losses(setting.model, setting.batches, family)
+    problem = settings(family)
+    seen = measure(problem, [Probe(layer) for layer in range(3)])
+    base = plain.total_losses(problem.model, problem.batches, family)
     for layer in range(3):
         wanted = (
-            plain.total_losses(plain.without_layers(setting.model, family, [layer]), setting.batches, family) - base
+            plain.total_losses(plain.without_layers(problem.model, family, [layer]), problem.batches, family) - base
         )
         torch.testing.assert_close(seen.differences[layer], wanted, rtol=1e-4, atol=2e-4)
     assert seen.differences.abs().max() > 1e-2, "the layers do too little for this test to see anything"
@@ -67,78 +67,78 @@ def test_probe_of_a_layer_is_the_loss_without_it(settings, family: str):
 
 @pytest.mark.parametrize("family", ALL)
 def test_probe_with_layers_already_gone(settings, family: str):
-    setting = settings(family)
-    seen = measure(setting, [Probe(0), Probe(2)], without=[Probe(1)])
-    base = plain.total_losses(plain.without_layers(setting.model, family, [1]), setting.batches, family)
+    problem = settings(family)
+    seen = measure(problem, [Probe(0), Probe(2)], without=[Probe(1)])
+    base = plain.total_losses(plain.without_layers(problem.model, family, [1]), problem.batches, family)
     torch.testing.assert_close(seen.base, base, rtol=1e-5, atol=1e-4)
     for row, gone in ((0, [0, 1]), (1, [1, 2])):
-        wanted = plain.total_losses(plain.without_layers(setting.model, family, gone), setting.batches, family) - base
+        wanted = plain.total_losses(plain.without_layers(problem.model, family, gone), problem.batches, family) - base
         torch.testing.assert_close(seen.differences[row], wanted, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("kind", ["heads", "channels"])
 def test_probe_of_units_is_the_loss_with_their_weights_zeroed(settings, family: str, kind: str):
-    setting = settings(family)
-    groups = setting.anatomy.of_kind(kind)
+    problem = settings(family)
+    groups = problem.anatomy.of_kind(kind)
     if kind == "heads" and family in tiny.FIXED_HEADS:
         assert groups == ()
         return
     chosen = [[1]] if kind == "heads" else [[5], list(range(0, 48, 3))]
     probes = [Probe(g.layer, g, tuple(units)) for g in groups for units in chosen]
-    seen = measure(setting, probes)
-    base = plain.total_losses(setting.model, setting.batches, family)
+    seen = measure(problem, probes)
+    base = plain.total_losses(problem.model, problem.batches, family)
     for probe, difference in zip(probes, seen.differences, strict=True):
-        changed = plain.without_units(setting.model, family, kind, {probe.layer: list(probe.units)})
-        wanted = plain.total_losses(changed, setting.batches, family) - base
+        changed = plain.without_units(problem.model, family, kind, {probe.layer: list(probe.units)})
+        wanted = plain.total_losses(changed, problem.batches, family) - base
         torch.testing.assert_close(difference, wanted, rtol=1e-4, atol=2e-4)
     assert seen.differences.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_counts_are_real_tokens(settings, family: str):
-    setting = settings(family)
-    seen = measure(setting, [])
-    wanted = torch.cat([plain.loss(setting.model, b, family).count for b in setting.batches])
+    problem = settings(family)
+    seen = measure(problem, [])
+    wanted = torch.cat([plain.loss(problem.model, b, family).count for b in problem.batches])
     assert seen.counts.tolist() == wanted.tolist() and seen.differences.shape == (0, len(wanted))
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_a_gate_at_one_changes_nothing(settings, family: str):
-    setting = settings(family)
-    groups = [group for group in setting.anatomy.groups if group.layer == 1]
-    seen = measure(setting, [*(Probe(1, g, (0,), 1.0) for g in groups), Probe(1, factor=1.0)])
+    problem = settings(family)
+    groups = [group for group in problem.anatomy.groups if group.layer == 1]
+    seen = measure(problem, [*(Probe(1, g, (0,), 1.0) for g in groups), Probe(1, factor=1.0)])
     assert (seen.differences[:-1] == 0).all()
     assert seen.differences[-1].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ALL)
 def test_restart_from_every_layer_equals_the_whole_forward(settings, family: str):
-    setting = settings(family)
-    model, anatomy, cache = setting.model, setting.anatomy, PrefixCache()
+    problem = settings(family)
+    model, anatomy, cache = problem.model, problem.anatomy, PrefixCache()
     with torch.no_grad():
-        whole = plain.logits(model, setting.batches[0])
+        whole = plain.logits(model, problem.batches[0])
         with cache.recording(model, anatomy, range(3)):
-            plain.forward(model, setting.batches[0])
+            plain.forward(model, problem.batches[0])
         for layer in range(3):
             with running_layers(model, anatomy, range(layer, 3), (cache, layer)):
-                assert torch.equal(plain.logits(model, setting.batches[0]), whole), layer
-        assert torch.equal(plain.logits(model, setting.batches[0]), whole)
+                assert torch.equal(plain.logits(model, problem.batches[0]), whole), layer
+        assert torch.equal(plain.logits(model, problem.batches[0]), whole)
 
 
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_probes_without_reuse_see_the_same(settings, family: str):
     """And run every layer that is there: all three for units, the other two for a removed layer."""
-    setting, ran = settings(family), [0]
-    group = setting.anatomy.of_kind("channels")[2]
+    problem, ran = settings(family), [0]
+    group = problem.anatomy.of_kind("channels")[2]
     asked = [Probe(1), Probe(2, group, (3, 4)), Probe(2, factor=0.5)]
-    modules = setting.model.get_submodule(setting.anatomy.layers_path)
+    modules = problem.model.get_submodule(problem.anatomy.layers_path)
     handles = [layer.register_forward_pre_hook(lambda *_: ran.__setitem__(0, ran[0] + 1)) for layer in modules]
-    whole = measure(setting, asked, reuse=False)
+    whole = measure(problem, asked, reuse=False)
     for handle in handles:
         handle.remove()
-    assert ran[0] == len(setting.batches) * (3 + 2 + 3 + 3)
-    assert torch.equal(whole.differences, measure(setting, asked).differences)
+    assert ran[0] == len(problem.batches) * (3 + 2 + 3 + 3)
+    assert torch.equal(whole.differences, measure(problem, asked).differences)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_work_is_dealt_so_that_all_ranks_do_as_much_and_little_is_done_twice(ran
     """30 layers out once each: every probe on every micro-batch once; a rank takes part in as few micro-batches as it
     can, and its forwards run as many layers as those of any other, within a thirtieth."""
     backend = SimpleNamespace(num_ranks=ranks, shards_weights=False)
-    setting = Setting(None, None, None, [{}] * batches, backend, None)
-    dealt = probes._dealt(setting, [Probe(layer) for layer in range(30)])
+    problem = Problem(None, None, None, [{}] * batches, backend, None)
+    dealt = probes._dealt(problem, [Probe(layer) for layer in range(30)])
     done = sorted((work.batch, index) for work in dealt for indices in work.shared for index in indices)
     assert done == [(batch, index) for batch in range(batches) for index in range(30)]
     assert sorted(work.batch for work in dealt if work.first) == list(range(batches))
@@ -162,18 +162,18 @@ def test_work_is_dealt_so_that_all_ranks_do_as_much_and_little_is_done_twice(ran
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_units_that_go_together(settings, family: str):
     """Channels of two layers, and a layer with channels of another, against models with all of it taken out."""
-    setting = settings(family)
-    groups = setting.anatomy.of_kind("channels")
+    problem = settings(family)
+    groups = problem.anatomy.of_kind("channels")
     first, last = Probe(0, groups[0], (1, 2, 9)), Probe(2, groups[2], (4, 5))
-    seen = measure(setting, [together([last, first]), together([Probe(1), first]), first])
-    base = plain.total_losses(setting.model, setting.batches, family)
-    both = plain.without_units(setting.model, family, "channels", {0: [1, 2, 9], 2: [4, 5]})
+    seen = measure(problem, [together([last, first]), together([Probe(1), first]), first])
+    base = plain.total_losses(problem.model, problem.batches, family)
+    both = plain.without_units(problem.model, family, "channels", {0: [1, 2, 9], 2: [4, 5]})
     torch.testing.assert_close(
-        seen.differences[0], plain.total_losses(both, setting.batches, family) - base, rtol=1e-4, atol=2e-4
+        seen.differences[0], plain.total_losses(both, problem.batches, family) - base, rtol=1e-4, atol=2e-4
     )
-    short = plain.without_layers(plain.without_units(setting.model, family, "channels", {0: [1, 2, 9]}), family, [1])
+    short = plain.without_layers(plain.without_units(problem.model, family, "channels", {0: [1, 2, 9]}), family, [1])
     torch.testing.assert_close(
-        seen.differences[1], plain.total_losses(short, setting.batches, family) - base, rtol=1e-4, atol=2e-4
+        seen.differences[1], plain.total_losses(short, problem.batches, family) - base, rtol=1e-4, atol=2e-4
     )
     assert (seen.differences[0] - seen.differences[2]).abs().max() > 1e-3
 
@@ -181,47 +181,47 @@ def test_units_that_go_together(settings, family: str):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "vit", "bert"])
 def test_settings_that_share_a_forward_see_the_same(settings, family: str):
     """Seven units and three layer gates: in forwards of their own, and four to a forward (which then are fewer)."""
-    setting, forwards = settings(family), [0]
-    group = setting.anatomy.of_kind("channels")[1]
+    problem, forwards = settings(family), [0]
+    group = problem.anatomy.of_kind("channels")[1]
     asked = [Probe(1, group, (i, i + 9)) for i in range(7)] + [Probe(1)] + [Probe(2, factor=f) for f in (0.5, 0.9, 1.1)]
-    alone = measure(setting, asked)
-    handle = setting.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
-    shared = measure(replace(setting, costs=ProbeCosts(together=4)), asked)
+    alone = measure(problem, asked)
+    handle = problem.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    shared = measure(replace(problem, costs=ProbeCosts(together=4)), asked)
     handle.remove()
-    assert forwards[0] == len(setting.batches) * (1 + 2 + 1 + 1) and shared.forwards == alone.forwards
+    assert forwards[0] == len(problem.batches) * (1 + 2 + 1 + 1) and shared.forwards == alone.forwards
     torch.testing.assert_close(shared.differences, alone.differences, rtol=1e-4, atol=2e-4)
     assert alone.differences.abs().min(1).values.max() > 1e-3
 
 
 def test_cached_inputs_beyond_their_room_wait_in_files(settings, monkeypatch: pytest.MonkeyPatch):
     """A layer's input is 2 x 10 x 32 fp32 = 2,560 bytes: with room for one, two of the three go to files."""
-    setting, files = settings("llama"), []
+    problem, files = settings("llama"), []
     plain_file = partial_forward._in_a_file
     monkeypatch.setattr(partial_forward, "_in_a_file", lambda hidden: files.append(hidden.shape) or plain_file(hidden))
     asked = [Probe(layer) for layer in range(3)]
-    few = measure(replace(setting, costs=ProbeCosts(cache_bytes=2_600)), asked)
-    assert len(files) == 2 * len(setting.batches)
-    assert torch.equal(few.differences, measure(setting, asked).differences)
-    assert len(files) == 2 * len(setting.batches)
+    few = measure(replace(problem, costs=ProbeCosts(cache_bytes=2_600)), asked)
+    assert len(files) == 2 * len(problem.batches)
+    assert torch.equal(few.differences, measure(problem, asked).differences)
+    assert len(files) == 2 * len(problem.batches)
 
 
 # -- derivatives ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 def test_gate_gradients_are_sums_of_weight_times_gradient(in_float64, family: str):
     """d f / d gate of a unit is the sum of w * g over the weights it feeds: plain autograd, sequence by sequence."""
-    setting = in_float64(family)
-    groups = list(setting.anatomy.groups)
-    found, _, counts = gate_gradients(setting, groups, [])
+    problem = in_float64(family)
+    groups = list(problem.anatomy.groups)
+    found, _, counts = gate_gradients(problem, groups, [])
     column, row = 0, 0
-    for batch in setting.batches:
+    for batch in problem.batches:
         for row in range(len(batch["labels"])):
             one = {key: value[row : row + 1] for key, value in batch.items()}
-            setting.model.zero_grad()
-            plain.loss(setting.model, one, family).total.sum().backward()
+            problem.model.zero_grad()
+            plain.loss(problem.model, one, family).total.sum().backward()
             for group, values in zip(groups, found, strict=True):
-                name = setting.anatomy.target_of(group.output)
-                weight = setting.model.get_parameter(name.name)
-                product = name.matrix((weight * weight.grad).detach()).sum(0)
+                name = problem.anatomy.matrix_of(group.output)
+                weight = problem.model.get_parameter(name.name)
+                product = name.oriented((weight * weight.grad).detach()).sum(0)
                 wanted = product.view(group.num_units, group.output_width).sum(1)
                 torch.testing.assert_close(values[:, column], wanted, rtol=1e-5, atol=1e-7)
             column += 1
@@ -231,12 +231,12 @@ def test_gate_gradients_are_sums_of_weight_times_gradient(in_float64, family: st
 @pytest.mark.parametrize("family", ALL)
 def test_finite_differences_agree_with_backpropagation_to_their_theoretical_error(in_float64, family: str):
     """Central differences in float64: truncation step^2 f'''/6 and rounding 2^-52 f / step are both below 1e-7."""
-    setting = in_float64(family, count=2)
-    groups = [group for group in setting.anatomy.groups if group.layer != 1]
+    problem = in_float64(family, count=2)
+    groups = [group for group in problem.anatomy.groups if group.layer != 1]
     gates = [*single_units(groups), Probe(0), Probe(2)]
-    by_group, by_layer, counts = gate_gradients(setting, groups, [0, 2])
+    by_group, by_layer, counts = gate_gradients(problem, groups, [0, 2])
     exact = torch.cat([*by_group, by_layer])
-    found = gate_derivatives(setting, gates)
+    found = gate_derivatives(problem, gates)
     torch.testing.assert_close(found.slopes, exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(counts, found.counts) and exact.abs().max() > 1e-2 and found.kinked == []
     assert {(group.layer, group) for group in groups} | {(0, None), (2, None)} == found.steps.keys()
@@ -244,10 +244,10 @@ def test_finite_differences_agree_with_backpropagation_to_their_theoretical_erro
 
 
 def test_central_differences_converge_with_the_square_of_the_step(in_float64):
-    setting = in_float64("llama", count=1)
-    _, exact, _ = gate_gradients(setting, [], [0, 1, 2])
+    problem = in_float64("llama", count=1)
+    _, exact, _ = gate_gradients(problem, [], [0, 1, 2])
     errors = [
-        float((gate_derivatives(setting, [Probe(i) for i in range(3)], step=step).slopes - exact).abs().max())
+        float((gate_derivatives(problem, [Probe(i) for i in range(3)], step=step).slopes - exact).abs().max())
         for step in (0.04, 0.02, 0.01)
     ]
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2) and errors[1] / errors[2] == pytest.approx(4, rel=0.2)
@@ -255,48 +255,48 @@ def test_central_differences_converge_with_the_square_of_the_step(in_float64):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier", "vit"])
 def test_weight_gradients_are_those_of_plain_backward(settings, family: str):
-    setting = settings(family)
-    targets = setting.anatomy.targets
-    sums, squares = (weight_gradients(setting, targets, squares=flag) for flag in (False, True))
-    wanted = {t.name: torch.zeros(2, *setting.model.get_parameter(t.name).shape).double() for t in targets}
-    for batch in setting.batches:
-        setting.model.zero_grad()
-        plain.loss(setting.model, batch, family).mean().backward()
-        for target in targets:
-            grad = setting.model.get_parameter(target.name).grad.double()
-            wanted[target.name] += torch.stack([grad, grad.square()])
-    setting.model.zero_grad()
-    for target in targets:
-        torch.testing.assert_close(sums.sum(target.name), wanted[target.name][0], rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(squares.sum(target.name), wanted[target.name][1], rtol=1e-3, atol=1e-8)
+    problem = settings(family)
+    matrices = problem.anatomy.matrices
+    sums, squares = (weight_gradients(problem, matrices, squares=flag) for flag in (False, True))
+    wanted = {t.name: torch.zeros(2, *problem.model.get_parameter(t.name).shape).double() for t in matrices}
+    for batch in problem.batches:
+        problem.model.zero_grad()
+        plain.loss(problem.model, batch, family).mean().backward()
+        for matrix in matrices:
+            grad = problem.model.get_parameter(matrix.name).grad.double()
+            wanted[matrix.name] += torch.stack([grad, grad.square()])
+    problem.model.zero_grad()
+    for matrix in matrices:
+        torch.testing.assert_close(sums.sum(matrix.name), wanted[matrix.name][0], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(squares.sum(matrix.name), wanted[matrix.name][1], rtol=1e-3, atol=1e-8)
 
 
 # -- statistics of inputs --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("full", [False, True])
 def test_input_moments_are_x_t_x_without_padding(settings, family: str, full: bool):
-    setting = settings(family)
-    found = input_moments(setting, setting.anatomy.targets, full=full)
-    for target in setting.anatomy.targets:
+    problem = settings(family)
+    found = input_moments(problem, problem.anatomy.matrices, full=full)
+    for matrix in problem.anatomy.matrices:
         seen: list[torch.Tensor] = []
-        handle = setting.model.get_submodule(target.module).register_forward_pre_hook(
+        handle = problem.model.get_submodule(matrix.module).register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[0].detach().flatten(0, -2))
         )
-        for batch in setting.batches:
+        for batch in problem.batches:
             with torch.no_grad():
-                setting.model(**model_inputs(batch))
+                problem.model(**model_inputs(batch))
             if "attention_mask" in batch:
                 seen[-1] = seen[-1][batch["attention_mask"].flatten().bool()]
         handle.remove()
         rows = torch.cat(seen).double()
         wanted = rows.t() @ rows if full else rows.square().sum(0)
-        torch.testing.assert_close(found.moments.sum(found.of(target)), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.moments.sum(found.of(matrix)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_read_the_same_tensor_share_one_sum(settings):
-    setting = settings("llama")
-    found = input_moments(setting, setting.anatomy.targets, full=True)
-    of = {target.module.removeprefix("model.layers.0."): found.of(target) for target in setting.anatomy.targets}
+    problem = settings("llama")
+    found = input_moments(problem, problem.anatomy.matrices, full=True)
+    of = {matrix.module.removeprefix("model.layers.0."): found.of(matrix) for matrix in problem.anatomy.matrices}
     assert len(found.moments.names()) == 3 * 4  # q=k=v, o, gate=up, down of three layers
     assert of["self_attn.v_proj"] == of["self_attn.q_proj"]
     assert of["mlp.up_proj"] != of["self_attn.q_proj"]
@@ -304,10 +304,10 @@ def test_layers_that_read_the_same_tensor_share_one_sum(settings):
 
 @pytest.mark.parametrize("family", ALL)
 def test_block_influence_is_the_cosine_of_input_and_output(settings, family: str):
-    setting, pairs = settings(family), {}
-    sums, tokens = block_influence(setting)
+    problem, pairs = settings(family), {}
+    sums, tokens = block_influence(problem)
     wanted = torch.zeros(3, dtype=torch.float64)
-    layers = setting.model.get_submodule(plain.LAYERS[family][0])
+    layers = problem.model.get_submodule(plain.LAYERS[family][0])
     for index, layer in enumerate(layers):
 
         def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any, index: int = index) -> None:
@@ -315,9 +315,9 @@ def test_block_influence_is_the_cosine_of_input_and_output(settings, family: str
             pairs[index] = (hidden, output[0] if isinstance(output, tuple) else output)
 
         handle = layer.register_forward_hook(keep, with_kwargs=True)
-        for batch in setting.batches:
+        for batch in problem.batches:
             with torch.no_grad():
-                setting.model(**model_inputs(batch))
+                problem.model(**model_inputs(batch))
             one, other = (side.double().flatten(0, -2) for side in pairs[index])
             cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
             wanted[index] += (
@@ -325,17 +325,17 @@ def test_block_influence_is_the_cosine_of_input_and_output(settings, family: str
             ).sum()
         handle.remove()
     torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-4)
-    real = [int(b["attention_mask"].sum()) if "attention_mask" in b else 2 * 5 for b in setting.batches]
+    real = [int(b["attention_mask"].sum()) if "attention_mask" in b else 2 * 5 for b in problem.batches]
     assert tokens.tolist() == [sum(real)] * 3
 
 
 # -- no trace ------------------------------------------------------------------------------------------------------------
-ESTIMATES: dict[str, Callable[[Setting], Any]] = {
+ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "removal": lambda s: measure(s, [Probe(0), Probe(1, s.anatomy.of_kind("channels")[1], (0,)), Probe(2, factor=0.5)]),
     "gate derivatives": lambda s: gate_derivatives(s, [Probe(0), Probe(2, s.anatomy.of_kind("channels")[2], (3,))]),
     "gate gradients": lambda s: gate_gradients(s, s.anatomy.groups, [0, 1]),
-    "weight gradients": lambda s: weight_gradients(s, s.anatomy.targets, squares=True),
-    "input moments": lambda s: input_moments(s, s.anatomy.targets, full=True),
+    "weight gradients": lambda s: weight_gradients(s, s.anatomy.matrices, squares=True),
+    "input moments": lambda s: input_moments(s, s.anatomy.matrices, full=True),
     "block influence": block_influence,
 }
 
@@ -374,39 +374,39 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         assert value == after[what], what
 
 
-def marked(family: str, backend, dtype: torch.dtype) -> Setting:
+def marked(family: str, backend, dtype: torch.dtype) -> Problem:
     """A model with odd flags: some frozen, some with gradients, some parts in training mode."""
-    setting = tiny.setting(family, backend, model=tiny.build(family).to(dtype))
-    parameters = list(setting.model.parameters())
+    problem = tiny.problem(family, backend, model=tiny.build(family).to(dtype))
+    parameters = list(problem.model.parameters())
     parameters[0].requires_grad_(False)
     parameters[3].requires_grad_(False)
     parameters[1].grad = torch.ones_like(parameters[1])
-    setting.model.get_submodule(plain.LAYERS[family][0])[1].training = True
-    return setting
+    problem.model.get_submodule(plain.LAYERS[family][0])[1].training = True
+    return problem
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ESTIMATES)
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert-classifier"])
 def test_an_estimate_leaves_no_trace(backend, family: str, name: str, dtype: torch.dtype):
-    setting = marked(family, backend, dtype)
-    with unchanged(setting.model):
-        ESTIMATES[name](setting)
+    problem = marked(family, backend, dtype)
+    with unchanged(problem.model):
+        ESTIMATES[name](problem)
 
 
 @pytest.mark.parametrize("name", ESTIMATES)
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_nor_does_one_that_fails_midway(backend, name: str, at: int):
     """A forward that raises in the last layer must not leave hooks, missing layers or altered flags behind."""
-    setting, calls = marked("llama", backend, torch.float32), iter(range(1, 1000))
+    problem, calls = marked("llama", backend, torch.float32), iter(range(1, 1000))
 
     def boom(*_: Any) -> None:
         if next(calls) == at:
             raise MemoryError("as if out of memory")
 
-    setting.model.model.layers[2].mlp.register_forward_pre_hook(boom)
-    with unchanged(setting.model), pytest.raises(MemoryError):
-        ESTIMATES[name](setting)
+    problem.model.model.layers[2].mlp.register_forward_pre_hook(boom)
+    with unchanged(problem.model), pytest.raises(MemoryError):
+        ESTIMATES[name](problem)
 
 
 def test_estimates_work_under_accelerate_hooks_that_were_there_before(backend):
@@ -420,15 +420,15 @@ def test_estimates_work_under_accelerate_hooks_that_were_there_before(backend):
             calls.append(1)
             return args, kwargs
 
-    plain_setting, setting = tiny.setting("llama", backend), tiny.setting("llama", backend)
-    for layer in setting.model.model.layers:
+    plain_setting, problem = tiny.problem("llama", backend), tiny.problem("llama", backend)
+    for layer in problem.model.model.layers:
         add_hook_to_module(layer, Counting())
         add_hook_to_module(layer.mlp.down_proj, Counting())
     for name, estimate in ESTIMATES.items():
-        with unchanged(setting.model):
-            estimate(setting)
+        with unchanged(problem.model):
+            estimate(problem)
         assert calls, name
-    group = setting.anatomy.of_kind("channels")[1]
+    group = problem.anatomy.of_kind("channels")[1]
     asked = [Probe(1, group, (3,)), Probe(0)]
     wanted = measure(plain_setting, asked).differences
-    assert torch.equal(measure(setting, asked).differences, wanted) and wanted.abs().max() > 0
+    assert torch.equal(measure(problem, asked).differences, wanted) and wanted.abs().max() > 0

@@ -119,10 +119,10 @@ def test_dead_inputs_go_first() -> None:
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_whole_model(pattern: str) -> None:
     """Counts, zeros and the note that says whose masks were taken."""
-    setting = tiny.setting("llama")
-    targets = setting.anatomy.targets
-    masks = sparsify(setting, targets, PruneConfig(pattern=pattern, sparsity=0.5, solver="admm"))
-    total = sum(target.numel for target in targets)
-    assert sum(masks.kept(setting.backend).values()) == total // 2
-    assert masks.violations(setting.model, setting.backend) == 0
-    assert f"of {len(targets)} weights" in setting.notes[-1] and setting.notes[-1].startswith("ADMM")
+    problem = tiny.problem("llama")
+    matrices = problem.anatomy.matrices
+    masks = sparsify(problem, matrices, PruneConfig(pattern=pattern, sparsity=0.5, solver="admm"))
+    total = sum(matrix.numel for matrix in matrices)
+    assert sum(masks.kept(problem.backend).values()) == total // 2
+    assert masks.violations(problem.model, problem.backend) == 0
+    assert f"of {len(matrices)} weights" in problem.notes[-1] and problem.notes[-1].startswith("ADMM")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.family_cases import CASES, HEADS, HIDDEN, auto_class, build, close, logits, make_setting, on_meta
+from tests.family_cases import CASES, HEADS, HIDDEN, auto_class, build, close, logits, make_problem, on_meta
 from tests.pipeline.conftest import report_of
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
@@ -15,7 +15,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.experiments import hidden_width
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.prune.structured.size_goal import meet_goal
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
@@ -51,26 +51,26 @@ def never_written(model, dims: list[int]) -> None:
 def test_cut_dimensions_equal_zeroed_ones(model_type: str, tied: bool, backend, tmp_path):
     model = build(model_type, tie_word_embeddings=tied)
     never_read(model, UNREAD)
-    setting = make_setting(model, backend)
+    problem = make_problem(model, backend)
     options = HALF.model_copy(update={"sparsity": len(UNREAD) / HIDDEN - 0.02})
-    kept, *_ = hidden_width.remove_units(setting, hidden_width.plan_mixes(setting.anatomy, options), options)
+    kept, *_ = hidden_width.remove_units(problem, hidden_width.plan_mixes(problem.anatomy, options), options)
     assert sorted(set(range(HIDDEN)) - set(kept.hidden[0])) == UNREAD
-    before = [logits(model, batch) for batch in setting.batches]
-    config = smaller_config(model.config, setting.anatomy, kept)
+    before = [logits(model, batch) for batch in problem.batches]
+    config = smaller_config(model.config, problem.anatomy, kept)
     small = smaller_origin(
-        lambda: auto_class(config).from_config(config), model, setting.anatomy, kept, backend
+        lambda: auto_class(config).from_config(config), model, problem.anatomy, kept, backend
     ).take_whole()
-    assert setting.anatomy.total_params - sum(p.numel() for p in small.parameters()) == (
-        len(UNREAD) * setting.anatomy.hidden.unit_params
+    assert problem.anatomy.total_params - sum(p.numel() for p in small.parameters()) == (
+        len(UNREAD) * problem.anatomy.hidden.unit_params
     )
     never_written(model, UNREAD)
-    for batch, dense in zip(setting.batches, before, strict=True):
+    for batch, dense in zip(problem.batches, before, strict=True):
         zeroed = logits(model, batch)
         close(logits(small, batch), zeroed)
         assert float((zeroed - dense).abs().max()) > 1e-3, "nothing was zeroed"
     small.save_pretrained(tmp_path)
     loaded = auto_class(config).from_pretrained(tmp_path).eval()
-    prompt = setting.batches[0]["input_ids"][::2]
+    prompt = problem.batches[0]["input_ids"][::2]
     asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     asked["attention_mask"] = torch.ones_like(prompt)
     cached, plain = (loaded.generate(prompt, use_cache=use, **asked) for use in (True, False))
@@ -79,7 +79,7 @@ def test_cut_dimensions_equal_zeroed_ones(model_type: str, tied: bool, backend, 
 
 def test_a_run_ends_at_the_asked_share_of_all_parameters(saved_model, tmp_path):
     asked = {"model.name": str(saved_model("llama-tied")), "output.dir": str(tmp_path / "out")}
-    asked |= {"prune.pattern": "hidden", "prune.target": "params=0.8", "prune.multiple_of": 1}
+    asked |= {"prune.pattern": "hidden", "prune.goal": "params=0.8", "prune.multiple_of": 1}
     asked |= {"data.seq_len": 16, "data.num_samples": 2, "data.eval_samples": 1, "evaluate.latency": False}
     compress(load_config(None, asked))
     report = report_of(tmp_path / "out")
@@ -104,9 +104,9 @@ def test_widths_are_multiples_of_the_heads():
     ):
         with pytest.raises(UserError, match=reason):
             hidden_width.plan_mixes(anatomy, HALF.model_copy(update=asked))
-    for target in ("flops=0.8", "latency=0.8"):
+    for matrix in ("flops=0.8", "latency=0.8"):
         with pytest.raises(UserError, match="use params or bytes"):
-            meet_target(PruneConfig(pattern="hidden", target=target), anatomy, None, 1)
+            meet_goal(PruneConfig(pattern="hidden", matrix=matrix), anatomy, None, 1)
 
 
 def test_every_parameter_of_that_size_is_found():

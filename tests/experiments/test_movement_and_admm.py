@@ -15,21 +15,21 @@ HALF = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
 
 
 def run(backend: Backend, schedule: ScheduleConfig, prune: PruneConfig = HALF):
-    """SGD on 0.5 |w - a|^2 of every matrix, a drawn once: weights before, targets a, masks, model."""
-    setting = tiny.setting("llama", backend)
-    names = [target.name for target in setting.anatomy.targets]
+    """SGD on 0.5 |w - a|^2 of every matrix, a drawn once: weights before, matrices a, masks, model."""
+    problem = tiny.problem("llama", backend)
+    names = [matrix.name for matrix in problem.anatomy.matrices]
     generator = torch.Generator().manual_seed(3)
-    aims = {n: torch.randn(setting.model.get_parameter(n).shape, generator=generator) * 0.1 for n in names}
-    before = {n: setting.model.get_parameter(n).detach().clone() for n in names}
-    masks = GradualMasks(setting, setting.anatomy.targets, prune, schedule, plan_of(schedule, prune, STEPS))
-    optimizer = torch.optim.SGD(setting.model.parameters(), lr=RATE)
-    masks.attach(setting.model, optimizer)
+    aims = {n: torch.randn(problem.model.get_parameter(n).shape, generator=generator) * 0.1 for n in names}
+    before = {n: problem.model.get_parameter(n).detach().clone() for n in names}
+    masks = GradualMasks(problem, problem.anatomy.matrices, prune, schedule, plan_of(schedule, prune, STEPS))
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=RATE)
+    masks.attach(problem.model, optimizer)
     for _ in range(STEPS):
         for name in names:
-            weight = setting.model.get_parameter(name)
+            weight = problem.model.get_parameter(name)
             weight.grad = weight.detach() - aims[name]
         optimizer.step()
-    return before, aims, masks, setting.model
+    return before, aims, masks, problem.model
 
 
 def largest(values: torch.Tensor, share: float) -> torch.Tensor:

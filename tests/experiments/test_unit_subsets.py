@@ -15,19 +15,19 @@ from tinygn_dist.prune.structured.scores import score_units
 
 
 def test_interactions_are_what_both_cost_beyond_the_two(backend):
-    setting = tiny.setting("llama", backend)
-    one, other = list(single_units(setting.anatomy.of_kind("heads")))[1::3]
-    found = interactions(setting, [(one, other), (other, one)])
+    problem = tiny.problem("llama", backend)
+    one, other = list(single_units(problem.anatomy.of_kind("heads")))[1::3]
+    found = interactions(problem, [(one, other), (other, one)])
 
     def loss(gone: dict[int, list[int]]) -> float:
-        changed = plain.without_units(setting.model, "llama", "heads", gone)
-        counts = sum(float(plain.loss(changed, b, "llama").count.sum()) for b in setting.batches)
-        return float(plain.total_losses(changed, setting.batches, "llama").sum()) / counts
+        changed = plain.without_units(problem.model, "llama", "heads", gone)
+        counts = sum(float(plain.loss(changed, b, "llama").count.sum()) for b in problem.batches)
+        return float(plain.total_losses(changed, problem.batches, "llama").sum()) / counts
 
     singles = [{probe.layer: list(probe.units)} for probe in (one, other)]
     wanted = loss(singles[0] | singles[1]) - loss(singles[0]) - loss(singles[1]) + loss({})
     assert found.mean.tolist() == pytest.approx([wanted] * 2, abs=2e-5) and abs(wanted) > 1e-3
-    assert (found.error > 0).all() and found.forwards == 4 * len(setting.batches)
+    assert (found.error > 0).all() and found.forwards == 4 * len(problem.batches)
 
 
 def test_subsets_have_the_asked_sizes_and_every_unit_equally_often():
@@ -75,23 +75,23 @@ def test_units_that_stand_in_for_each_other_are_not_both_removed(backend):
     def loss(units: set[int]) -> float:
         return float(sum(cost[unit] for unit in units)) + (10 if {0, 1} <= units else 0)
 
-    def look(setting, asked):
+    def look(problem, asked):
         gone = [{probe.layer, *(other.layer for other in probe.also)} for probe in asked]
         rows = torch.tensor([[loss(units)] for units in gone], dtype=torch.float64)
         return Measured(rows, torch.ones(1).double(), torch.ones(1).double(), len(rows))
 
-    setting, probes = tiny.setting("llama", backend), [Probe(i) for i in range(6)]
-    found = effects_together(setting, probes, [contest], cost, 60, look=look)
+    problem, probes = tiny.problem("llama", backend), [Probe(i) for i in range(6)]
+    found = effects_together(problem, probes, [contest], cost, 60, look=look)
     taken = set(found.mean.argsort()[:2].tolist())
     assert loss(set(cost.argsort(stable=True)[:2].tolist())) == 10 and loss(taken) <= 2 and found.forwards == 60
 
 
 @pytest.mark.parametrize("limit,subsets", [(None, 12), (6 * 3 + 3 * 7, 7), (6 * 3, 0)])
 def test_subsets_are_in_the_budget_of_forwards(backend, limit: int | None, subsets: int):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     options = PruneConfig(pattern="heads", probe_adaptive=False, probe_subsets=12, probe_forwards=limit)
-    scores = score_units(setting, Mix(heads=1), options, None)
-    single = score_units(setting, Mix(heads=1), options.model_copy(update={"probe_subsets": 0}), None)
+    scores = score_units(problem, Mix(heads=1), options, None)
+    single = score_units(problem, Mix(heads=1), options.model_copy(update={"probe_subsets": 0}), None)
     assert scores.forwards == single.forwards + 3 * subsets == 6 * 3 + 3 * subsets
     told, before = ([row["score"] for row in s.table] for s in (scores, single))
     assert (told == before) == (subsets == 0) and len(told) == 6

@@ -59,7 +59,7 @@ def changed(source: Path, folder: Path, **config: Any) -> Path:
         (("--prune.sparsty=0.5",), 2, ("did you mean prune.sparsity?",)),
         (("--nonsense=1",), 2, ("unknown argument",)),
         (("--recipe=/nowhere/recipe.yaml",), 2, ("/nowhere/recipe.yaml",)),
-        (("--pattern=2:4", "--prune.targets=[does.not.exist]"), 2, ("matches no weight", "model.layers.0")),
+        (("--pattern=2:4", "--prune.matrices=[does.not.exist]"), 2, ("matches no weight", "model.layers.0")),
         (("--pattern=3:5",), 2, ("does not divide",)),
         (("--pattern=layers", "--sparsity=0.99"), 2, ("cannot remove",)),
         (("--pattern=layers", "--prune.protect=[7]"), 2, ("layers 0 to 2",)),
@@ -474,7 +474,7 @@ def test_inspect_reads_no_weights(tinygn, no_loading, saved_model):
     assert facts["units"]["layers"]["count"] == 3 and facts["units"]["heads"]["count"] == 2
     assert facts["units"]["channels"] | {"share": 0} == {"count": 48, "params_each": 96, "removable": True, "share": 0}
     targeted = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
-    assert sum(t["share"] for t in facts["targets"].values()) == pytest.approx(targeted / facts["num_params"])
+    assert sum(t["share"] for t in facts["matrices"].values()) == pytest.approx(targeted / facts["num_params"])
     assert tinygn("inspect", saved_model("gpt2")).code == 0
 
 

@@ -38,10 +38,10 @@ def test_smaller_and_measured(compress, tmp_path, model_type, words, small):
     rows = splits.load_text(options, tiny.tokenizer(), classes=False, train_len=16 * ("d_ff" in small)).evaluation
     loss, count = 0.0, 0
     for row in rows:
-        source, target = (half.contiguous() for half in row["input_ids"].chunk(2, 1))
+        source, matrix = (half.contiguous() for half in row["input_ids"].chunk(2, 1))
         with torch.no_grad():  # the model's own loss of labels that it shifts itself
-            loss += float(loaded(input_ids=source, labels=target).loss) * target.numel()
-        count += target.numel()
+            loss += float(loaded(input_ids=source, labels=matrix).loss) * matrix.numel()
+        count += matrix.numel()
     assert report["after"]["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
 
 

@@ -72,18 +72,18 @@ def check(folder: Path, family: str, pattern: str) -> dict[str, Any]:
     parameters = report["parameters"]
     assert parameters["dense"] == total
     if masked:
-        targets = {name: t for name, t in tensors.items() if name in report["selection"]["kept"]}
-        kept = {name: int((t != 0).sum()) for name, t in targets.items()}
+        matrices = {name: t for name, t in tensors.items() if name in report["selection"]["kept"]}
+        kept = {name: int((t != 0).sum()) for name, t in matrices.items()}
         assert all(kept[name] <= number for name, number in report["selection"]["kept"].items())
-        gone = sum(t.numel() for t in targets.values()) - sum(report["selection"]["kept"].values())
+        gone = sum(t.numel() for t in matrices.values()) - sum(report["selection"]["kept"].values())
         assert parameters["set_to_zero"] == gone == parameters["targeted"] // 2
         assert parameters["targeted"] + parameters["kept_by_pattern"] + parameters["kept_not_a_layer_matrix"] == total
         assert report["sparsity"]["targeted_weights"] >= 0.5
         if ":" in pattern:
             n, m = map(int, pattern.split(":"))
-            rows = [t.t() if is_conv1d(model, name) else t for name, t in targets.items()]
+            rows = [t.t() if is_conv1d(model, name) else t for name, t in matrices.items()]
             assert all(int((t.reshape(-1, m) != 0).sum(1).max()) <= n for t in rows)
-        assert count == total and not any(torch.signbit(t[t == 0]).any() for t in targets.values())
+        assert count == total and not any(torch.signbit(t[t == 0]).any() for t in matrices.values())
     else:
         assert parameters["removed"] + parameters["kept"] == total and parameters["kept"] == count < total
     assert sorted(p.name for p in folder.parent.glob(f".partial-{folder.name}-*")) == []
@@ -403,6 +403,6 @@ def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_m
     ):
         noting(owner, name)
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
-    asked |= {"prune.pattern": "layers", "prune.target": "latency=0.8"}
+    asked |= {"prune.pattern": "layers", "prune.goal": "latency=0.8"}
     pipeline.compress(load_config(overrides=asked | {"data.seq_len": 32, "data.num_samples": 8}))
     assert seen == {"mean_loss": {"bf16"}, "_median_seconds": {before}, "_timed": {before}, "score_units": {"bf16"}}

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.pipeline.test_resume import asked, weights
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.estimate.input_moments import InputMoments, input_moments
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.saved_moments import Parts, in_parts
 from tinygn_dist.pipeline import compress
 
@@ -60,12 +60,12 @@ def test_a_run_that_died_while_scoring_goes_on_there(
 
 def gathered(backend: Backend, folder: Path, batches: int) -> dict[str, torch.Tensor]:
     """Sums of squares of inputs over the first batches, from what is saved in the folder on, over all ranks."""
-    setting = tiny.setting("llama", backend, count=5)
+    problem = tiny.problem("llama", backend, count=5)
     parts = Parts(2, folder, {"run": 1}, backend)
-    setting = Setting(
-        setting.model, setting.anatomy, setting.objective, setting.batches[:batches], backend, setting.progress, parts
+    problem = Problem(
+        problem.model, problem.anatomy, problem.objective, problem.batches[:batches], backend, problem.progress, parts
     )
-    found = in_parts(setting, "x", lambda some: input_moments(some, some.anatomy.targets, full=False), InputMoments())
+    found = in_parts(problem, "x", lambda some: input_moments(some, some.anatomy.matrices, full=False), InputMoments())
     backend.sum_over_data(found.moments.tensors())
     return {name: found.moments.sum(found.source_of[name]) for name in found.source_of}
 

@@ -94,7 +94,7 @@ class Trained:
         compressor.attach(model, optimizer)
         masks, backend = compressor.masks.masks, compressor.backend
         self.fingerprint = masks.fingerprint(model, backend)
-        self.chosen = {t.name: backend.gather(model, t, masks.by_name[t.name]).clone() for t in masks.targets}
+        self.chosen = {t.name: backend.gather(model, t, masks.by_name[t.name]).clone() for t in masks.matrices}
         before = [parameter.detach().clone() for parameter in moving]
         for batch in loader:
             with accelerator.accumulate(model):

@@ -62,7 +62,7 @@ for epoch in range(start, EPOCHS):
             assert masks.violations(model, compressor.backend) == 0, f"weights regrew in step {steps}"
             assert compressor.masks.steps == steps, (compressor.masks.steps, steps)
             kept = sum(masks.kept(compressor.backend).values())
-            sparsity.append(round(1 - kept / sum(target.numel for target in masks.targets), 3))
+            sparsity.append(round(1 - kept / sum(matrix.numel for matrix in masks.matrices), 3))
     if epoch + 1 == EPOCHS // 2 and start == 0:
         accelerator.save_state(state)
         accelerator.wait_for_everyone()

@@ -18,12 +18,12 @@ def test_inside_products_are_fp32_and_afterwards_the_flag_is_as_before() -> None
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(300, 500, generator=generator), torch.randn(500, 200, generator=generator)
     wanted, before = left.double() @ right.double(), torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(KeyError), cpu_matmul.fast_products(torch.device("cpu")):
+    with pytest.raises(KeyError), cpu_matmul.fast_matmul(torch.device("cpu")):
         found = torch.nn.functional.linear(left, right.t())
         raise KeyError
     assert float((found - wanted).norm() / wanted.norm()) < 1e-6  # bf16 inputs: 2e-3
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with cpu_matmul.fast_products(torch.device("meta")):
+    with cpu_matmul.fast_matmul(torch.device("meta")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
@@ -32,11 +32,11 @@ def test_what_is_timed_has_the_products_of_the_caller(monkeypatch: pytest.Monkey
     matmul, cpu, before = torch.backends.mkldnn.matmul, torch.device("cpu"), torch.backends.mkldnn.matmul.fp32_precision
     matmul.fp32_precision = "ieee"
     try:
-        with cpu_matmul.fast_products(cpu), cpu_matmul.fast_products(cpu):
-            with cpu_matmul.stock_products():
+        with cpu_matmul.fast_matmul(cpu), cpu_matmul.fast_matmul(cpu):
+            with cpu_matmul.stock_matmul():
                 assert matmul.fp32_precision == "ieee"
             assert matmul.fp32_precision == "bf16"
-        with cpu_matmul.stock_products():
+        with cpu_matmul.stock_matmul():
             assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before

@@ -12,7 +12,7 @@ from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import Config, PruneConfig, RecoverConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks
@@ -22,46 +22,46 @@ from tinygn_dist.train.masked_lora import LowRankUpdates
 LORA = RecoverConfig(steps=6, learning_rate=1e-2, batch_size=2, train="lora", lora_rank=3, distill=0)
 
 
-def masks_of(setting: Setting) -> GradualMasks:
+def masks_of(problem: Problem) -> GradualMasks:
     prune = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
     config = Config(model={"name": "m"}, prune=prune)
-    return GradualMasks(setting, setting.anatomy.targets, prune, config.schedule, Plan(6, (), (0.5,)))
+    return GradualMasks(problem, problem.anatomy.matrices, prune, config.schedule, Plan(6, (), (0.5,)))
 
 
 def train(backend: Backend, family: str = "llama", sparse: bool = True, options: RecoverConfig = LORA):
     """(weights before, weights after, masks or None, losses)"""
-    setting = tiny.setting(family, backend)
-    masks = masks_of(setting) if sparse else None
-    before = tiny.state_bytes(setting.bare)
+    problem = tiny.problem(family, backend)
+    masks = masks_of(problem) if sparse else None
+    before = tiny.state_bytes(problem.bare)
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in tiny.batches(family, padded=False) for i in range(2)]
     course = Course()
     recovery = Recovery(
         None, "causal-lm", rows, options, Plan(6, (), (0.5,)), backend, Progress(),
-        targets=lambda: setting.anatomy.targets,
+        matrices=lambda: problem.anatomy.matrices,
     )  # fmt: skip
-    recovery.run(setting.model, masks, course)
-    return before, tiny.state_bytes(setting.bare), masks, course.losses
+    recovery.run(problem.model, masks, course)
+    return before, tiny.state_bytes(problem.bare), masks, course.losses
 
 
 def updated(
-    setting: Setting, backend: Backend, keep: dict[str, torch.Tensor]
+    problem: Problem, backend: Backend, keep: dict[str, torch.Tensor]
 ) -> tuple[LowRankUpdates, torch.optim.SGD]:
     """A model whose matrices have updates of rank 2, in an optimizer's hands."""
-    updates = LowRankUpdates(setting.model, setting.anatomy.targets, keep, 2, 0, backend)
-    return updates, torch.optim.SGD([p for n, p in setting.bare.named_parameters() if ".low_rank." in n], lr=0.1)
+    updates = LowRankUpdates(problem.model, problem.anatomy.matrices, keep, 2, 0, backend)
+    return updates, torch.optim.SGD([p for n, p in problem.bare.named_parameters() if ".low_rank." in n], lr=0.1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_merged_weights_compute_what_the_updates_computed(family: str, backend: Backend):
-    setting = tiny.setting(family, backend)
-    keep, targets, model = masks_of(setting).masks.by_name, setting.anatomy.targets, setting.bare
+    problem = tiny.problem(family, backend)
+    keep, matrices, model = masks_of(problem).masks.by_name, problem.anatomy.matrices, problem.bare
     dense, batch = tiny.state_bytes(model), tiny.batches(family, 1, padded=False)[0]
     with torch.no_grad():
         before = model(batch["input_ids"]).logits
-        updates, optimizer = updated(setting, backend, keep)
+        updates, optimizer = updated(problem, backend, keep)
         assert torch.equal(model(batch["input_ids"]).logits, before), "it starts from nothing"
-        for target in targets:
-            model.get_submodule(target.module).low_rank.up.normal_(generator=torch.Generator().manual_seed(1))
+        for matrix in matrices:
+            model.get_submodule(matrix.module).low_rank.up.normal_(generator=torch.Generator().manual_seed(1))
         moved = model(batch["input_ids"]).logits
         updates.take(model, optimizer)
         assert torch.equal(model(batch["input_ids"]).logits, before), "the modules are as before"
@@ -70,27 +70,27 @@ def test_merged_weights_compute_what_the_updates_computed(family: str, backend: 
     assert (moved - before).abs().max() > 0.1
     after = tiny.state_bytes(model)
     assert after.keys() == dense.keys()
-    for target in targets:
-        gone = ~keep[target.name]
-        assert not after[target.parameter][gone].any() and (after[target.parameter] != dense[target.parameter]).any()
+    for matrix in matrices:
+        gone = ~keep[matrix.name]
+        assert not after[matrix.parameter][gone].any() and (after[matrix.parameter] != dense[matrix.parameter]).any()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_gradients_are_those_of_the_masked_sum(family: str, backend: Backend):
     """Against autograd through W + M * (2 U D) written out, of every update, input and bias."""
-    setting = tiny.setting(family, backend)
-    keep, batch = masks_of(setting).masks.by_name, tiny.batches(family, 1, padded=False)[0]
-    updates, _ = updated(setting, backend, keep)
-    model, parts = setting.bare, {}
-    for target in setting.anatomy.targets:
-        module = model.get_submodule(target.module)
+    problem = tiny.problem(family, backend)
+    keep, batch = masks_of(problem).masks.by_name, tiny.batches(family, 1, padded=False)[0]
+    updates, _ = updated(problem, backend, keep)
+    model, parts = problem.bare, {}
+    for matrix in problem.anatomy.matrices:
+        module = model.get_submodule(matrix.module)
         module.weight.requires_grad_(False)
         with torch.no_grad():
             module.low_rank.up.normal_(generator=torch.Generator().manual_seed(1))
 
-        def plainly(hidden: torch.Tensor, module=module, target=target) -> torch.Tensor:
-            change = 2 * (module.low_rank.up @ module.low_rank.down) * target.matrix(keep[target.name])
-            return torch.nn.functional.linear(hidden, target.matrix(module.weight) + change, module.bias)
+        def plainly(hidden: torch.Tensor, module=module, matrix=matrix) -> torch.Tensor:
+            change = 2 * (module.low_rank.up @ module.low_rank.down) * matrix.oriented(keep[matrix.name])
+            return torch.nn.functional.linear(hidden, matrix.oriented(module.weight) + change, module.bias)
 
         parts[module] = plainly
 
@@ -110,24 +110,24 @@ def test_gradients_are_those_of_the_masked_sum(family: str, backend: Backend):
 
 def test_no_layer_keeps_its_updated_matrix(backend: Backend):
     """What autograd keeps of a matrix's size is the matrix itself, which is there anyway."""
-    setting = tiny.setting("llama", backend)
-    updates, _ = updated(setting, backend, masks_of(setting).masks.by_name)
-    shapes = {target.shape for target in setting.anatomy.targets}
-    held = {p.untyped_storage().data_ptr() for p in setting.bare.parameters()}
+    problem = tiny.problem("llama", backend)
+    updates, _ = updated(problem, backend, masks_of(problem).masks.by_name)
+    shapes = {matrix.shape for matrix in problem.anatomy.matrices}
+    held = {p.untyped_storage().data_ptr() for p in problem.bare.parameters()}
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        setting.bare(tiny.batches("llama", 1, padded=False)[0]["input_ids"])
+        problem.bare(tiny.batches("llama", 1, padded=False)[0]["input_ids"])
     of_weights = [t for t in kept if tuple(t.shape) in shapes or tuple(t.t().shape if t.dim() == 2 else ()) in shapes]
     assert of_weights and all(t.untyped_storage().data_ptr() in held for t in of_weights)
 
 
 def test_an_untrained_update_changes_nothing(backend: Backend):
-    setting = tiny.setting("llama", backend)
-    before = tiny.state_bytes(setting.bare)
-    updates, optimizer = updated(setting, backend, {})
-    updates.take(setting.model, optimizer)
-    updates.merge(setting.model)
-    assert tiny.same_bits(before, tiny.state_bytes(setting.bare))
+    problem = tiny.problem("llama", backend)
+    before = tiny.state_bytes(problem.bare)
+    updates, optimizer = updated(problem, backend, {})
+    updates.take(problem.model, optimizer)
+    updates.merge(problem.model)
+    assert tiny.same_bits(before, tiny.state_bytes(problem.bare))
 
 
 def test_training_learns_keeps_zeros_and_moves_matrices_by_a_low_rank(backend: Backend):
@@ -157,19 +157,19 @@ def test_two_ranks_train_as_one(backend: Backend, process_groups):
 
 
 def test_what_cannot_be_done_is_refused_before_work(backend: Backend):
-    targets = tiny.setting("llama", backend).anatomy.targets
+    matrices = tiny.problem("llama", backend).anatomy.matrices
     with pytest.raises(UserError, match="without linear layers"):
         check_training(LORA, (), backend)
     with pytest.raises(ValueError, match="lora keeps its masks"):
         Config(model={"name": "m"}, prune={"pattern": "2:4"}, recover={"train": "lora"}, schedule={"kind": "cubic"})
     with mock.patch.dict(sys.modules, {"bitsandbytes.optim": None}), pytest.raises(UserError, match="pip install bits"):
-        check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), targets, backend)
+        check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), matrices, backend)
     with (
         mock.patch.dict(sys.modules, {"bitsandbytes": mock.Mock(), "bitsandbytes.optim": mock.Mock()}),
         mock.patch.object(backend, "steps_plain_tensors", False),
         pytest.raises(UserError, match="adamw-8bit under FSDP2.*accepted: DDP or ZeRO"),
     ):
-        check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), targets, backend)
+        check_training(RecoverConfig(steps=1, optimizer="adamw-8bit"), matrices, backend)
     with pytest.raises(ValueError, match="not saved on the way"):
         Config(model={"name": "m"}, recover={"optimizer": "adamw-8bit"}, checkpoint={"every": 1})
 

@@ -16,8 +16,8 @@ from tests.ranks import Ranks
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
-from tinygn_dist.models.anatomy import Target, read_anatomy
+from tinygn_dist.estimate.problem import Problem
+from tinygn_dist.models.anatomy import Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 from tinygn_dist.train.reconstruct import Block, blocks_of, check, reconstruct
@@ -28,16 +28,16 @@ TOO_FAST = HALF.model_copy(update={"reconstruct_rate": 100.0})
 
 def halved(
     family: str, backend: Backend | None = None, **data: Any
-) -> tuple[Setting, Setting, dict[str, torch.Tensor]]:
+) -> tuple[Problem, Problem, dict[str, torch.Tensor]]:
     """A model without the smaller half of its weights, the dense one, and the masks."""
-    dense, sparse = (tiny.setting(family, backend, **data) for _ in range(2))
-    return sparse, dense, sparsify(sparse, sparse.anatomy.targets, HALF).by_name
+    dense, sparse = (tiny.problem(family, backend, **data) for _ in range(2))
+    return sparse, dense, sparsify(sparse, sparse.anatomy.matrices, HALF).by_name
 
 
-def run(sparse: Setting, dense: Setting, keep: dict, options: PruneConfig, targets: Sequence[Target] | None = None):
+def run(sparse: Problem, dense: Problem, keep: dict, options: PruneConfig, matrices: Sequence[Matrix] | None = None):
     layers = range(dense.anatomy.num_layers)
     blocks = blocks_of(layers, len(layers))
-    return reconstruct(sparse, dense, blocks, sparse.anatomy.targets if targets is None else targets, keep, options)
+    return reconstruct(sparse, dense, blocks, sparse.anatomy.matrices if matrices is None else matrices, keep, options)
 
 
 def hidden_states(model: nn.Module, family: str, batch: Batch) -> list[torch.Tensor]:
@@ -82,16 +82,16 @@ def test_a_layer_does_the_work_of_removed_ones_after_it():
     assert blocks_of((0, 1, 2), 3) == [Block(layer, range(layer, layer + 1)) for layer in range(3)]
     assert blocks_of((1, 3), 6) == [Block(0, range(0, 3)), Block(1, range(3, 6))]
 
-    dense = tiny.setting("llama")
+    dense = tiny.problem("llama")
     short = plain.without_layers(dense.bare, "llama", [1])
     student = replace(dense, model=short, anatomy=read_anatomy(short, needs_units=True))
     own, other = (hidden_states(s.bare, "llama", dense.batches[-1]) for s in (student, dense))
     wanted = [relative_error(own[0], other[1]), relative_error(own[1], other[2])]
     blocks, asked = blocks_of((0, 2), 3), {"reconstruct_rate": 100.0}
-    told = reconstruct(student, dense, blocks, student.anatomy.targets, {}, HALF.model_copy(update=asked))
+    told = reconstruct(student, dense, blocks, student.anatomy.matrices, {}, HALF.model_copy(update=asked))
     assert [layer["before"] for layer in told["layers"]] == pytest.approx(wanted, rel=1e-5)
 
-    told = reconstruct(student, dense, blocks, student.anatomy.targets, {}, HALF)
+    told = reconstruct(student, dense, blocks, student.anatomy.matrices, {}, HALF)
     own = hidden_states(student.bare, "llama", dense.batches[-1])
     assert told["layers"][1]["after"] == pytest.approx(relative_error(own[1], other[2]), rel=1e-5)
     assert told["layers"][1]["after"] < 0.9 * wanted[1]
@@ -102,19 +102,19 @@ def test_a_linear_layer_reaches_the_least_squares_optimum():
     """Of down_proj alone a layer's output is a linear function: the best kept weights of each row are known. Fitted and held
     out are the same tokens."""
     sparse, dense, keep = halved("llama", count=1, size=8, length=20)
-    sparse, dense = (replace(setting, batches=[*setting.batches, *setting.batches]) for setting in (sparse, dense))
-    (target,) = (t for t in sparse.anatomy.targets if t.layer == 0 and "down_proj" in t.name)
-    optimum = best_rows(sparse, dense, target, keep[target.name])
+    sparse, dense = (replace(problem, batches=[*problem.batches, *problem.batches]) for problem in (sparse, dense))
+    (matrix,) = (t for t in sparse.anatomy.matrices if t.layer == 0 and "down_proj" in t.name)
+    optimum = best_rows(sparse, dense, matrix, keep[matrix.name])
     options = HALF.model_copy(update={"reconstruct": 400, "reconstruct_rate": 0.05})
-    told = run(sparse, dense, keep, options, [target])["layers"][0]
+    told = run(sparse, dense, keep, options, [matrix])["layers"][0]
     assert optimum < 0.9 * told["before"]
     assert told["after"] == pytest.approx(optimum, rel=2e-3) and told["after"] > optimum * (1 - 1e-5)
 
 
-def best_rows(sparse: Setting, dense: Setting, target: Target, keep: torch.Tensor) -> float:
+def best_rows(sparse: Problem, dense: Problem, matrix: Matrix, keep: torch.Tensor) -> float:
     """The least mean relative error of the first layer, by normal equations in fp64 over the kept entries of each row."""
     batch, read = sparse.batches[0], []
-    module = sparse.bare.get_submodule(target.module)
+    module = sparse.bare.get_submodule(matrix.module)
     handle = module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].double()))
     own = hidden_states(sparse.bare, "llama", batch)[0]
     handle.remove()
@@ -132,18 +132,18 @@ def best_rows(sparse: Setting, dense: Setting, target: Target, keep: torch.Tenso
 def test_layers_come_closer_and_nothing_else_moves(family: str):
     sparse, dense, keep = halved(family, count=9)
     before, original = tiny.state_bytes(sparse.bare), tiny.state_bytes(dense.bare)
-    chosen = [target for target in sparse.anatomy.targets if target.layer != 1]
+    chosen = [matrix for matrix in sparse.anatomy.matrices if matrix.layer != 1]
     told = run(sparse, dense, keep, HALF, chosen)
     errors = [(layer["before"], layer["after"], layer["epoch"]) for layer in told["layers"]]
     assert all(after < 0.9 * first and epoch > 0 for first, after, epoch in (errors[0], errors[2]))
     assert errors[1][0] == errors[1][1] and errors[1][2] == 0  # none of its weights was to move
     after = tiny.state_bytes(sparse.bare)
     moved = {name for name in after if not torch.equal(before[name], after[name])}
-    assert moved == {target.parameter for target in chosen}
-    for target in chosen:
-        mask, weight = keep[target.name], after[target.name]
+    assert moved == {matrix.parameter for matrix in chosen}
+    for matrix in chosen:
+        mask, weight = keep[matrix.name], after[matrix.name]
         assert not weight[~mask].any() and not torch.signbit(weight[~mask]).any()
-        assert (weight[mask] != before[target.name][mask]).float().mean() > 0.95
+        assert (weight[mask] != before[matrix.name][mask]).float().mean() > 0.95
     assert tiny.same_bits(original, tiny.state_bytes(dense.bare))
     assert all(p.requires_grad and p.grad is None for p in sparse.bare.parameters())
 
@@ -157,8 +157,8 @@ def test_what_gets_worse_on_held_out_sequences_is_not_taken():
 
 
 def test_bf16_weights_take_steps_that_are_smaller_than_their_resolution():
-    sparse, dense = (tiny.setting("llama", model=tiny.build("llama").bfloat16(), count=9) for _ in range(2))
-    keep = sparsify(sparse, sparse.anatomy.targets, HALF).by_name
+    sparse, dense = (tiny.problem("llama", model=tiny.build("llama").bfloat16(), count=9) for _ in range(2))
+    keep = sparsify(sparse, sparse.anatomy.matrices, HALF).by_name
     told = run(sparse, dense, keep, HALF.model_copy(update={"reconstruct": 8, "reconstruct_rate": 2e-3}))
     assert all(layer["after"] < 0.97 * layer["before"] for layer in told["layers"])
     assert {p.dtype for p in sparse.bare.parameters()} == {torch.bfloat16}
@@ -184,7 +184,7 @@ def test_the_same_on_two_processes(process_groups: Callable[..., Ranks], backend
 
 # -- refusals ------------------------------------------------------------------------------------------------------------
 def test_what_has_no_hidden_states_to_compare_is_refused():
-    anatomy = tiny.setting("llama").anatomy
+    anatomy = tiny.problem("llama").anatomy
     check(anatomy, HALF)
     with pytest.raises(UserError, match="pattern hidden leaves narrower ones"):
         check(anatomy, PruneConfig(pattern="hidden", reconstruct=1))

@@ -1,4 +1,4 @@
-"""One `make_backend`, the only place that looks at how the job was launched."""
+"""How is a model spread over processes? One `make_backend`, the only place that looks at how the job was launched."""
 
 from __future__ import annotations
 

@@ -14,21 +14,21 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | share(items)                        | the items this rank works on; padded where a forward is a collective        |
 | share_over_replicas / ..within..    | the same in two steps: copies of the model, then the ranks that hold one    |
 | on_main(work)                       | work that runs forwards, for the main rank (all take part where they must)  |
-| shard(model, target)                | this rank's piece of a weight and where it starts                           |
+| shard(model, matrix)                | this rank's piece of a weight and where it starts                           |
 | gather / cut                        | whole tensor from the pieces of every rank (a collective) / piece of a whole|
 | whole(model, name)                  | a whole parameter or buffer on every rank, to read, one at a time           |
 | full_tensors(model)                 | all of them by name, tied ones once, one after the other (collectives)      |
 | pieces(model)                       | the same as what this rank holds of each, flat                              |
 | from_main(tensor, shape, dtype)     | the main rank's tensor on every rank                                        |
-| by_rows(model, target, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
-| gradient_sums(model, targets, f)    | sums over micro-batches of f(gradient), as pieces                           |
+| by_rows(model, matrix, piece, f)    | f on whole rows of something shaped like the shards, as pieces again        |
+| gradient_sums(model, matrices, f)    | sums over micro-batches of f(gradient), as pieces                           |
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
-| map_targets(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
+| map_matrices(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
 | look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
-| write(model, target, piece)         | new values of this rank's piece, in the live weight and any master copy     |
-| write_mask(model, target, keep)     | zeros in the live weight and in any master copy behind it                   |
+| write(model, matrix, piece)         | new values of this rank's piece, in the live weight and any master copy     |
+| write_mask(model, matrix, keep)     | zeros in the live weight and in any master copy behind it                   |
 
 What concerns a model in training (steps, the optimizer's state) is in training.py.
 
@@ -53,7 +53,7 @@ from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.optimizer_state import Training
 from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of
 from tinygn_dist.errors import UserError
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -125,13 +125,13 @@ class Backend(Training):
         return result
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
-    def shard(self, model: nn.Module, target: Target) -> Shard:
-        return Shard(target.within(self.unwrap(model).get_parameter(target.parameter).data), 0)
+    def shard(self, model: nn.Module, matrix: Matrix) -> Shard:
+        return Shard(matrix.within(self.unwrap(model).get_parameter(matrix.parameter).data), 0)
 
-    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+    def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
         return piece
 
-    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
+    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
         return whole
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
@@ -146,30 +146,30 @@ class Backend(Training):
         return {name: tensor.detach().reshape(-1) for name, tensor in tensors_of(self.unwrap(model)).items()}
 
     def by_rows(
-        self, model: nn.Module, target: Target, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
+        self, model: nn.Module, matrix: Matrix, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """`work` maps (rows, in) to the same shape, row by row. Moves nothing where the pieces are made of whole rows."""
-        if piece.dim() == 2 and target.input_dim == 1:
+        if piece.dim() == 2 and matrix.input_dim == 1:
             return work(piece)
-        whole = target.matrix(work(target.matrix(self.gather(model, target, piece))))
-        return self.cut(model, target, whole.contiguous())
+        whole = matrix.oriented(work(matrix.oriented(self.gather(model, matrix, piece))))
+        return self.cut(model, matrix, whole.contiguous())
 
     @contextlib.contextmanager
     def gradient_sums(
-        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+        self, model: nn.Module, matrices: Sequence[Matrix], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
         """Inside, every backward of a micro-batch adds function(fp32 gradient); afterwards `.moments` are complete over
-        the data of all ranks. The targets must require gradients."""
-        sums = self._empty_sums(model, targets, function)
-        with hooked(sums, [(self.unwrap(model).get_parameter(t.parameter), t, lambda whole: whole) for t in targets]):
+        the data of all ranks. The matrices must require gradients."""
+        sums = self._empty_sums(model, matrices, function)
+        with hooked(sums, [(self.unwrap(model).get_parameter(t.parameter), t, lambda whole: whole) for t in matrices]):
             yield sums
         self.sum_over_data(sums.moments.tensors())
 
-    def _empty_sums(self, model: nn.Module, targets: Sequence[Target], function: Callable) -> GradientSums:
+    def _empty_sums(self, model: nn.Module, matrices: Sequence[Matrix], function: Callable) -> GradientSums:
         sums = GradientSums(function)
-        for target in targets:
-            weight = self.shard(model, target).weight
-            sums.moments.reserve(target.name, tuple(weight.shape), weight.device)
+        for matrix in matrices:
+            weight = self.shard(model, matrix).weight
+            sums.moments.reserve(matrix.name, tuple(weight.shape), weight.device)
         return sums
 
     # -- combining facts ---------------------------------------------------------------------------------------------
@@ -196,13 +196,13 @@ class Backend(Training):
 
     # -- writing -----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None: ...
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None: ...
 
     @abstractmethod
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None: ...
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None: ...
 
-    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
-        """Writes the new weights; returns the keep masks by target name, shaped like this rank's shards.
+    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
+        """Writes the new weights; returns the keep masks by matrix name, shaped like this rank's shards.
 
         Every weight is gathered in turn and kept by its owner alone; the owners solve at the same time; then every
         result is sent once and each rank keeps its piece.
@@ -214,9 +214,9 @@ class Backend(Training):
                 solved[index] = solve(jobs[index], mine.pop(index))
         masks = {}
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-            for position, target in enumerate(job.targets):
+            for position, matrix in enumerate(job.matrices):
                 results = solved[index][position] if owner == self.rank else None
-                masks[target.name] = self._spread_result(model, target, results, owner)
+                masks[matrix.name] = self._spread_result(model, matrix, results, owner)
         told = self.everyone({index: jobs[index].outcome for index in solved})
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             job.outcome = told[owner][index]
@@ -234,24 +234,24 @@ class Backend(Training):
         """The whole (out, in) weights of the jobs this rank owns, by index of the job."""
         mine: dict[int, list[torch.Tensor]] = {}
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-            for target in job.targets:
-                weight = target.matrix(self.gather(model, target, self.shard(model, target).weight))
+            for matrix in job.matrices:
+                weight = matrix.oriented(self.gather(model, matrix, self.shard(model, matrix).weight))
                 if owner == self.rank:
                     mine.setdefault(index, []).append(weight)
         return mine
 
     def _spread_result(
-        self, model: nn.Module, target: Target, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
+        self, model: nn.Module, matrix: Matrix, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
     ) -> torch.Tensor:
         """Write the owner's new (out, in) weight everywhere; returns this rank's piece of its keep mask."""
-        dtype = self.shard(model, target).weight.dtype
-        weight = torch.empty(target.stored_shape, dtype=dtype, device=self.device)
-        keep = torch.empty(target.stored_shape, dtype=torch.bool, device=self.device)
+        dtype = self.shard(model, matrix).weight.dtype
+        weight = torch.empty(matrix.stored_shape, dtype=dtype, device=self.device)
+        keep = torch.empty(matrix.stored_shape, dtype=torch.bool, device=self.device)
         if result is not None:
-            weight.copy_(target.matrix(result[0]))
-            keep.copy_(target.matrix(result[1]))
-        self.write(model, target, self.cut(model, target, collectives.broadcast_(weight, owner)))
-        return self.cut(model, target, collectives.broadcast_(keep, owner))
+            weight.copy_(matrix.oriented(result[0]))
+            keep.copy_(matrix.oriented(result[1]))
+        self.write(model, matrix, self.cut(model, matrix, collectives.broadcast_(weight, owner)))
+        return self.cut(model, matrix, collectives.broadcast_(keep, owner))
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:

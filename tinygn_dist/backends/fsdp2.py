@@ -31,7 +31,7 @@ from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.wrappers import refuse_spread
 from tinygn_dist.maths.bit_zeros import keep_only_
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 
@@ -116,20 +116,20 @@ class FSDP2(Backend):
         }
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
-    def shard(self, model: nn.Module, target: Target) -> Shard:
-        slices = self._slices(model, target)
-        run = self.unwrap(model).get_parameter(target.parameter).detach().to_local().view(-1)
-        return Shard(slices.local(run).view(-1, target.stored_shape[1]), slices.bounds()[0])
+    def shard(self, model: nn.Module, matrix: Matrix) -> Shard:
+        slices = self._slices(model, matrix)
+        run = self.unwrap(model).get_parameter(matrix.parameter).detach().to_local().view(-1)
+        return Shard(slices.local(run).view(-1, matrix.stored_shape[1]), slices.bounds()[0])
 
-    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).gather(piece.to(self.device))
+    def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, matrix).gather(piece.to(self.device))
 
-    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._as_piece(self._slices(model, target).cut(whole), target)
+    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+        return self._as_piece(self._slices(model, matrix).cut(whole), matrix)
 
-    def _as_piece(self, run: torch.Tensor, target: Target) -> torch.Tensor:
+    def _as_piece(self, run: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Rows, where the shards lie: with the offload policy not on the device."""
-        return run.view(-1, target.stored_shape[1]).to("cpu" if self._offloads else run.device)
+        return run.view(-1, matrix.stored_shape[1]).to("cpu" if self._offloads else run.device)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         tensor = tensor_named(self.unwrap(model), name).detach()
@@ -137,10 +137,10 @@ class FSDP2(Backend):
 
     @contextlib.contextmanager
     def gradient_sums(
-        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+        self, model: nn.Module, matrices: Sequence[Matrix], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
-        sums = self._empty_sums(model, targets, function)
-        with hooked(sums, list(self._unsharded(model, targets))):
+        sums = self._empty_sums(model, matrices, function)
+        with hooked(sums, list(self._unsharded(model, matrices))):
             yield sums
         self.agree(sums.order(), "which weights a micro-batch reaches")
         for tensor in sums.moments.tensors():  # the shard axis is summed already
@@ -148,12 +148,12 @@ class FSDP2(Backend):
                 collectives.sum_(tensor, group=self._replica_group)
 
     def _unsharded(
-        self, model: nn.Module, targets: Sequence[Target]
-    ) -> Iterator[tuple[nn.Parameter, Target, Callable[[torch.Tensor], torch.Tensor]]]:
+        self, model: nn.Module, matrices: Sequence[Matrix]
+    ) -> Iterator[tuple[nn.Parameter, Matrix, Callable[[torch.Tensor], torch.Tensor]]]:
         """The plain parameters that take part in the forward, which stay the same objects, and how to reduce each."""
-        wanted: dict[str, list[tuple[Target, Slices]]] = {}
-        for target in targets:
-            wanted.setdefault(target.parameter, []).append((target, self._slices(model, target)))
+        wanted: dict[str, list[tuple[Matrix, Slices]]] = {}
+        for matrix in matrices:
+            wanted.setdefault(matrix.parameter, []).append((matrix, self._slices(model, matrix)))
         bare = self.unwrap(model)
         for module in reversed(list(self.running(model).modules())):  # the innermost around a weight gathers it
             inside = {id(parameter) for parameter in module.parameters()} if isinstance(module, FSDPModule) else ()
@@ -164,15 +164,15 @@ class FSDP2(Backend):
             for name in names:
                 parameter = bare.get_parameter(name)
                 if not isinstance(parameter, DTensor):
-                    for target, slices in wanted.pop(name):
-                        yield parameter, target, lambda whole, s=slices, t=target: self._as_piece(s.reduce(whole), t)
+                    for matrix, slices in wanted.pop(name):
+                        yield parameter, matrix, lambda whole, s=slices, t=matrix: self._as_piece(s.reduce(whole), t)
             module.reshard()
 
-    def _slices(self, model: nn.Module, target: Target) -> Slices:
+    def _slices(self, model: nn.Module, matrix: Matrix) -> Slices:
         return replace(
-            self._slices_of(self.unwrap(model).get_parameter(target.parameter)),
-            shape=target.stored_shape,
-            start=target.start,
+            self._slices_of(self.unwrap(model).get_parameter(matrix.parameter)),
+            shape=matrix.stored_shape,
+            start=matrix.start,
         )
 
     # -- combining facts ---------------------------------------------------------------------------------------------
@@ -183,11 +183,11 @@ class FSDP2(Backend):
         return collectives.max_(tensor, group=self._shard_group)
 
     # -- writing -----------------------------------------------------------------------------------------------------
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        self.shard(model, target).weight.copy_(piece)
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:
+        self.shard(model, matrix).weight.copy_(piece)
 
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        keep_only_(self.shard(model, target).weight, keep)  # the shards are the fp32 masters
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
+        keep_only_(self.shard(model, matrix).weight, keep)  # the shards are the fp32 masters
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from tinygn_dist.maths.sums import Moments
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# from this rank's whole fp32 target to the owned piece of the sum over the weight's owners, in fp64 where there are several
+# from this rank's whole fp32 matrix to the owned piece of the sum over the weight's owners, in fp64 where there are several
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -39,15 +39,15 @@ class GradientSums:
         self._counts = counts
         yield
 
-    def take(self, parameter: nn.Parameter, targets: Sequence[tuple[Target, Reduce]]) -> None:
-        """Add the gradients of targets that lie in one parameter, and drop the parameter's."""
+    def take(self, parameter: nn.Parameter, matrices: Sequence[tuple[Matrix, Reduce]]) -> None:
+        """Add the gradients of matrices that lie in one parameter, and drop the parameter's."""
         grad, parameter.grad = parameter.grad, None
-        for target, reduce in targets:
-            contribution = self._function(target.within(grad).float())
+        for matrix, reduce in matrices:
+            contribution = self._function(matrix.within(grad).float())
             if not self._counts:
                 contribution = torch.zeros_like(contribution)
-            self.moments.add(target.name, reduce(contribution))
-            self._taken.update(target.name.encode())
+            self.moments.add(matrix.name, reduce(contribution))
+            self._taken.update(matrix.name.encode())
 
     def order(self) -> str:
         """Equal for equal sequences of names, whose gradients came one after the other: it must be the same on every
@@ -56,16 +56,16 @@ class GradientSums:
 
 
 @contextlib.contextmanager
-def hooked(sums: GradientSums, places: Sequence[tuple[nn.Parameter, Target, Reduce]]) -> Iterator[None]:
-    """Inside, `sums` takes the gradient of every target from the parameter that holds it."""
-    held: dict[nn.Parameter, list[tuple[Target, Reduce]]] = {}
-    for parameter, target, reduce in places:
-        held.setdefault(parameter, []).append((target, reduce))
+def hooked(sums: GradientSums, places: Sequence[tuple[nn.Parameter, Matrix, Reduce]]) -> Iterator[None]:
+    """Inside, `sums` takes the gradient of every matrix from the parameter that holds it."""
+    held: dict[nn.Parameter, list[tuple[Matrix, Reduce]]] = {}
+    for parameter, matrix, reduce in places:
+        held.setdefault(parameter, []).append((matrix, reduce))
     handles = []
     try:
-        for parameter, targets in held.items():
+        for parameter, matrices in held.items():
             handles.append(
-                parameter.register_post_accumulate_grad_hook(lambda p, targets=targets: sums.take(p, targets))
+                parameter.register_post_accumulate_grad_hook(lambda p, matrices=matrices: sums.take(p, matrices))
             )
         yield
     finally:

@@ -24,7 +24,7 @@ from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.bit_zeros import keep_only_
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 
 class Offloaded(Backend):
@@ -109,14 +109,14 @@ class Offloaded(Backend):
     def _value(self, model: nn.Module, name: str) -> nn.Parameter:
         return homes_of(model)[model.get_parameter(name)].value
 
-    def shard(self, model: nn.Module, target: Target) -> Shard:
-        return Shard(target.within(self._value(model, target.parameter).data), 0)
+    def shard(self, model: nn.Module, matrix: Matrix) -> Shard:
+        return Shard(matrix.within(self._value(model, matrix.parameter).data), 0)
 
-    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
+    def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
         return piece.to(self.device)
 
-    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return whole.to(self._value(model, target.parameter).device)
+    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+        return whole.to(self._value(model, matrix.parameter).device)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         tensor = tensor_named(model, name)
@@ -127,27 +127,27 @@ class Offloaded(Backend):
 
     @contextlib.contextmanager
     def gradient_sums(
-        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+        self, model: nn.Module, matrices: Sequence[Matrix], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
-        sums = self._empty_sums(model, targets, function)
-        places = [(model.get_parameter(t.parameter), t, lambda whole, t=t: self.cut(model, t, whole)) for t in targets]
+        sums = self._empty_sums(model, matrices, function)
+        places = [(model.get_parameter(t.parameter), t, lambda whole, t=t: self.cut(model, t, whole)) for t in matrices]
         with hooked(sums, places):
             yield sums
 
     # -- writing -----------------------------------------------------------------------------------------------------
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        self.shard(model, target).weight.copy_(piece)
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:
+        self.shard(model, matrix).weight.copy_(piece)
 
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        keep_only_(self.shard(model, target).weight, keep)
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
+        keep_only_(self.shard(model, matrix).weight, keep)
 
-    def map_targets(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
+    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
         """One job after the other: no more weights are on the device than one job has."""
         masks = {}
         for job in jobs:
-            for target, (weight, keep) in zip(job.targets, solve(job, self._matrices(model, job)), strict=True):
-                self.write(model, target, self.cut(model, target, target.matrix(weight)))
-                masks[target.name] = self.cut(model, target, target.matrix(keep).contiguous())
+            for matrix, (weight, keep) in zip(job.matrices, solve(job, self._matrices(model, job)), strict=True):
+                self.write(model, matrix, self.cut(model, matrix, matrix.oriented(weight)))
+                masks[matrix.name] = self.cut(model, matrix, matrix.oriented(keep).contiguous())
         return masks
 
     def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
@@ -155,7 +155,7 @@ class Offloaded(Backend):
             look(job, self._matrices(model, job))
 
     def _matrices(self, model: nn.Module, job: Job) -> list[torch.Tensor]:
-        return [t.matrix(self.gather(model, t, self.shard(model, t).weight)) for t in job.targets]
+        return [t.oriented(self.gather(model, t, self.shard(model, t).weight)) for t in job.matrices]
 
     # -- training ----------------------------------------------------------------------------------------------------
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@
 | held(model, optimizer, name)         | what the torch optimizer holds of a parameter on this rank                  |
 | on_gradients(model, optimizer, ...)  | each gradient that the torch optimizer is about to use, which may be edited |
 | held_weight / join_held / cut_held   | a parameter, or numbers beside it, in that layout, and whole                |
-| clear_state(model, optimizer, t, at) | zero the optimizer's state of some weights of a target                      |
+| clear_state(model, optimizer, t, at) | zero the optimizer's state of some weights of a matrix                      |
 | whole_training / write_training      | everything training knows of a parameter, whole: to save it and to go on     |
 
 The optimizer may hold a parameter itself (one process, DDP), this rank's rows of it (FSDP2), or fp32 masters of many
@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from tinygn_dist.backends.wrappers import refuse_spread, running_plainly, without, without_adapters
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,13 @@ class Training(ABC):
         return self.inner_optimizer(optimizer).register_step_pre_hook(hook)
 
     # -- the optimizer's state ---------------------------------------------------------------------------------------
-    def clear_state(self, model: nn.Module, optimizer: Any, target: Target, at: torch.Tensor) -> None:
-        """at: bool, shaped like this rank's shard of the target."""
-        held = self.held(model, optimizer, target.parameter)
-        low, high = max(held.start, target.start), min(held.start + held.count, target.start + target.numel)
+    def clear_state(self, model: nn.Module, optimizer: Any, matrix: Matrix, at: torch.Tensor) -> None:
+        """at: bool, shaped like this rank's shard of the matrix."""
+        held = self.held(model, optimizer, matrix.parameter)
+        low, high = max(held.start, matrix.start), min(held.start + held.count, matrix.start + matrix.numel)
         if high <= low:
             return
-        first = low - target.start - self.shard(model, target).offset
+        first = low - matrix.start - self.shard(model, matrix).offset
         at = at.reshape(-1)[first : first + high - low]
         for state in self._states(optimizer, held).values():
             self._piece(state, held)[low - held.start : high - held.start].masked_fill_(at, 0)

@@ -11,16 +11,16 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from tinygn_dist.backends.wrappers import plain_names
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's piece of a target.
+    """This rank's piece of a matrix.
 
     weight: the live storage, any shape, possibly empty, where the weights lie: with offload not on the device that
-    computes. offset: index of its first element in the flattened target *as stored* (which `target.start` places in a
-    parameter that holds several); the piece is a run of consecutive elements. Masks and scores of a target have this
+    computes. offset: index of its first element in the flattened matrix *as stored* (which `matrix.start` places in a
+    parameter that holds several); the piece is a run of consecutive elements. Masks and scores of a matrix have this
     shape, and lie there, on each rank. Edits go through `write`: there may be master copies.
     """
 
@@ -114,17 +114,17 @@ def filled(model: nn.Module, run: Run) -> nn.Module:
 
 @dataclass
 class Job:
-    """Row work on targets that share one input. moments: this rank's partial sums over its data, until
+    """Row work on matrices that share one input. moments: this rank's partial sums over its data, until
     `sum_for_jobs` completes them on the rank that solves the job and empties them elsewhere. outcome: a small fact
-    that `solve` may leave; `map_targets` brings it to every rank."""
+    that `solve` may leave; `map_matrices` brings it to every rank."""
 
-    targets: tuple[Target, ...]
+    matrices: tuple[Matrix, ...]
     moments: list[torch.Tensor]
     cost: float
     extra: dict[str, Any] = field(default_factory=dict)
     outcome: Any = None
 
 
-# solve(job, whole (out, in) weights) -> for each target (new weight, keep mask), both (out, in)
+# solve(job, whole (out, in) weights) -> for each matrix (new weight, keep mask), both (out, in)
 Solve = Callable[[Job, list[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
 Look = Callable[[Job, list[torch.Tensor]], None]

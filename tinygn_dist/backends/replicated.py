@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.maths.bit_zeros import keep_only_
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 
 class Replicated(Backend):
@@ -29,11 +29,11 @@ class Replicated(Backend):
     def release(self, model: nn.Module, *prepared: Any) -> None:
         self._accelerator.free_memory(*prepared)
 
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        self.shard(model, target).weight.copy_(piece)
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:
+        self.shard(model, matrix).weight.copy_(piece)
 
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        keep_only_(self.shard(model, target).weight, keep)
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
+        keep_only_(self.shard(model, matrix).weight, keep)
 
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(model)

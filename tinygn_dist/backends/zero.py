@@ -25,7 +25,7 @@ from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of,
 from tinygn_dist.backends.slices import Slices, share_padded
 from tinygn_dist.backends.zero_partitions import drop_whole, forget_models, live_run, master_run
 from tinygn_dist.maths.bit_zeros import keep_only_
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 _ESTIMATION = "_estimation_engine"
 """where a model keeps its engine, past nn.Module's registration, so that they go together"""
@@ -86,27 +86,27 @@ class ZeroOptimizer(Zero):
         self._accelerator.free_memory(*prepared)
         self._training = None
 
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        self.shard(model, target).weight.copy_(piece)
-        for master, run in self._masters(model, target):
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:
+        self.shard(model, matrix).weight.copy_(piece)
+        for master, run in self._masters(model, matrix):
             master.copy_(piece.reshape(-1)[run])
 
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        keep_only_(self.shard(model, target).weight, keep)
-        for master, run in self._masters(model, target):
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
+        keep_only_(self.shard(model, matrix).weight, keep)
+        for master, run in self._masters(model, matrix):
             keep_only_(master, keep.reshape(-1)[run].to(master.device))  # on the CPU with offload_optimizer
 
-    def _masters(self, model: nn.Module, target: Target) -> list[tuple[torch.Tensor, slice]]:
-        """The run of the target that lies in this rank's flat fp32 master, if any, and where it lies in the target."""
-        mapping = getattr(self.unwrap(model).get_parameter(target.parameter), "_hp_mapping", None)
+    def _masters(self, model: nn.Module, matrix: Matrix) -> list[tuple[torch.Tensor, slice]]:
+        """The run of the matrix that lies in this rank's flat fp32 master, if any, and where it lies in the matrix."""
+        mapping = getattr(self.unwrap(model).get_parameter(matrix.parameter), "_hp_mapping", None)
         if mapping is None:
             return []
         where = mapping.lp_fragment_address
-        low, high = max(where.start, target.start), min(where.start + where.numel, target.start + target.numel)
+        low, high = max(where.start, matrix.start), min(where.start + where.numel, matrix.start + matrix.numel)
         if high <= low:
             return []
         master = mapping.hp_fragment.detach()[low - where.start : high - where.start]
-        return [(master, slice(low - target.start, high - target.start))]
+        return [(master, slice(low - matrix.start, high - matrix.start))]
 
     def held(self, model: nn.Module, optimizer: Any, name: str) -> Held:
         parameter, zero = self.unwrap(model).get_parameter(name), self._training.optimizer
@@ -220,19 +220,19 @@ class ZeroParameters(Zero):
         return self._slices_of(tensor, tuple(tensor.ds_shape), 0).local(live_run(tensor))
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
-    def shard(self, model: nn.Module, target: Target) -> Shard:
-        slices = self._slices(model, target)
-        return Shard(slices.local(live_run(self.unwrap(model).get_parameter(target.parameter))), slices.bounds()[0])
+    def shard(self, model: nn.Module, matrix: Matrix) -> Shard:
+        slices = self._slices(model, matrix)
+        return Shard(slices.local(live_run(self.unwrap(model).get_parameter(matrix.parameter))), slices.bounds()[0])
 
-    def gather(self, model: nn.Module, target: Target, piece: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).gather(piece.to(self.device))
+    def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, matrix).gather(piece.to(self.device))
 
-    def cut(self, model: nn.Module, target: Target, whole: torch.Tensor) -> torch.Tensor:
-        return self._slices(model, target).cut(whole).to(self._shard_device(model, target))
+    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+        return self._slices(model, matrix).cut(whole).to(self._shard_device(model, matrix))
 
-    def _shard_device(self, model: nn.Module, target: Target) -> torch.device:
+    def _shard_device(self, model: nn.Module, matrix: Matrix) -> torch.device:
         """With `offload_param` not the device that computes."""
-        return self.unwrap(model).get_parameter(target.parameter).ds_tensor.device
+        return self.unwrap(model).get_parameter(matrix.parameter).ds_tensor.device
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
         tensor = tensor_named(self.unwrap(model), name)
@@ -242,20 +242,20 @@ class ZeroParameters(Zero):
 
     @contextlib.contextmanager
     def gradient_sums(
-        self, model: nn.Module, targets: Sequence[Target], function: Callable[[torch.Tensor], torch.Tensor]
+        self, model: nn.Module, matrices: Sequence[Matrix], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
-        sums, bare = self._empty_sums(model, targets, function), self.unwrap(model)
+        sums, bare = self._empty_sums(model, matrices, function), self.unwrap(model)
 
-        def reduce(target: Target) -> Callable[[torch.Tensor], torch.Tensor]:
-            slices, device = self._slices(model, target), self._shard_device(model, target)
+        def reduce(matrix: Matrix) -> Callable[[torch.Tensor], torch.Tensor]:
+            slices, device = self._slices(model, matrix), self._shard_device(model, matrix)
             return lambda whole: slices.reduce(whole).to(device)
 
-        with hooked(sums, [(bare.get_parameter(t.parameter), t, reduce(t)) for t in targets]):
+        with hooked(sums, [(bare.get_parameter(t.parameter), t, reduce(t)) for t in matrices]):
             yield sums
         self.agree(sums.order(), "which weights a micro-batch reaches")
 
-    def _slices(self, model: nn.Module, target: Target) -> Slices:
-        return self._slices_of(self.unwrap(model).get_parameter(target.parameter), target.stored_shape, target.start)
+    def _slices(self, model: nn.Module, matrix: Matrix) -> Slices:
+        return self._slices_of(self.unwrap(model).get_parameter(matrix.parameter), matrix.stored_shape, matrix.start)
 
     def _slices_of(self, parameter: nn.Parameter, shape: tuple[int, ...], start: int) -> Slices:
         return Slices(shape, start, parameter.ds_tensor.ds_numel, self.rank, self.num_ranks)
@@ -268,14 +268,14 @@ class ZeroParameters(Zero):
         return collectives.max_(tensor)
 
     # -- writing -----------------------------------------------------------------------------------------------------
-    def write(self, model: nn.Module, target: Target, piece: torch.Tensor) -> None:
-        self._edit(model, target, lambda held: held.copy_(piece))
+    def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:
+        self._edit(model, matrix, lambda held: held.copy_(piece))
 
-    def write_mask(self, model: nn.Module, target: Target, keep: torch.Tensor) -> None:
-        self._edit(model, target, lambda held: keep_only_(held, keep.to(held.device)))
+    def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
+        self._edit(model, matrix, lambda held: keep_only_(held, keep.to(held.device)))
 
-    def _edit(self, model: nn.Module, target: Target, edit: Callable[[torch.Tensor], Any]) -> None:
-        parameter, slices = self.unwrap(model).get_parameter(target.parameter), self._slices(model, target)
+    def _edit(self, model: nn.Module, matrix: Matrix, edit: Callable[[torch.Tensor], Any]) -> None:
+        parameter, slices = self.unwrap(model).get_parameter(matrix.parameter), self._slices(model, matrix)
         for run in self._runs(parameter):
             edit(slices.local(run))
         drop_whole(parameter)

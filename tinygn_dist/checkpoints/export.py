@@ -29,7 +29,7 @@ from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, StoredTensors, Written, written
 from tinygn_dist.config import OutputConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 log = logging.getLogger(__name__)
 _SPARE = 1.05
@@ -295,14 +295,14 @@ def check_reloaded(
 
 
 def sparsity_figures(
-    disk: Disk, targets: tuple[Target, ...], reloaded: nn.Module, backend: Backend
+    disk: Disk, matrices: tuple[Matrix, ...], reloaded: nn.Module, backend: Backend
 ) -> dict[str, float | int]:
     """Zeros among the masked weights (in the model that was loaded from disk), all matrices and everything stored. A
     collective."""
     nonzero = torch.zeros(1, dtype=torch.int64)
-    for target in targets:
-        nonzero += int(torch.count_nonzero(backend.shard(reloaded, target).weight))
-    left, targeted = int(backend.sum_over_shards(nonzero)), sum(target.numel for target in targets)
+    for matrix in matrices:
+        nonzero += int(torch.count_nonzero(backend.shard(reloaded, matrix).weight))
+    left, targeted = int(backend.sum_over_shards(nonzero)), sum(matrix.numel for matrix in matrices)
 
     def share(chosen: list[str]) -> float:
         total = sum(disk.sizes[name] for name in chosen)

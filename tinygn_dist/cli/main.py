@@ -36,7 +36,7 @@ ALIASES = {
     "data": "data.name",
     "pattern": "prune.pattern",
     "sparsity": "prune.sparsity",
-    "target": "prune.target",
+    "matrix": "prune.goal",
     "criterion": "prune.criterion",
     "estimator": "prune.estimator",
     "output": "output.dir",
@@ -205,7 +205,7 @@ def _overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, 
 
 
 def _value(text: str, key: str) -> Any:
-    if key in ("prune.pattern", "prune.target", "model.name", "data.name", "output.dir"):
+    if key in ("prune.pattern", "prune.goal", "model.name", "data.name", "output.dir"):
         return text  # YAML would read 2:4 as base-60 and a folder named 1 as a number
     try:
         return yaml.safe_load(text)

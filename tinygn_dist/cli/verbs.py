@@ -19,7 +19,7 @@ from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, make
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.engines import verdicts
 from tinygn_dist.evaluate.quality import quality, speed
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup, read_anatomy
@@ -44,7 +44,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         "in_layers": sum(anatomy.layer_params),
         "tied": [list(pair) for pair in anatomy.tied],
         "units": {},
-        "targets": {},
+        "matrices": {},
     }
     if family and anatomy.num_layers:
         facts["units"]["layers"] = {
@@ -69,14 +69,14 @@ def inspect(arguments: argparse.Namespace) -> int:
                     facts["units"][kind]["note"] = note
             elif kind in anatomy.fixed:
                 facts["units"][kind] = {"removable": False, "why": anatomy.fixed[kind]}
-    for target in anatomy.targets:
-        kind = target.parameter.removesuffix(".weight").rpartition(".")[2]
-        shape = f"{target.shape[0]}x{target.shape[1]}"
-        entry = facts["targets"].setdefault(
-            f"{kind} {shape}", {"count": 0, "share": 0.0, "multiple_of_4_inputs": target.shape[1] % 4 == 0}
+    for matrix in anatomy.matrices:
+        kind = matrix.parameter.removesuffix(".weight").rpartition(".")[2]
+        shape = f"{matrix.shape[0]}x{matrix.shape[1]}"
+        entry = facts["matrices"].setdefault(
+            f"{kind} {shape}", {"count": 0, "share": 0.0, "multiple_of_4_inputs": matrix.shape[1] % 4 == 0}
         )
         entry["count"] += 1
-        entry["share"] += target.numel / total
+        entry["share"] += matrix.numel / total
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -113,13 +113,13 @@ def _print_inspection(facts: dict[str, Any]) -> None:
         console.print(units)
     else:
         console.print("no unit of this family can be removed; its weights can be masked")
-    targets = Table("weight", "count", "share of parameters", "2:4", title="can be masked")
-    for name, entry in facts["targets"].items():
-        targets.add_row(
+    matrices = Table("weight", "count", "share of parameters", "2:4", title="can be masked")
+    for name, entry in facts["matrices"].items():
+        matrices.add_row(
             name, str(entry["count"]), f"{entry['share']:.1%}", "yes" if entry["multiple_of_4_inputs"] else "no"
         )
-    console.print(targets)
-    rest = 1 - sum(entry["share"] for entry in facts["targets"].values())
+    console.print(matrices)
+    rest = 1 - sum(entry["share"] for entry in facts["matrices"].values())
     console.print(f"kept dense: {rest:.1%} (embeddings, norms, biases, heads)")
     for name, other in facts["tied"]:
         console.print(f"tied: {name} = {other}", soft_wrap=True)
@@ -155,8 +155,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         else None,
     }
     progress = Progress(shown=backend.is_main)
-    setting = Setting(model, anatomy, objective_of(source.task), splits.evaluation, backend, progress)
-    figures |= quality(setting, source.task, "evaluating")
+    problem = Problem(model, anatomy, objective_of(source.task), splits.evaluation, backend, progress)
+    figures |= quality(problem, source.task, "evaluating")
     if not arguments.no_latency:
         figures |= speed(
             model, source.task, splits.evaluation[0], EvaluateConfig(**recipe.get("evaluate", {})), backend

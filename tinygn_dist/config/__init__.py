@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen pydantic models, every range checked once, before anything loads.
+"""What can be asked for? Frozen pydantic models, every range checked once, before anything loads.
 
 A recipe (YAML) has the same shape as `Config`; every key can be overridden as `--section.key value` on the command
 line. The docstring under a field is its help text.
@@ -76,7 +76,7 @@ class Config(Section):
             raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
         if prune.asks_latency and (schedule.kind != "one-shot" or self.distributed.offload != "none"):
             raise ValueError(
-                f"prune.target {prune.target} with schedule.kind {schedule.kind} and distributed.offload "
+                f"prune.goal {prune.goal} with schedule.kind {schedule.kind} and distributed.offload "
                 f"{self.distributed.offload}, accepted: one-shot and none; use params="
             )
         batches = -(-self.data.num_samples // self.data.micro_batch)

@@ -30,7 +30,7 @@ class PruneConfig(Section):
     (removed whole; hidden: dimensions of the residual stream; units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
-    target: str | None = None
+    goal: str | None = None
     """of units, instead of sparsity: params=0.8, bytes=0.8, flops=0.8 or latency=0.8, the share of the whole model that stays
     (flops: per token, without attention scores; latency: measured on this device before weights load, one forward of
     evaluate.batch_size x evaluate.prefill_tokens)"""
@@ -128,7 +128,7 @@ class PruneConfig(Section):
     curvature"""
     probe_difference: Literal["central", "forward"] = "central"
     """gate derivatives from both sides (more accurate, sees kinks), or from one at half the price"""
-    targets: tuple[str, ...] = (".*",)
+    matrices: tuple[str, ...] = (".*",)
     """regular expressions of weight names that may be masked"""
     ignore: tuple[str, ...] = ()
     """regular expressions of weight names that stay dense"""
@@ -185,9 +185,9 @@ class PruneConfig(Section):
             f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), auto, search or owl; try 0.75"
         )
 
-    @field_validator("target")
+    @field_validator("goal")
     @classmethod
-    def _known_target(cls, value: str | None) -> str | None:
+    def _known_goal(cls, value: str | None) -> str | None:
         if value is None:
             return None
         found = re.fullmatch(r"(params|bytes|flops|latency)=(0?\.\d+|1|1\.0)", value)
@@ -199,9 +199,9 @@ class PruneConfig(Section):
 
     @model_validator(mode="after")
     def _criterion_fits(self) -> PruneConfig:
-        if self.target and (not self.unit_kinds or self.counts is not None):
+        if self.goal and (not self.unit_kinds or self.counts is not None):
             raise ValueError(
-                f"target {self.target} is for units without counts; pattern {self.pattern} "
+                f"goal {self.goal} is for units without counts; pattern {self.pattern} "
                 + ("has counts" if self.counts is not None else "stores zeros densely, give sparsity")
             )
         allowed = UNIT_CRITERIA if self.unit_kinds else WEIGHT_CRITERIA
@@ -239,7 +239,7 @@ class PruneConfig(Section):
 
     @property
     def asks_latency(self) -> bool:
-        return bool(self.target) and self.target.startswith("latency")
+        return bool(self.goal) and self.goal.startswith("latency")
 
     @property
     def nm(self) -> NM | None:

@@ -83,7 +83,7 @@ def load_splits(
     start: int = 0,
 ) -> Splits:
     """Splits for a task. train_len: tokens per training sequence, 0 for no training. rows: used instead of reading
-    `options.name` (self-generated text). start: the token that an encoder-decoder's targets begin with."""
+    `options.name` (self-generated text). start: the token that an encoder-decoder's matrices begin with."""
     if task == "seq2seq-lm":
         if not options.packing:
             raise UserError(

@@ -1,4 +1,4 @@
-"""How the loss changes: probes by finite differences, derivatives by backpropagation, statistics of layer inputs.
+"""How does the loss change? Probes by finite differences, derivatives by backpropagation, statistics of layer inputs.
 
 Everything is attached through `accelerate.hooks.ModelHook` and removed afterwards; no weight is touched.
 """

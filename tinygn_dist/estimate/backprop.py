@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.maths.sums import Moments
-from tinygn_dist.models.anatomy import Target, UnitGroup
+from tinygn_dist.models.anatomy import Matrix, UnitGroup
 
 
 @contextlib.contextmanager
@@ -55,19 +55,19 @@ def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.__dict__.update(state)
 
 
-def weight_gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
-    """Per target name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
+def weight_gradients(problem: Problem, matrices: Sequence[Matrix], *, squares: bool) -> Moments:
+    """Per matrix name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
     mean loss per token; shaped like this rank's shard. Summed over the data of all ranks."""
-    parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
-    mine = setting.backend.share(setting.batches)
+    parameters = [problem.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in matrices)]
+    mine = problem.backend.share(problem.batches)
     with (
-        gradients_of(setting.bare, parameters),
-        setting.backend.gradient_sums(setting.model, targets, torch.square if squares else _itself) as sums,
-        setting.progress.bar("gradients", len(mine)) as advance,
+        gradients_of(problem.bare, parameters),
+        problem.backend.gradient_sums(problem.model, matrices, torch.square if squares else _itself) as sums,
+        problem.progress.bar("gradients", len(mine)) as advance,
     ):
         for batch, real in mine:
             with sums.micro_batch(counts=real):
-                setting.objective(setting.model, setting.on_device(batch)).mean().backward()
+                problem.objective(problem.model, problem.on_device(batch)).mean().backward()
             advance()
     return sums.moments
 
@@ -77,20 +77,20 @@ def _itself(grad: torch.Tensor) -> torch.Tensor:
 
 
 def gate_gradients(
-    setting: Setting, groups: Sequence[UnitGroup], layers: Sequence[int]
+    problem: Problem, groups: Sequence[UnitGroup], layers: Sequence[int]
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """Exact derivative of each sequence's summed loss by every gate, at all gates 1.
 
     One gate per sequence and unit, so one backward gives every derivative of a micro-batch. Returns per group
     (units, sequences) fp64, for the layers (layers, sequences), and (sequences,) token counts.
     """
-    backend, sizes = setting.backend, [batch_size(batch) for batch in setting.batches]
+    backend, sizes = problem.backend, [batch_size(batch) for batch in problem.batches]
     results = [torch.zeros(group.num_units, sum(sizes), dtype=torch.float64) for group in groups]
     by_layer = torch.zeros(len(layers), sum(sizes), dtype=torch.float64)
     counts = torch.zeros(sum(sizes), dtype=torch.float64)
-    layer_modules = [setting.bare.get_submodule(setting.anatomy.path_of(layer)) for layer in layers]
-    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
-    with gradients_of(setting.bare, ()), setting.progress.bar("gate gradients", len(mine)) as advance:
+    layer_modules = [problem.bare.get_submodule(problem.anatomy.path_of(layer)) for layer in layers]
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(problem.batches)])
+    with gradients_of(problem.bare, ()), problem.progress.bar("gate gradients", len(mine)) as advance:
         for (batch, start), real in mine:
             span = slice(start, start + batch_size(batch))
             size = span.stop - span.start
@@ -99,11 +99,11 @@ def gate_gradients(
             hooks = [
                 hook
                 for group, gate in zip(groups, gates, strict=True)
-                for hook in unit_gates(setting.bare, group, gate)
+                for hook in unit_gates(problem.bare, group, gate)
             ]
             hooks += [(m, LayerGate(gate)) for m, gate in zip(layer_modules, layer_gates, strict=True)]
             with attached(hooks):
-                losses = setting.objective(setting.model, setting.on_device(batch))
+                losses = problem.objective(problem.model, problem.on_device(batch))
                 losses.total.sum().backward()
             if real:
                 counts[span] = losses.count.double().cpu()

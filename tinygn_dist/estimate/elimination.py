@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tinygn_dist.estimate.probes import Measured, Probe, measure
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.maths import criteria
 
 LEVEL = 1.55
@@ -62,21 +62,21 @@ class Standing:
     exhaustive: int
 
 
-def race(
-    setting: Setting, probes: Sequence[Any], contests: Sequence[Contest], *, adaptive: bool = True,
+def successive_elimination(
+    problem: Problem, probes: Sequence[Any], contests: Sequence[Contest], *, adaptive: bool = True,
     without: Sequence[Probe] = (), limit: Limit | None = None, look: Callable[..., Measured] = measure,
 ) -> Standing:  # fmt: skip
     """Probe until every contest is settled, the sequences are used up, or the limit is reached (after at least one
     round). Probes of no contest, and without `adaptive` all, are measured on all sequences. The same on any number of ranks,
     unless a deadline ends it. look: what measures probes, or whatever competes in their place."""
     limit = limit or Limit()
-    count, sizes = len(probes), [batch_size(batch) for batch in setting.batches]
+    count, sizes = len(probes), [batch_size(batch) for batch in problem.batches]
     sequences, differences = torch.zeros(count, dtype=torch.int64), torch.zeros(count, sum(sizes), dtype=torch.float64)
     counts = torch.zeros(sum(sizes), dtype=torch.float64)
     running = [_Running(contest) for contest in contests]
     active, done, forwards = list(range(count)), 0, 0
     for upto in _rounds(sizes) if adaptive or limit != Limit() else [len(sizes)]:
-        seen = look(replace(setting, batches=setting.batches[done:upto]), [probes[i] for i in active], without=without)
+        seen = look(replace(problem, batches=problem.batches[done:upto]), [probes[i] for i in active], without=without)
         span = slice(sum(sizes[:done]), sum(sizes[:upto]))
         differences[active, span], counts[span] = seen.differences, seen.counts
         forwards, done = forwards + seen.forwards, upto
@@ -84,9 +84,11 @@ def race(
         if adaptive:
             for one in running:
                 one.settle(differences, counts[: span.stop], sum(sizes))
-            settled = {i for one in running for i in one.settled}.difference(*(one.left for one in running))
-            active = [i for i in active if i not in settled]
-        if not active or forwards >= limit.forwards or late(setting, limit):
+            resolve_estimator = {i for one in running for i in one.resolve_estimator}.difference(
+                *(one.left for one in running)
+            )
+            active = [i for i in active if i not in resolve_estimator]
+        if not active or forwards >= limit.forwards or late(problem, limit):
             break
     mean, error = torch.empty(2, count, dtype=torch.float64)
     for number in sequences.unique().tolist():
@@ -129,7 +131,7 @@ class _Running:
         self.stays: list[int] = []
 
     @property
-    def settled(self) -> list[int]:
+    def resolve_estimator(self) -> list[int]:
         return self.goes + self.stays
 
     def settle(self, differences: torch.Tensor, counts: torch.Tensor, total: int) -> None:
@@ -172,6 +174,6 @@ def _rounds(sizes: Sequence[int]) -> list[int]:
     return rounds
 
 
-def late(setting: Setting, limit: Limit) -> bool:
+def late(problem: Problem, limit: Limit) -> bool:
     """Whether the deadline is over on any rank; the same on all."""
-    return limit.deadline < float("inf") and any(setting.backend.everyone(time.monotonic() > limit.deadline))
+    return limit.deadline < float("inf") and any(problem.backend.everyone(time.monotonic() > limit.deadline))

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.backprop import gradients_of
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.runtime.stage_timer import give_back
 
 log = logging.getLogger(__name__)
@@ -33,21 +33,21 @@ _CGROUPS = (  # limit, usage and page cache that the system takes back, of cgrou
 )
 
 
-def settled(setting: Setting, options: PruneConfig, held: int = 0) -> PruneConfig:
+def resolve_estimator(problem: Problem, options: PruneConfig, held: int = 0) -> PruneConfig:
     """The options with `estimator: auto` replaced by what fits, the same on every rank; says which and why in the log and the
     report. held: bytes that the statistics of a backward take beside it."""
     if options.estimator != "auto":
         return options
-    chosen, why = choose(setting, held)
-    if not any(note.startswith(f"estimator {chosen}") for note in setting.notes):  # at every update of masks that grow
+    chosen, why = choose(problem, held)
+    if not any(note.startswith(f"estimator {chosen}") for note in problem.notes):  # at every update of masks that grow
         log.info("%s", why)
-        setting.notes.append(why)
+        problem.notes.append(why)
     return options.model_copy(update={"estimator": chosen})
 
 
-def choose(setting: Setting, held: int = 0) -> tuple[Estimator, str]:
+def choose(problem: Problem, held: int = 0) -> tuple[Estimator, str]:
     """The estimator, and a line that says why."""
-    backend = setting.backend
+    backend = problem.backend
     if (
         backend.shards_weights or backend.weights_wait
     ):  # a forward without its backward would leave fetched weights behind
@@ -55,7 +55,7 @@ def choose(setting: Setting, held: int = 0) -> tuple[Estimator, str]:
             "backprop",
             "estimator backprop: memory is not measured where weights are gathered or fetched for each forward",
         )
-    needed, free = backward_bytes(setting) + held, free_bytes(backend.device)
+    needed, free = backward_bytes(problem) + held, free_bytes(backend.device)
     told = backend.everyone((socket.gethostname(), free, needed))
     if any(free is None for _, free, _ in told):
         return (
@@ -74,15 +74,15 @@ def choose(setting: Setting, held: int = 0) -> tuple[Estimator, str]:
     )
 
 
-def backward_bytes(setting: Setting) -> int:
+def backward_bytes(problem: Problem) -> int:
     """What a backward takes beside a forward: all that autograd keeps for the largest micro-batch, and twice the largest of it,
     for gradients on their way. Measured by a forward in which autograd asks for each tensor and is given none to keep, so
     it takes no more than inference. Gradients of weights are not in it, but the inputs that they would need are."""
-    batch = max(setting.batches, key=lambda batch: max(value.numel() for value in batch.values()))
-    own = {p.untyped_storage().data_ptr() for p in setting.bare.parameters()}
-    learning = [p for p in setting.bare.parameters() if p.is_floating_point()]
-    with gradients_of(setting.bare, learning), saved_sizes(own) as sizes:
-        setting.objective(setting.model, setting.on_device(batch))
+    batch = max(problem.batches, key=lambda batch: max(value.numel() for value in batch.values()))
+    own = {p.untyped_storage().data_ptr() for p in problem.bare.parameters()}
+    learning = [p for p in problem.bare.parameters() if p.is_floating_point()]
+    with gradients_of(problem.bare, learning), saved_sizes(own) as sizes:
+        problem.objective(problem.model, problem.on_device(batch))
     give_back()  # what is free is asked next
     return sum(sizes) + 2 * max(sizes, default=0)
 

@@ -14,7 +14,7 @@ from accelerate.hooks import ModelHook
 from torch import nn
 
 from tinygn_dist.estimate.hooks import attached
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import UnitGroup
 from tinygn_dist.models.matrices import expert_weights
 from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
@@ -97,11 +97,11 @@ def _normed(module: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return module.post_expert_norm(out) if has_norm else out
 
 
-def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def output_mass(problem: Problem, groups: Sequence[UnitGroup]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Per group of experts, (experts,) fp64: the mean over all tokens of routing weight times the norm of the expert's
     output (0 where not routed; REAP, Lasby et al. 2025, averages over the routed tokens only), and the number of tokens
     routed to each."""
-    backend = setting.backend
+    backend = problem.backend
     mass, reached = ([torch.zeros(g.num_units, dtype=torch.float64) for g in groups] for _ in range(2))
     total = torch.zeros(1, dtype=torch.float64)
     added: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # group, expert, its tokens, what it adds to each
@@ -113,14 +113,14 @@ def output_mass(setting: Setting, groups: Sequence[UnitGroup]) -> tuple[list[tor
 
         return ExpertObserver(seen)
 
-    modules = [setting.bare.get_submodule(group.output) for group in groups]
-    mine = backend.share(setting.batches)
+    modules = [problem.bare.get_submodule(group.output) for group in groups]
+    mine = backend.share(problem.batches)
     hooks = [(module, observer(module, index)) for index, module in enumerate(modules)]
-    with torch.no_grad(), attached(hooks), setting.progress.bar("expert outputs", len(mine)) as advance:
+    with torch.no_grad(), attached(hooks), problem.progress.bar("expert outputs", len(mine)) as advance:
         for batch, real in mine:
-            batch = setting.on_device(batch)
+            batch = problem.on_device(batch)
             added.clear()
-            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
             if real:
                 mask = real_tokens(batch)
                 mask = torch.ones_like(batch["input_ids"], dtype=torch.bool).flatten() if mask is None else mask

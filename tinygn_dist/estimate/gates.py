@@ -14,7 +14,7 @@ import torch
 
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.probes import Measured, Probe, measure
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import finite_difference
 from tinygn_dist.maths.finite_difference import Scheme, Step
 from tinygn_dist.models.anatomy import UnitGroup
@@ -45,7 +45,7 @@ class GateDerivatives:
 
 
 def gate_derivatives(
-    setting: Setting, gates: Sequence[Probe], *, scheme: Scheme = "central", step: float | None = None
+    problem: Problem, gates: Sequence[Probe], *, scheme: Scheme = "central", step: float | None = None
 ) -> GateDerivatives:
     """Difference quotients at all gates 1 (the probes' own factors are ignored).
 
@@ -54,23 +54,23 @@ def gate_derivatives(
     """
     places = list(dict.fromkeys((gate.layer, gate.group) for gate in gates))
     if step is None:
-        steps, forwards = measure_steps(setting, gates, scheme)
+        steps, forwards = measure_steps(problem, gates, scheme)
     else:
-        check_step(step, gate_dtype(setting))
+        check_step(step, gate_dtype(problem))
         steps, forwards = {place: finite_difference.given(step) for place in places}, 0
     sizes = torch.tensor([steps[gate.layer, gate.group].value for gate in gates], dtype=torch.float64)
-    seen = _moved(setting, gates, sizes, (1, -1) if scheme == "central" else (1,))
+    seen = _moved(problem, gates, sizes, (1, -1) if scheme == "central" else (1,))
     forwards += seen.forwards
     h = sizes[:, None]
     if scheme == "forward":
         return GateDerivatives(seen.differences / h, None, seen.counts, steps, [], forwards)
     up, down = seen.differences[0::2], seen.differences[1::2]
     slopes, bends = (up - down) / (2 * h), (up + down) / h**2
-    kinked, more = _kinks(setting, gates, sizes, slopes, bends, seen.counts, steps)
+    kinked, more = _kinks(problem, gates, sizes, slopes, bends, seen.counts, steps)
     return GateDerivatives(slopes, bends, seen.counts, steps, kinked, forwards + more)
 
 
-def measure_steps(setting: Setting, gates: Sequence[Probe], scheme: Scheme) -> tuple[dict[Place, Step], int]:
+def measure_steps(problem: Problem, gates: Sequence[Probe], scheme: Scheme) -> tuple[dict[Place, Step], int]:
     """The step of each place, measured at its middle unit on the first micro-batch; and the forwards spent.
 
     One batch has more noise per token than all of them, so the steps are on the large side of what all would ask.
@@ -79,10 +79,10 @@ def measure_steps(setting: Setting, gates: Sequence[Probe], scheme: Scheme) -> t
     for gate in gates:
         by_place.setdefault((gate.layer, gate.group), []).append(gate)
     middle = {place: found[len(found) // 2] for place, found in by_place.items()}
-    resolution = torch.finfo(gate_dtype(setting)).eps
+    resolution = torch.finfo(gate_dtype(problem)).eps
     running = {place: finite_difference.search(scheme, resolution) for place in middle}
     wanted = {place: list(next(asking)) for place, asking in running.items()}
-    one, steps, forwards = setting.first(1), {}, 0
+    one, steps, forwards = problem.first(1), {}, 0
     while wanted:
         asked = [replace(middle[place], factor=1 + t) for place, ts in wanted.items() for t in ts]
         seen = measure(one, asked)
@@ -98,9 +98,9 @@ def measure_steps(setting: Setting, gates: Sequence[Probe], scheme: Scheme) -> t
     return steps, forwards
 
 
-def gate_dtype(setting: Setting) -> torch.dtype:
+def gate_dtype(problem: Problem) -> torch.dtype:
     """Gates multiply activations, which have the dtype of the weights."""
-    return next(setting.bare.parameters()).dtype
+    return next(problem.bare.parameters()).dtype
 
 
 def check_step(step: float, dtype: torch.dtype) -> None:
@@ -115,17 +115,17 @@ def check_step(step: float, dtype: torch.dtype) -> None:
         )
 
 
-def _moved(setting: Setting, gates: Sequence[Probe], sizes: torch.Tensor, signs: tuple[int, ...]) -> Measured:
+def _moved(problem: Problem, gates: Sequence[Probe], sizes: torch.Tensor, signs: tuple[int, ...]) -> Measured:
     moved = [
         replace(gate, factor=1 + sign * size)
         for gate, size in zip(gates, sizes.tolist(), strict=True)
         for sign in signs
     ]
-    return measure(setting, moved)
+    return measure(problem, moved)
 
 
 def _kinks(
-    setting: Setting,
+    problem: Problem,
     gates: Sequence[Probe],
     sizes: torch.Tensor,
     slopes: torch.Tensor,
@@ -139,12 +139,12 @@ def _kinks(
     apart = (bends.sum(1) / total * sizes).abs()  # forward minus backward difference
     noise = torch.tensor([steps[gate.layer, gate.group].noise for gate in gates], dtype=torch.float64)
     beyond = _BEYOND_NOISE * math.sqrt(6) * noise / sizes
-    resolution = torch.finfo(gate_dtype(setting)).eps
+    resolution = torch.finfo(gate_dtype(problem)).eps
     odd = (apart > beyond) & (apart > _NOTABLE * (slopes.sum(1) / total).abs()) & (sizes / 2 >= resolution)
     suspects = odd.nonzero().squeeze(1).tolist()
     if not suspects:
         return [], 0
-    seen = _moved(setting, [gates[i] for i in suspects], sizes[odd] / 2, (1, -1))
+    seen = _moved(problem, [gates[i] for i in suspects], sizes[odd] / 2, (1, -1))
     halved = ((seen.differences[0::2] + seen.differences[1::2]).sum(1) / total / (sizes[odd] / 2)).abs()
     there = (halved > _KINKED * apart[odd]) & (halved > 2 * beyond[odd])
     return [i for i, kinked in zip(suspects, there.tolist(), strict=True) if kinked], seen.forwards

@@ -21,15 +21,15 @@ from torch import nn
 from tinygn_dist.estimate.backprop import gradients_of, recomputed
 from tinygn_dist.estimate.expert_moments import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments, Shelf
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import real_tokens
 
 
 @dataclass
 class LossMoments:
-    """This rank's sums by target name, not yet reduced.
+    """This rank's sums by matrix name, not yet reduced.
 
     grams: (in, in) sum_t w_t x_t x_t^T, w_t from `token_weights`, of which what lies below the diagonal is still to be filled in
     (`moments.fill_below`). rows: (out,) sum_t dy_to^2 |x_t|^2.
@@ -52,37 +52,37 @@ def coarse(values: torch.Tensor) -> torch.Tensor:
     return values.bfloat16().float()
 
 
-def loss_moments(setting: Setting, targets: Sequence[Target], plain: float) -> LossMoments:
+def loss_moments(problem: Problem, matrices: Sequence[Matrix], plain: float) -> LossMoments:
     """Sums over this rank's batches by one backward pass per micro-batch, without any weight gradient. plain: how much
     every token weighs beside its energy, whose mean is 1."""
     found = LossMoments()
-    for target in targets:
-        out, num_inputs = target.shape
-        found.grams.reserve(target.name, (num_inputs, num_inputs), setting.backend.device)
-        found.rows.reserve(target.name, (out,), setting.backend.device)
+    for matrix in matrices:
+        out, num_inputs = matrix.shape
+        found.grams.reserve(matrix.name, (num_inputs, num_inputs), problem.backend.device)
+        found.rows.reserve(matrix.name, (out,), problem.backend.device)
 
     def seen(name: str, gone: Arrived) -> None:
         found.grams.add_gram(name, gone.rows, token_weights(gone.tokens_energy, plain))
         found.rows.add(name, gone.rows_energy)
 
-    _each_gradient(setting, targets, seen, of_rows=lambda rows: rows)
+    _each_gradient(problem, matrices, seen, of_rows=lambda rows: rows)
     return found
 
 
 class TokenWeights:
-    """What every token of this rank's micro-batches weighs in the Hessian of every target, kept from the model that it was
-    measured on until the Gram matrices of a target's layer are summed: two bytes for each, on the CPU.
+    """What every token of this rank's micro-batches weighs in the Hessian of every matrix, kept from the model that it was
+    measured on until the Gram matrices of a matrix's layer are summed: two bytes for each, on the CPU.
 
     rows: as of `LossMoments`, not yet reduced.
     """
 
-    def __init__(self, setting: Setting, targets: Sequence[Target], plain: float) -> None:
-        """One backward pass per micro-batch, with no sum larger than a row of a target and, where the backend recomputes, no more
+    def __init__(self, problem: Problem, matrices: Sequence[Matrix], plain: float) -> None:
+        """One backward pass per micro-batch, with no sum larger than a row of a matrix and, where the backend recomputes, no more
         kept of a layer than what it read."""
         self.rows, self._unknown = Moments(), plain + 1
         self._held: dict[tuple[str, int, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
-        for target in targets:
-            self.rows.reserve(target.name, (target.shape[0],), setting.backend.device)
+        for matrix in matrices:
+            self.rows.reserve(matrix.name, (matrix.shape[0],), problem.backend.device)
 
         kept = Shelf(torch.bfloat16)
 
@@ -91,13 +91,13 @@ class TokenWeights:
             self._held[name, gone.number, gone.call] = weights, None if gone.tokens is None else gone.tokens.int().cpu()
             self.rows.add(name, gone.rows_energy)
 
-        anatomy = setting.anatomy
-        layers = [setting.bare.get_submodule(anatomy.path_of(layer)) for layer in range(anatomy.num_layers)]
-        with recomputed(layers if setting.backend.recomputes else ()):
-            _each_gradient(setting, targets, seen, of_rows=_lengths)
+        anatomy = problem.anatomy
+        layers = [problem.bare.get_submodule(anatomy.path_of(layer)) for layer in range(anatomy.num_layers)]
+        with recomputed(layers if problem.backend.recomputes else ()):
+            _each_gradient(problem, matrices, seen, of_rows=_lengths)
 
     def of(self, name: str, number: int, tokens: torch.Tensor, call: int = 0) -> torch.Tensor:
-        """(n,) fp32 weights of what a target reads now in this rank's micro-batch `number`, the `call`-th time that its module
+        """(n,) fp32 weights of what a matrix reads now in this rank's micro-batch `number`, the `call`-th time that its module
         runs. tokens: (n,) ascending positions in the flattened micro-batch. Tokens that did not reach an expert before weigh
         what the mean one does."""
         if (name, number, call) not in self._held:  # no gradient came there
@@ -115,12 +115,12 @@ class TokenWeights:
 
 
 class Arrived(NamedTuple):
-    """What a gradient dy at a target's output says in one micro-batch, over real tokens."""
+    """What a gradient dy at a matrix's output says in one micro-batch, over real tokens."""
 
     number: int
     """which of this rank's micro-batches"""
     rows: torch.Tensor
-    """(n, in) fp32 x, what the target read, or (n, 1) its lengths"""
+    """(n, in) fp32 x, what the matrix read, or (n, 1) its lengths"""
     tokens_energy: torch.Tensor
     """(n,) fp32 mean_o dy_to^2"""
     rows_energy: torch.Tensor
@@ -145,16 +145,16 @@ def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _each_gradient(
-    setting: Setting,
-    targets: Sequence[Target],
+    problem: Problem,
+    matrices: Sequence[Matrix],
     seen: Callable[[str, Arrived], None],
     of_rows: Callable[[torch.Tensor], torch.Tensor],
 ) -> None:
-    """`seen(target's name, what arrived)` for every target and each of this rank's micro-batches that counts. of_rows: what
-    of a target's inputs waits for the gradient, which may be all that keeps them in memory."""
+    """`seen(matrix's name, what arrived)` for every matrix and each of this rank's micro-batches that counts. of_rows: what
+    of a matrix's inputs waits for the gradient, which may be all that keeps them in memory."""
     calls: Counter[str] = Counter()
     mask: torch.Tensor | None = None
-    number, counts, wanted = 0, True, {target.name for target in targets}
+    number, counts, wanted = 0, True, {matrix.name for matrix in matrices}
 
     def linear(name: str) -> Observer:
         def forward(hidden: torch.Tensor, output: Any) -> None:
@@ -181,18 +181,18 @@ def _each_gradient(
             seen(name, Arrived(number, rows, *_energies(rows, _rows(grad, real)), places, call))
 
     hooks = [
-        (setting.bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
-        for module, target in {target.module: target for target in targets}.items()
+        (problem.bare.get_submodule(module), linear(matrix.name) if matrix.index is None else fused(module))
+        for module, matrix in {matrix.module: matrix for matrix in matrices}.items()
     ]
-    starts = [setting.bare.get_submodule(setting.anatomy.path_of(stack.first)) for stack in setting.anatomy.stacks]
-    hooks += [(module, _StartOfGraph()) for module in starts or [setting.bare.get_input_embeddings()]]
-    mine = setting.backend.share(setting.batches)
-    with gradients_of(setting.bare, ()), attached(hooks), setting.progress.bar("gradient energy", len(mine)) as step:
+    starts = [problem.bare.get_submodule(problem.anatomy.path_of(stack.first)) for stack in problem.anatomy.stacks]
+    hooks += [(module, _StartOfGraph()) for module in starts or [problem.bare.get_input_embeddings()]]
+    mine = problem.backend.share(problem.batches)
+    with gradients_of(problem.bare, ()), attached(hooks), problem.progress.bar("gradient energy", len(mine)) as step:
         for place, (batch, real) in enumerate(mine):
             number, counts = place, real
-            batch = setting.on_device(batch)
+            batch = problem.on_device(batch)
             mask = real_tokens(batch)
-            setting.objective(setting.model, batch).total.sum().backward()
+            problem.objective(problem.model, batch).total.sum().backward()
             calls.clear()
             step()
 

@@ -19,10 +19,10 @@ from tinygn_dist.estimate.input_moments import InputMoments, add_inputs, complet
 from tinygn_dist.estimate.layer_inputs import run_layers
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.partial_forward import PrefixCache
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.estimate.saved_moments import in_parts
 from tinygn_dist.maths.sums import fill_below
-from tinygn_dist.models.anatomy import Anatomy, Target
+from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.models.objective import real_tokens
 
 PLAIN, PLAIN_NM = 0.0, 4.0
@@ -35,7 +35,7 @@ BUDGET_SEQUENCES = 16
 
 class LayerStatistics(Protocol):
     """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
-    will solve each: a Gram matrix in fp32, then the energies (out,) of each target's rows. They are to be used up before the next
+    will solve each: a Gram matrix in fp32, then the energies (out,) of each matrix's rows. They are to be used up before the next
     group is asked for. solving: whether the caller changes the weights of a group before it asks for the next; else
     fewer sequences may do, as for budgets."""
 
@@ -46,31 +46,31 @@ class Group(NamedTuple):
     """Consecutive layers, and what of them is pruned."""
 
     layers: range
-    targets: tuple[Target, ...]
+    matrices: tuple[Matrix, ...]
 
 
-def measure(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> LayerStatistics:
+def measure(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> LayerStatistics:
     """Every statistic is of the model as it is now, but for the inputs of later groups (see `LayerStatistics.jobs`)."""
-    groups = layer_groups(setting.anatomy, targets, options.gram_gib)
+    groups = layer_groups(problem.anatomy, matrices, options.gram_gib)
     if len(groups) == 1:
-        return _AtOnce(setting, targets, options)
+        return _AtOnce(problem, matrices, options)
     note = (
-        f"the Gram matrices of all layers take {gram_gib(targets):.3g} GiB: {len(groups)} groups of layers were solved one "
+        f"the Gram matrices of all layers take {gram_gib(matrices):.3g} GiB: {len(groups)} groups of layers were solved one "
         f"after another, to stay within prune.gram_gib {options.gram_gib:g}"
     )
-    if note not in setting.notes:
-        setting.notes.append(note)
-    return _InGroups(setting, groups, options)
+    if note not in problem.notes:
+        problem.notes.append(note)
+    return _InGroups(problem, groups, options)
 
 
-def layer_groups(anatomy: Anatomy, targets: Sequence[Target], room_gib: float) -> list[Group]:
+def layer_groups(anatomy: Anatomy, matrices: Sequence[Matrix], room_gib: float) -> list[Group]:
     """As many consecutive layers in each group as have room for their Gram matrices, at least one.
 
     Raises UserError where all have to be there at once and do not fit.
     """
-    needed = gram_gib(targets)
+    needed = gram_gib(matrices)
     if needed <= room_gib:
-        return [Group(range(max(anatomy.num_layers, 1)), tuple(targets))]
+        return [Group(range(max(anatomy.num_layers, 1)), tuple(matrices))]
     if not anatomy.layers_path:
         raise UserError(
             f"prune.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
@@ -79,19 +79,19 @@ def layer_groups(anatomy: Anatomy, targets: Sequence[Target], room_gib: float) -
     groups: list[list[int]] = []
     used = 0.0
     for layer in range(anatomy.num_layers):
-        more = gram_gib([target for target in targets if target.layer == layer])
+        more = gram_gib([matrix for matrix in matrices if matrix.layer == layer])
         if groups and (more == 0 or used + more <= room_gib):
             groups[-1].append(layer)
             used += more
         else:
             groups.append([layer])
             used = more
-    return [Group(range(g[0], g[-1] + 1), tuple(t for t in targets if t.layer in g)) for g in groups]
+    return [Group(range(g[0], g[-1] + 1), tuple(t for t in matrices if t.layer in g)) for g in groups]
 
 
-def gram_gib(targets: Sequence[Target]) -> float:
-    """fp64, one for each target; those that share an input may share one."""
-    return sum(8 * target.shape[1] ** 2 for target in targets) / 2**30
+def gram_gib(matrices: Sequence[Matrix]) -> float:
+    """fp64, one for each matrix; those that share an input may share one."""
+    return sum(8 * matrix.shape[1] ** 2 for matrix in matrices) / 2**30
 
 
 def loss_aware(options: PruneConfig) -> bool:
@@ -106,89 +106,89 @@ def has_budgets(options: PruneConfig) -> bool:
 
 
 class _AtOnce:
-    def __init__(self, setting: Setting, targets: Sequence[Target], options: PruneConfig) -> None:
+    def __init__(self, problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> None:
         if loss_aware(options):
             plain = _plain(options)
             found = in_parts(
-                setting, _pass("loss", options), lambda some: loss_moments(some, targets, plain), LossMoments()
+                problem, _pass("loss", options), lambda some: loss_moments(some, matrices, plain), LossMoments()
             )
-            self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in targets]
-            setting.backend.sum_for_jobs(self._jobs)
-            _round(setting, self._jobs)
+            self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in matrices]
+            problem.backend.sum_for_jobs(self._jobs)
+            _round(problem, self._jobs)
             return
         name = _pass("inputs", options)
-        found = in_parts(setting, name, lambda some: input_moments(some, targets, full=True), InputMoments())
-        self._jobs = _by_source(targets, found)
-        setting.backend.sum_for_jobs(self._jobs)
-        _round(setting, self._jobs)
-        _add_energies(self._jobs, _probed(setting, targets, options))
+        found = in_parts(problem, name, lambda some: input_moments(some, matrices, full=True), InputMoments())
+        self._jobs = _by_source(matrices, found)
+        problem.backend.sum_for_jobs(self._jobs)
+        _round(problem, self._jobs)
+        _add_energies(self._jobs, _probed(problem, matrices, options))
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
         yield self._jobs
 
 
 class _InGroups:
-    def __init__(self, setting: Setting, groups: Sequence[Group], options: PruneConfig) -> None:
-        self._setting, self._groups = setting, groups
-        targets = [target for group in groups for target in group.targets]
-        self._weights = TokenWeights(setting, targets, _plain(options)) if loss_aware(options) else None
-        self._energies = {} if self._weights else _probed(setting, targets, options)
+    def __init__(self, problem: Problem, groups: Sequence[Group], options: PruneConfig) -> None:
+        self._problem, self._groups = problem, groups
+        matrices = [matrix for group in groups for matrix in group.matrices]
+        self._weights = TokenWeights(problem, matrices, _plain(options)) if loss_aware(options) else None
+        self._energies = {} if self._weights else _probed(problem, matrices, options)
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
         starts: list[PrefixCache] = []
-        setting = self._setting if solving else self._setting.first(_for_budgets(self._setting))
+        problem = self._problem if solving else self._problem.first(_for_budgets(self._problem))
         for group in self._groups:
-            jobs, ends = self._measured(setting, group, starts)
+            jobs, ends = self._measured(problem, group, starts)
             yield jobs
             for job in jobs:
                 job.moments.clear()
             if solving and group is not self._groups[-1]:
-                ends = run_layers(setting, group.layers, starts)
+                ends = run_layers(problem, group.layers, starts)
             starts = ends
 
     def _measured(
-        self, setting: Setting, group: Group, starts: list[PrefixCache]
+        self, problem: Problem, group: Group, starts: list[PrefixCache]
     ) -> tuple[list[Job], list[PrefixCache]]:
         found, inputs = InputMoments(), {}
         if self._weights:
-            for target in group.targets:
-                found.moments.reserve(target.name, (target.shape[1],) * 2, setting.backend.device)
+            for matrix in group.matrices:
+                found.moments.reserve(matrix.name, (matrix.shape[1],) * 2, problem.backend.device)
 
         def seen(number: int, batch: dict) -> None:
             weigh = self._weights and (lambda name, tokens, call: self._weights.of(name, number, tokens, call))
             add_inputs(found, inputs, real_tokens(batch), True, weigh)
             inputs.clear()
 
-        hooks = input_hooks(setting.bare, group.targets, inputs)
-        ends = run_layers(setting, group.layers, starts, hooks, seen)
-        complete(found, setting)
-        jobs = _by_source(group.targets, found)
+        hooks = input_hooks(problem.bare, group.matrices, inputs)
+        ends = run_layers(problem, group.layers, starts, hooks, seen)
+        complete(found, problem)
+        jobs = _by_source(group.matrices, found)
         if self._weights:
             for job in jobs:
-                job.moments.append(self._weights.rows.sum(job.targets[0].name).clone())
-        setting.backend.sum_for_jobs(jobs)
-        _round(setting, jobs)
+                job.moments.append(self._weights.rows.sum(job.matrices[0].name).clone())
+        problem.backend.sum_for_jobs(jobs)
+        _round(problem, jobs)
         _add_energies(jobs, self._energies)
         return jobs, ends
 
 
-def _for_budgets(setting: Setting) -> int:
+def _for_budgets(problem: Problem) -> int:
     """Sequences that say enough of how large the saliencies of one layer are beside another's."""
-    return max(BUDGET_SEQUENCES, sum(map(batch_size, setting.batches)) // 4)
+    return max(BUDGET_SEQUENCES, sum(map(batch_size, problem.batches)) // 4)
 
 
-def _round(setting: Setting, jobs: Sequence[Job]) -> None:
+def _round(problem: Problem, jobs: Sequence[Job]) -> None:
     """Whole fp32 Gram matrices on the ranks that have them, one after the other: there is never room for all in fp64.
 
     A collective. UserError on every rank where one has no value: the loss is looked at, gradients are not.
     """
-    with setting.backend.together("summing what weights read"):
+    with problem.backend.together("summing what weights read"):
         for job in jobs:
             if job.moments[0].numel():
                 job.moments[0] = fill_below(job.moments[0]).float()
                 if not all(bool(moment.isfinite().all()) for moment in job.moments):
                     raise UserError(
-                        f"what {job.targets[0].name} reads or its gradients hold NaN or inf, though no loss does; use "
+                        f"what {job.matrices[0].name} reads or its gradients hold NaN or inf, though no loss does; use "
                         "--estimator finite-difference, which takes no gradient, or another model.dtype"
                     )
 
@@ -202,28 +202,28 @@ def _pass(name: str, options: PruneConfig) -> str:
     return f"{name} {options.pattern} {options.sparsity:.6f}"
 
 
-def _probed(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, float]:
-    """Energy of each target by forward passes alone, where budgets ask for it."""
+def _probed(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> dict[str, float]:
+    """Energy of each matrix by forward passes alone, where budgets ask for it."""
     if not has_budgets(options):
         return {}
-    energies = output_energies(setting.first(options.output_samples), targets)
-    return {target.name: float(energy) for target, energy in zip(targets, energies, strict=True)}
+    energies = output_energies(problem.first(options.output_samples), matrices)
+    return {matrix.name: float(energy) for matrix, energy in zip(matrices, energies, strict=True)}
 
 
 def _add_energies(jobs: Sequence[Job], energies: dict[str, float]) -> None:
     """By forward passes alone a layer's energy is known as a whole, and its rows are alike."""
     for job in jobs if energies else ():
-        job.moments += [job.moments[0].new_full((t.shape[0],), energies[t.name] / t.shape[0]) for t in job.targets]
+        job.moments += [job.moments[0].new_full((t.shape[0],), energies[t.name] / t.shape[0]) for t in job.matrices]
 
 
-def _by_source(targets: Sequence[Target], inputs: InputMoments) -> list[Job]:
+def _by_source(matrices: Sequence[Matrix], inputs: InputMoments) -> list[Job]:
     """Targets grouped by the input whose Gram matrix they share, and the cost of factorising and sweeping it."""
-    by_source: dict[str, list[Target]] = {}
-    for target in targets:
-        by_source.setdefault(inputs.of(target), []).append(target)
+    by_source: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        by_source.setdefault(inputs.of(matrix), []).append(matrix)
     return [Job(tuple(group), [inputs.moments.pop(source)], _cost(group)) for source, group in by_source.items()]
 
 
-def _cost(targets: Sequence[Target]) -> float:
-    num_inputs = targets[0].shape[1]
-    return sum(t.shape[0] for t in targets) * num_inputs**2 + 2.0 * num_inputs**3
+def _cost(matrices: Sequence[Matrix]) -> float:
+    num_inputs = matrices[0].shape[1]
+    return sum(t.shape[0] for t in matrices) * num_inputs**2 + 2.0 * num_inputs**3

@@ -17,35 +17,35 @@ from torch import nn
 
 from tinygn_dist.estimate.expert_moments import ExpertObserver, Routed
 from tinygn_dist.estimate.hooks import Observer, attached, first
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.matrices import expert_weights
 from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
 
 
 class Read(NamedTuple):
-    """hidden: (..., in) what a target read. tokens: where its rows lie in the flattened micro-batch; None: in order."""
+    """hidden: (..., in) what a matrix read. tokens: where its rows lie in the flattened micro-batch; None: in order."""
 
     hidden: torch.Tensor
     tokens: torch.Tensor | None
 
 
 Inputs = dict[str, list[Read]]
-"""by target, once for every time that its module ran"""
+"""by matrix, once for every time that its module ran"""
 Weigh = Callable[[str, torch.Tensor, int], torch.Tensor]
-"""(target's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,) fp32"""
+"""(matrix's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,) fp32"""
 
 
 @dataclass
 class InputMoments:
-    """moments: this rank's sums, by source. source_of: target -> the target whose name the shared sum carries."""
+    """moments: this rank's sums, by source. source_of: matrix -> the matrix whose name the shared sum carries."""
 
     moments: Moments = field(default_factory=Moments)
     source_of: dict[str, str] = field(default_factory=dict)
 
-    def of(self, target: Target) -> str:
-        return self.source_of[target.name]
+    def of(self, matrix: Matrix) -> str:
+        return self.source_of[matrix.name]
 
     def merge(self, other: InputMoments) -> None:
         """Add the sums of other batches."""
@@ -53,49 +53,49 @@ class InputMoments:
         self.source_of |= other.source_of
 
 
-def input_moments(setting: Setting, targets: Sequence[Target], *, full: bool) -> InputMoments:
+def input_moments(problem: Problem, matrices: Sequence[Matrix], *, full: bool) -> InputMoments:
     """Sums over this rank's batches, not yet reduced: a Gram matrix (in, in) per source with `full`, else (in,)
     sums of squares. The caller reduces them, to every rank or to the one that needs them."""
     found = InputMoments()
     inputs: Inputs = {}
-    hooks = input_hooks(setting.bare, targets, inputs)
-    mine = setting.backend.share(setting.batches)
-    with torch.no_grad(), attached(hooks), setting.progress.bar("input statistics", len(mine)) as advance:
+    hooks = input_hooks(problem.bare, matrices, inputs)
+    mine = problem.backend.share(problem.batches)
+    with torch.no_grad(), attached(hooks), problem.progress.bar("input statistics", len(mine)) as advance:
         for batch, real in mine:
-            batch = setting.on_device(batch)
+            batch = problem.on_device(batch)
             inputs.clear()
-            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
             if real:
                 add_inputs(found, inputs, real_tokens(batch), full)
             advance()
-    complete(found, setting)
+    complete(found, problem)
     return found
 
 
-def complete(found: InputMoments, setting: Setting) -> None:
+def complete(found: InputMoments, problem: Problem) -> None:
     """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank that had
     some."""
     for name in found.moments.names():
         if found.moments.sum(name).dim() == 2:
             found.moments.fill_gram(name)
-    sums, source_of = next((seen for seen in setting.backend.everyone(_layout(found)) if seen), ([], {}))
+    sums, source_of = next((seen for seen in problem.backend.everyone(_layout(found)) if seen), ([], {}))
     for name, shape in sums:
-        found.moments.reserve(name, shape, setting.backend.device)
+        found.moments.reserve(name, shape, problem.backend.device)
     found.source_of = source_of
 
 
-def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+def block_influence(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """(layers,) fp64 sums over tokens of the cosine between each layer's input and output, and token counts."""
-    sums = torch.zeros(setting.anatomy.num_layers, dtype=torch.float64)
+    sums = torch.zeros(problem.anatomy.num_layers, dtype=torch.float64)
     tokens = torch.zeros_like(sums)
     cosines: dict[int, torch.Tensor] = {}
-    layers = [setting.bare.get_submodule(setting.anatomy.path_of(layer)) for layer in range(len(sums))]
+    layers = [problem.bare.get_submodule(problem.anatomy.path_of(layer)) for layer in range(len(sums))]
     hooks = [(layer, Observer(_cosine_in(cosines, index), output=True)) for index, layer in enumerate(layers)]
-    mine = setting.backend.share(setting.batches)
-    with torch.no_grad(), attached(hooks), setting.progress.bar("block influence", len(mine)) as advance:
+    mine = problem.backend.share(problem.batches)
+    with torch.no_grad(), attached(hooks), problem.progress.bar("block influence", len(mine)) as advance:
         for batch, real in mine:
-            batch = setting.on_device(batch)
-            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            batch = problem.on_device(batch)
+            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
             mask = real_tokens(batch)
             if real:
                 for index, cosine in cosines.items():
@@ -103,13 +103,13 @@ def block_influence(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
                     sums[index] += cosine.double().sum().cpu()
                     tokens[index] += len(cosine)
             advance()
-    setting.backend.sum_over_data([sums, tokens])
+    problem.backend.sum_over_data([sums, tokens])
     return sums, tokens
 
 
-def input_hooks(bare: nn.Module, targets: Sequence[Target], inputs: Inputs) -> list[tuple[nn.Module, ModelHook]]:
-    """One hook per module, which puts what each target reads into `inputs`."""
-    wanted = {target.name for target in targets}
+def input_hooks(bare: nn.Module, matrices: Sequence[Matrix], inputs: Inputs) -> list[tuple[nn.Module, ModelHook]]:
+    """One hook per module, which puts what each matrix reads into `inputs`."""
+    wanted = {matrix.name for matrix in matrices}
 
     def linear(name: str) -> Observer:
         def seen(hidden: torch.Tensor, _: Any) -> None:
@@ -128,10 +128,10 @@ def input_hooks(bare: nn.Module, targets: Sequence[Target], inputs: Inputs) -> l
 
         return ExpertObserver(seen)
 
-    by_module = {target.module: target for target in targets}
+    by_module = {matrix.module: matrix for matrix in matrices}
     return [
-        (bare.get_submodule(module), linear(target.name) if target.index is None else fused(module))
-        for module, target in by_module.items()
+        (bare.get_submodule(module), linear(matrix.name) if matrix.index is None else fused(module))
+        for module, matrix in by_module.items()
     ]
 
 
@@ -146,7 +146,7 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
 def add_inputs(
     found: InputMoments, inputs: Inputs, mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
 ) -> None:
-    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every target's sum, and no sum is
+    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every matrix's sum, and no sum is
     shared."""
     sources: dict[tuple[int, ...], str] = {}
     for name, reads in inputs.items():

@@ -16,12 +16,12 @@ from torch import nn
 
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.objective import Batch, last_logits_only, model_inputs
 
 
 def run_layers(
-    setting: Setting,
+    problem: Problem,
     layers: range,
     starts: Sequence[PrefixCache],
     hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
@@ -32,13 +32,13 @@ def run_layers(
     starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this rank's,
     micro-batch on the device): called after each forward that counts.
     """
-    mine, ends = setting.backend.share(setting.batches), []
-    room = setting.costs.cache_bytes / len(mine) if mine else 0
+    mine, ends = problem.backend.share(problem.batches), []
+    room = problem.costs.cache_bytes / len(mine) if mine else 0
     doing = f"layers {layers[0]} to {layers[-1]}"
-    with torch.no_grad(), attached(hooks), setting.progress.bar(doing, len(mine)) as advance:
+    with torch.no_grad(), attached(hooks), problem.progress.bar(doing, len(mine)) as advance:
         for number, (batch, real) in enumerate(mine):
-            batch, end = setting.on_device(batch), PrefixCache(0, room)
-            output = output_of(setting, layers, batch, starts[number] if starts else None)
+            batch, end = problem.on_device(batch), PrefixCache(0, room)
+            output = output_of(problem, layers, batch, starts[number] if starts else None)
             end.keep(layers.stop, first(output), output)
             if real:
                 seen(number, batch)
@@ -47,11 +47,11 @@ def run_layers(
     return ends
 
 
-def output_of(setting: Setting, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
+def output_of(problem: Problem, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
     """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the embeddings."""
-    last, outputs = setting.bare.get_submodule(setting.anatomy.layers_path)[layers[-1]], []
+    last, outputs = problem.bare.get_submodule(problem.anatomy.layers_path)[layers[-1]], []
     recording = attached([(last, Observer(lambda _, output: outputs.append(output), output=True))])
     at = None if start is None else (start, layers[0])
-    with running_layers(setting.bare, setting.anatomy, layers, at), recording:
-        setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+    with running_layers(problem.bare, problem.anatomy, layers, at), recording:
+        problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
     return outputs[0]

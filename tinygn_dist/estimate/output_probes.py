@@ -22,51 +22,51 @@ from torch import nn
 
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counter_rng import key_of, signs
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 
-def output_energies(setting: Setting, targets: Sequence[Target], seed: int = 0) -> torch.Tensor:
-    """(targets,) fp64 sum_u sum_to (dl_u / dy_to)^2 |x_t|^2 over the micro-batches of all ranks, one forward per target and
-    micro-batch, which starts at the target's layer. 0 for experts, whose outputs have no module to move, and where every
+def output_energies(problem: Problem, matrices: Sequence[Matrix], seed: int = 0) -> torch.Tensor:
+    """(matrices,) fp64 sum_u sum_to (dl_u / dy_to)^2 |x_t|^2 over the micro-batches of all ranks, one forward per matrix and
+    micro-batch, which starts at the matrix's layer. 0 for experts, whose outputs have no module to move, and where every
     loss is 0 (a distance to the dense model), which has no first order.
 
     The step c moves an output by the cube root of its dtype's resolution times its rms (fp32 0.005, bf16 0.2). The square
     root is usual where f carries one rounding; a token's loss carries those of all layers.
     """
-    energies = torch.zeros(len(targets), len(setting.batches), dtype=torch.float64)
-    layers = range(setting.anatomy.num_layers)
-    mine = setting.backend.share(list(enumerate(setting.batches)))
-    with torch.no_grad(), setting.progress.bar("output probes", len(mine) * len(targets)) as advance:
+    energies = torch.zeros(len(matrices), len(problem.batches), dtype=torch.float64)
+    layers = range(problem.anatomy.num_layers)
+    mine = problem.backend.share(list(enumerate(problem.batches)))
+    with torch.no_grad(), problem.progress.bar("output probes", len(mine) * len(matrices)) as advance:
         for (number, batch), real in mine:
-            batch, cache = setting.on_device(batch), PrefixCache(setting.costs.cache_bytes, setting.costs.cache_bytes)
-            with cache.recording(setting.bare, setting.anatomy, layers):
-                plain = setting.objective(setting.model, batch).each
-            for index, target in enumerate(targets):
-                if target.index is None:
-                    nudge = _Nudge(key_of(seed, f"{target.name}/{number}"))
-                    moved = _moved(setting, batch, cache, target, nudge)
+            batch, cache = problem.on_device(batch), PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes)
+            with cache.recording(problem.bare, problem.anatomy, layers):
+                plain = problem.objective(problem.model, batch).each
+            for index, matrix in enumerate(matrices):
+                if matrix.index is None:
+                    nudge = _Nudge(key_of(seed, f"{matrix.name}/{number}"))
+                    moved = _moved(problem, batch, cache, matrix, nudge)
                     if real and nudge.scale > 0 and plain.any():
                         energies[index, number] = float((moved - plain).double().square().sum()) / nudge.scale**2
                 advance()
-    setting.backend.sum_over_data([energies])
+    problem.backend.sum_over_data([energies])
     return energies.sum(1)
 
 
-def _moved(setting: Setting, batch: dict, cache: PrefixCache, target: Target, nudge: _Nudge) -> torch.Tensor:
-    """Each token's loss with the target's output moved."""
-    layer, later = _layer_of(setting, target), contextlib.nullcontext()
+def _moved(problem: Problem, batch: dict, cache: PrefixCache, matrix: Matrix, nudge: _Nudge) -> torch.Tensor:
+    """Each token's loss with the matrix's output moved."""
+    layer, later = _layer_of(problem, matrix), contextlib.nullcontext()
     if layer is not None:
-        left = range(layer, setting.anatomy.num_layers)
-        later = running_layers(setting.bare, setting.anatomy, left, (cache, layer))
-    with attached([(setting.bare.get_submodule(target.module), nudge)]), later:
-        return setting.objective(setting.model, batch).each
+        left = range(layer, problem.anatomy.num_layers)
+        later = running_layers(problem.bare, problem.anatomy, left, (cache, layer))
+    with attached([(problem.bare.get_submodule(matrix.module), nudge)]), later:
+        return problem.objective(problem.model, batch).each
 
 
-def _layer_of(setting: Setting, target: Target) -> int | None:
-    """The layer a target lies in, to start from; None outside of the list of layers, or where a forward cannot start there."""
-    return setting.anatomy.layer_of(target.module) if setting.anatomy.starts_anywhere else None
+def _layer_of(problem: Problem, matrix: Matrix) -> int | None:
+    """The layer a matrix lies in, to start from; None outside of the list of layers, or where a forward cannot start there."""
+    return problem.anatomy.layer_of(matrix.module) if problem.anatomy.starts_anywhere else None
 
 
 class _Nudge(ModelHook):

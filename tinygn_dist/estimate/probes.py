@@ -18,7 +18,7 @@ from torch import nn
 
 from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gates
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.models.anatomy import UnitGroup
 from tinygn_dist.models.objective import Batch
 
@@ -68,42 +68,42 @@ class Measured:
 
 
 def measure(
-    setting: Setting, probes: Sequence[Probe], *, without: Sequence[Probe] = (), reuse: bool = True
+    problem: Problem, probes: Sequence[Probe], *, without: Sequence[Probe] = (), reuse: bool = True
 ) -> Measured:
     """Loss change of every probe on every sequence. `without`: layers and units that are already gone.
 
     Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its
     layer, or without `reuse`, or where a forward cannot start there, runs the layers before it too.
     """
-    reuse = reuse and setting.anatomy.starts_anywhere
-    sizes = [batch_size(batch) for batch in setting.batches]
+    reuse = reuse and problem.anatomy.starts_anywhere
+    sizes = [batch_size(batch) for batch in problem.batches]
     differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
     base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
     out = {probe.layer for probe in without if probe.removes_layer}
     gone = [probe for probe in without if not probe.removes_layer]
-    layers = [layer for layer in range(setting.anatomy.num_layers) if layer not in out]
-    mine = setting.backend.share(_dealt(setting, probes))
-    with torch.no_grad(), setting.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
+    layers = [layer for layer in range(problem.anatomy.num_layers) if layer not in out]
+    mine = problem.backend.share(_dealt(problem, probes))
+    with torch.no_grad(), problem.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
         for work, real in mine:
-            batch = setting.on_device(setting.batches[work.batch])
-            cache = PrefixCache(setting.costs.cache_bytes, setting.costs.cache_bytes) if reuse else None
+            batch = problem.on_device(problem.batches[work.batch])
+            cache = PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes) if reuse else None
             with (
-                _gated(setting, [[probe] for probe in gone], batch_size(batch)),
-                cache.recording(setting.bare, setting.anatomy, layers) if cache else contextlib.nullcontext(),
-                running_layers(setting.bare, setting.anatomy, layers),
+                _gated(problem, [[probe] for probe in gone], batch_size(batch)),
+                cache.recording(problem.bare, problem.anatomy, layers) if cache else contextlib.nullcontext(),
+                running_layers(problem.bare, problem.anatomy, layers),
             ):
-                plain = setting.objective(setting.model, batch)
+                plain = problem.objective(problem.model, batch)
             start = sum(sizes[: work.batch])
             span = slice(start, start + len(plain.total))
             if real and work.first:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
             for indices in work.shared:
-                total = _probed(setting, batch, layers, cache, [probes[index] for index in indices], gone)
+                total = _probed(problem, batch, layers, cache, [probes[index] for index in indices], gone)
                 if real:
                     differences[indices, span] = (total - plain.total).cpu()
                 advance()
-    setting.backend.sum_over_data([differences, base, counts])
-    return Measured(differences, counts, base, len(probes) * len(setting.batches))
+    problem.backend.sum_over_data([differences, base, counts])
+    return Measured(differences, counts, base, len(probes) * len(problem.batches))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class _Work:
     first: bool
 
 
-def _dealt(setting: Setting, probes: Sequence[Probe]) -> list[_Work]:
+def _dealt(problem: Problem, probes: Sequence[Probe]) -> list[_Work]:
     """Work in the order in which it is dealt out to the ranks one by one.
 
     Whole micro-batches as long as they go round, because a rank that takes part in one runs its plain forward; then each of the
@@ -124,11 +124,11 @@ def _dealt(setting: Setting, probes: Sequence[Probe]) -> list[_Work]:
     layer and dealt back and forth (0 1 1 0 0 1 ...). Ranks that share one copy of the model take part in the same forwards:
     there nothing is cut.
     """
-    ranks, batches = setting.backend.num_ranks, len(setting.batches)
-    shared = sorted(_chunks(probes, setting.costs.together), key=lambda indices: probes[indices[0]].layer)
+    ranks, batches = problem.backend.num_ranks, len(problem.batches)
+    shared = sorted(_chunks(probes, problem.costs.together), key=lambda indices: probes[indices[0]].layer)
     rest = batches % ranks
     parts = ranks // math.gcd(ranks, rest) if rest else 1
-    if setting.backend.shards_weights or len(shared) < 2 * parts:
+    if problem.backend.shards_weights or len(shared) < 2 * parts:
         parts, rest = 1, 0
     turns = [shared[part :: 2 * parts] + shared[2 * parts - 1 - part :: 2 * parts] for part in range(parts)]
     whole = [_Work(batch, shared, True) for batch in range(batches - rest)]
@@ -159,7 +159,7 @@ def _chunks(probes: Sequence[Probe], most: int) -> Iterator[list[int]]:
 
 
 def _probed(
-    setting: Setting,
+    problem: Problem,
     batch: Batch,
     layers: Sequence[int],
     cache: PrefixCache | None,
@@ -176,23 +176,23 @@ def _probed(
     start = (cache, first) if cache else None
     gated = [part for part in parts if not part[0].removes_layer]
     with (
-        _gated(setting, gated, batch_size(batch) // times),
-        running_layers(setting.bare, setting.anatomy, left, start, times),
+        _gated(problem, gated, batch_size(batch) // times),
+        running_layers(problem.bare, problem.anatomy, left, start, times),
     ):
-        return setting.objective(setting.model, batch).total.view(times, -1)
+        return problem.objective(problem.model, batch).total.view(times, -1)
 
 
 @contextlib.contextmanager
-def _gated(setting: Setting, parts: Sequence[Sequence[Probe]], size: int) -> Iterator[None]:
+def _gated(problem: Problem, parts: Sequence[Sequence[Probe]], size: int) -> Iterator[None]:
     """Every part's gates; a part of several probes of one place sets them for `size` sequences each, and is the first."""
-    device, bare = setting.backend.device, setting.bare
+    device, bare = problem.backend.device, problem.bare
     hooks: list[tuple[nn.Module, ModelHook]] = []
     factors: dict[UnitGroup, torch.Tensor] = {}
     kept: dict[UnitGroup, set[int]] = {}
     for part in parts:
         group, each = part[0].group, torch.tensor([p.factor for p in part], dtype=torch.float64, device=device)
         if group is None:
-            layer = bare.get_submodule(setting.anatomy.path_of(part[0].layer))
+            layer = bare.get_submodule(problem.anatomy.path_of(part[0].layer))
             hooks.append((layer, LayerGate(each[0] if len(part) == 1 else each.repeat_interleave(size))))
         elif group.router and part[0].factor == 0:
             kept.setdefault(group, set(range(group.num_units))).difference_update(part[0].units)

@@ -26,7 +26,7 @@ class ProbeCosts:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Problem:
     """A model as the backend prepared it, its anatomy, the loss, and micro-batches on the CPU (equal on every rank).
     notes: where a stage leaves what the report should say."""
 
@@ -49,7 +49,7 @@ class Setting:
     def on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.backend.device) for name, value in batch.items()}
 
-    def first(self, num_sequences: int) -> Setting:
+    def first(self, num_sequences: int) -> Problem:
         """The same on the first micro-batches that hold at least `num_sequences` sequences."""
         count, chosen = 0, []
         for batch in self.batches:
@@ -59,7 +59,7 @@ class Setting:
             count += batch_size(batch)
         return replace(self, batches=chosen)
 
-    def split(self, num_sequences: int) -> tuple[Setting, Setting]:
+    def split(self, num_sequences: int) -> tuple[Problem, Problem]:
         """All but the last micro-batches, and the last ones, which hold at least `num_sequences` sequences, or half of
         the micro-batches where that is less. Raises UserError when there is only one."""
         if len(self.batches) < 2:

@@ -19,7 +19,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints.run_checkpoint import Checkpoints, Saved
 from tinygn_dist.estimate.gradient_energy import LossMoments
 from tinygn_dist.estimate.input_moments import InputMoments
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments
 
 Found = TypeVar("Found", Moments, InputMoments, LossMoments)
@@ -71,22 +71,22 @@ class Parts:
         return self.backend.layout.items() <= saved.facts.items()
 
 
-def in_parts(setting: Setting, name: str, gather: Callable[[Setting], Found], empty: Found) -> Found:
+def in_parts(problem: Problem, name: str, gather: Callable[[Problem], Found], empty: Found) -> Found:
     """`gather(setting)` over all batches of the setting: at once, or part by part with savings in between where
     `setting.parts` says so. empty: what nothing was added to yet."""
-    parts: Parts | None = setting.parts
+    parts: Parts | None = problem.parts
     if parts is None:
-        return gather(setting)
-    ranks = setting.backend.num_ranks
+        return gather(problem)
+    ranks = problem.backend.num_ranks
     size = -(-parts.every // ranks) * ranks  # the same micro-batches meet the same ranks
     done, found = parts.load(name, empty)
-    for start in range(done, len(setting.batches), size):
-        part = gather(replace(setting, batches=setting.batches[start : start + size], parts=None))
+    for start in range(done, len(problem.batches), size):
+        part = gather(replace(problem, batches=problem.batches[start : start + size], parts=None))
         for kind, moments in _moments(part).items():
             _moments(found)[kind].merge(moments)
         if isinstance(found, InputMoments):
             found.source_of |= part.source_of
-        parts.save(name, min(start + size, len(setting.batches)), found)
+        parts.save(name, min(start + size, len(problem.batches)), found)
     return found
 
 

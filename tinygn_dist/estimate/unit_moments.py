@@ -18,9 +18,9 @@ import torch
 from tinygn_dist.estimate.hooks import Observer, attached, first
 from tinygn_dist.estimate.input_moments import InputMoments, Inputs, complete, input_hooks
 from tinygn_dist.estimate.partial_forward import running_layers
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments, add_gram, fill_below
-from tinygn_dist.models.matrices import Target
+from tinygn_dist.models.matrices import Matrix
 from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
 
 _FLOOR = 1e-6
@@ -31,10 +31,10 @@ NOTHING: Mapping[str, Sequence[Segment]] = {}
 
 
 class UnitMoments(NamedTuple):
-    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each target. taken: by `taken_by(target's
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. taken: by `taken_by(matrix's
     name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the stream.
 
-    Of targets with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
+    Of matrices with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
 
     inputs: InputMoments
@@ -46,53 +46,53 @@ def taken_by(name: str, segment: Segment) -> str:
 
 
 def unit_moments(
-    setting: Setting,
-    targets: Sequence[Target],
+    problem: Problem,
+    matrices: Sequence[Matrix],
     with_constant: Collection[str],
     takes: Mapping[str, Sequence[Segment]] = NOTHING,
     layers: Sequence[int] | None = None,
 ) -> UnitMoments:
-    """Sums over this rank's batches. with_constant: names of the targets that have a bias. takes: by target's name, the segments
+    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. takes: by matrix's name, the segments
     behind it that it may have to take over. layers: those that run, all by default."""
-    found = UnitMoments(InputMoments(source_of={target.name: target.name for target in targets}), Moments())
-    for target in targets:
-        shape = target.shape[0], target.shape[1] + (target.name in with_constant)
-        for segment in takes.get(target.name, ()):
-            found.taken.reserve(taken_by(target.name, segment), shape, setting.backend.device)
+    found = UnitMoments(InputMoments(source_of={matrix.name: matrix.name for matrix in matrices}), Moments())
+    for matrix in matrices:
+        shape = matrix.shape[0], matrix.shape[1] + (matrix.name in with_constant)
+        for segment in takes.get(matrix.name, ()):
+            found.taken.reserve(taken_by(matrix.name, segment), shape, problem.backend.device)
     inputs, sizes, gains = Inputs(), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
     behind = {layer for segments in takes.values() for segment in segments for layer in segment}
     watched = [
-        (setting.bare.get_submodule(setting.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
+        (problem.bare.get_submodule(problem.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
         for seen, into, which in (
-            (_mean_square, sizes, {target.layer for target in targets}),
+            (_mean_square, sizes, {matrix.layer for matrix in matrices}),
             (_gain, gains, behind),
         )
         for layer in sorted(which)
     ]
-    running = running_layers(setting.bare, setting.anatomy, layers) if layers is not None else contextlib.nullcontext()
-    hooks, mine = input_hooks(setting.bare, targets, inputs), setting.backend.share(setting.batches)
-    bar = setting.progress.bar("input statistics", len(mine))
+    running = running_layers(problem.bare, problem.anatomy, layers) if layers is not None else contextlib.nullcontext()
+    hooks, mine = input_hooks(problem.bare, matrices, inputs), problem.backend.share(problem.batches)
+    bar = problem.progress.bar("input statistics", len(mine))
     with torch.no_grad(), attached([*hooks, *watched]), running, bar as advance:
         for batch, real in mine:
-            batch = setting.on_device(batch)
+            batch = problem.on_device(batch)
             inputs.clear()
-            setting.model(**model_inputs(batch), **last_logits_only(setting.bare))
+            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
             mask = real_tokens(batch)
-            for target in targets if real else ():
-                ((hidden, _),) = inputs[target.name]
+            for matrix in matrices if real else ():
+                ((hidden, _),) = inputs[matrix.name]
                 rows = hidden.flatten(0, -2).float()
-                weights = 1 / sizes[target.layer].view(-1, len(rows)).mean(0)  # of several streams (Gemma 3n) the mean
+                weights = 1 / sizes[matrix.layer].view(-1, len(rows)).mean(0)  # of several streams (Gemma 3n) the mean
                 if mask is not None:
                     rows, weights = rows[mask], weights[mask]
-                constant = target.name in with_constant
-                _add_inputs(found.inputs.moments, target.name, rows, weights, constant=constant)
-                for segment in takes.get(target.name, ()):
+                constant = matrix.name in with_constant
+                _add_inputs(found.inputs.moments, matrix.name, rows, weights, constant=constant)
+                for segment in takes.get(matrix.name, ()):
                     gain = sum(gains[layer] for layer in segment)
                     weighted = (gain if mask is None else gain[mask]) * weights[:, None]
                     product = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
-                    found.taken.add(taken_by(target.name, segment), product)
+                    found.taken.add(taken_by(matrix.name, segment), product)
             advance()
-    complete(found.inputs, setting)
+    complete(found.inputs, problem)
     return found
 
 

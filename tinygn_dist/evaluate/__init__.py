@@ -1,0 +1,1 @@
+"""How good is it, how fast, and where does it run?"""

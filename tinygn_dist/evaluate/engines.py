@@ -123,7 +123,7 @@ def llama_cpp(config: PretrainedConfig, task: str, anatomy: Anatomy) -> Verdict:
         bad.append(
             "its loader asks for keys and values of layers that share those of others, which transformers does not write"
         )
-    rows = sorted({target.shape[1] for target in anatomy.targets})
+    rows = sorted({matrix.shape[1] for matrix in anatomy.matrices})
     odd = [width for width in rows if width % 32]
     coarse = [width for width in rows if width % 256]
     why = f"as {name}; formats F32, F16, BF16{'' if odd else ', Q8_0, Q4_0'}{'' if coarse else ', K-quants'}"

@@ -14,28 +14,28 @@ from torch import nn
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import EvaluateConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.models.objective import Batch, model_inputs
-from tinygn_dist.runtime.cpu_matmul import stock_products
+from tinygn_dist.runtime.cpu_matmul import stock_matmul
 
 
-def mean_loss(setting: Setting, doing: str) -> float:
+def mean_loss(problem: Problem, doing: str) -> float:
     """Mean loss per token over all sequences, each counted once, whatever the number of ranks. Raises as `sequence_losses`."""
-    totals, counts = sequence_losses(setting, doing)
+    totals, counts = sequence_losses(problem, doing)
     return float(totals.sum() / counts.sum())
 
 
-def sequence_losses(setting: Setting, doing: str) -> tuple[torch.Tensor, torch.Tensor]:
+def sequence_losses(problem: Problem, doing: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(sequences,) fp64 summed losses, and tokens that count, on every rank.
 
     Raises UserError naming the first sequence whose loss is NaN or inf.
     """
-    backend, sizes = setting.backend, [batch_size(batch) for batch in setting.batches]
+    backend, sizes = problem.backend, [batch_size(batch) for batch in problem.batches]
     totals, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
-    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(setting.batches)])
-    with torch.no_grad(), setting.progress.bar(doing, len(mine)) as advance:
+    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(problem.batches)])
+    with torch.no_grad(), problem.progress.bar(doing, len(mine)) as advance:
         for (batch, start), real in mine:
-            losses = setting.objective(setting.model, setting.on_device(batch))
+            losses = problem.objective(problem.model, problem.on_device(batch))
             if real:
                 span = slice(start, start + len(losses.total))
                 totals[span], counts[span] = losses.total.cpu(), losses.count.double().cpu()
@@ -47,36 +47,36 @@ def sequence_losses(setting: Setting, doing: str) -> tuple[torch.Tensor, torch.T
     return totals, counts
 
 
-def quality(setting: Setting, task: str, doing: str) -> dict[str, float]:
+def quality(problem: Problem, task: str, doing: str) -> dict[str, float]:
     """The figures of a task: loss and perplexity; loss and accuracy; or feature distance."""
-    loss = mean_loss(setting, doing)
+    loss = mean_loss(problem, doing)
     if task in ("causal-lm", "seq2seq-lm"):
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "feature-extraction":
-        return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(setting)}
+        return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(problem)}
     right = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for batch, real in setting.backend.share(setting.batches):
-            batch = setting.on_device(batch)
-            guessed = setting.model(**model_inputs(batch)).logits.argmax(-1)
+        for batch, real in problem.backend.share(problem.batches):
+            batch = problem.on_device(batch)
+            guessed = problem.model(**model_inputs(batch)).logits.argmax(-1)
             if real:
                 right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
-    setting.backend.sum_over_data([right])
+    problem.backend.sum_over_data([right])
     return {"loss": loss, "accuracy": float(right[0] / right[1])}
 
 
-def _embedding_similarity(setting: Setting) -> float:
+def _embedding_similarity(problem: Problem) -> float:
     """Mean cosine between the dense model's and this model's sentence embeddings (means over real tokens)."""
     total = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for batch, real in setting.backend.share(setting.batches):
-            batch = setting.on_device(batch)
-            features = setting.model(**model_inputs(batch)).last_hidden_state.float()
+        for batch, real in problem.backend.share(problem.batches):
+            batch = problem.on_device(batch)
+            features = problem.model(**model_inputs(batch)).last_hidden_state.float()
             counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
             own, dense = ((each * counts).sum(1) for each in (features, batch["reference"].float()))
             if real:
                 total += torch.tensor([float(F.cosine_similarity(own, dense).double().sum()), len(own)])
-    setting.backend.sum_over_data([total])
+    problem.backend.sum_over_data([total])
     return float(total[0] / total[1])
 
 
@@ -87,7 +87,7 @@ def speed(model: nn.Module, task: str, example: Batch, options: EvaluateConfig, 
     bare = backend.unwrap(model)
 
     def measure() -> dict[str, Any]:
-        with torch.no_grad(), stock_products():
+        with torch.no_grad(), stock_matmul():
             if task == "causal-lm":
                 figures = _language_speed(bare, example, options, backend.device)
             else:

@@ -43,9 +43,9 @@ def prune(
     keep = seen = torch.ones_like(dense, dtype=torch.bool)
     for turn in range(1, iterations + 1):
         fitted = ((wanted - pull + penalty * sparse) @ vectors) / (values + penalty) @ vectors.t()
-        target = fitted + pull / penalty
-        keep = _largest(target.square(), num_pruned, nm, per_row, row_energy)
-        sparse = target.masked_fill(~keep, 0)
+        matrix = fitted + pull / penalty
+        keep = _largest(matrix.square(), num_pruned, nm, per_row, row_energy)
+        sparse = matrix.masked_fill(~keep, 0)
         pull += penalty * (fitted - sparse)
         if turn % EVERY == 0:
             changed = int((keep & ~seen).sum() + (seen & ~keep).sum()) / max(1, int(keep.sum()))

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.evaluate.quality import mean_loss
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import IGNORED, Batch, Losses, distillation, model_inputs
 
 log = logging.getLogger(__name__)
@@ -34,20 +34,20 @@ class HeldOut(NamedTuple):
     """Sequences that choose, a quarter of those, and the sequences that check; their loss is the divergence from the model
     that was there when they were held out."""
 
-    few: Setting
-    choosing: Setting
-    checking: Setting
+    few: Problem
+    choosing: Problem
+    checking: Problem
 
 
-def hold_out(setting: Setting) -> HeldOut:
-    choosing, checking = setting.split(sum(map(batch_size, setting.batches)) // 2)
+def hold_out(problem: Problem) -> HeldOut:
+    choosing, checking = problem.split(sum(map(batch_size, problem.batches)) // 2)
     few = choosing.first(max(1, sum(map(batch_size, choosing.batches)) // 4))
     return HeldOut(from_dense(few), from_dense(choosing), from_dense(checking))
 
 
 def search(
     held_out: HeldOut,
-    targets: Sequence[Target],
+    matrices: Sequence[Matrix],
     start: Mapping[str, int],
     solve: Callable[[Mapping[str, int]], Masks],
     *,
@@ -56,11 +56,11 @@ def search(
 ) -> Masks:
     """Leave the model at the best levels found and return its masks.
 
-    start: how many entries of each target go at level 0. solve(such counts): writes the solved weights over those that are
+    start: how many entries of each matrix go at level 0. solve(such counts): writes the solved weights over those that are
     there now, returns their masks. On each rank 2 * REACH + 2 copies of its pieces of the weights are held on the CPU.
     """
     few, choosing, checking = held_out
-    library = _Library(choosing, targets, start, solve)
+    library = _Library(choosing, matrices, start, solve)
     draw, parent = random.Random(seed), dict.fromkeys(start, 0)
     first = best = library.loss(parent, choosing)
     for _ in range(generations):
@@ -85,30 +85,30 @@ def search(
 
 
 class _Library:
-    """Every target solved at every level it has: this rank's pieces, on the CPU."""
+    """Every matrix solved at every level it has: this rank's pieces, on the CPU."""
 
     def __init__(
         self,
-        setting: Setting,
-        targets: Sequence[Target],
+        problem: Problem,
+        matrices: Sequence[Matrix],
         start: Mapping[str, int],
         solve: Callable[[Mapping[str, int]], Masks],
     ) -> None:
-        self._backend, self._model = setting.backend, setting.model
-        self._targets = {target.name: target for target in targets}
+        self._backend, self._model = problem.backend, problem.model
+        self._matrices = {matrix.name: matrix for matrix in matrices}
         self._weights: dict[tuple[str, int], torch.Tensor] = {}
         self._masks: dict[tuple[str, int], torch.Tensor] = {}
         self._written: Levels = {}
-        before = {name: self._piece(target).cpu() for name, target in self._targets.items()}
+        before = {name: self._piece(matrix).cpu() for name, matrix in self._matrices.items()}
         for level in range(-REACH, REACH + 1):
-            counts = {n: count + level * _step(self._targets[n]) for n, count in start.items()}
-            there = {n for n, count in counts.items() if 0 <= count <= self._targets[n].numel}
+            counts = {n: count + level * _step(self._matrices[n]) for n, count in start.items()}
+            there = {n for n, count in counts.items() if 0 <= count <= self._matrices[n].numel}
             masks = solve({n: count if n in there else start[n] for n, count in counts.items()})
-            for name, target in self._targets.items():
+            for name, matrix in self._matrices.items():
                 if name in there:
-                    self._weights[name, level] = self._piece(target).cpu()
+                    self._weights[name, level] = self._piece(matrix).cpu()
                     self._masks[name, level] = masks[name].cpu()
-                self._write(target, before[name])
+                self._write(matrix, before[name])
 
     def switched(self, levels: Levels, draw: random.Random) -> Levels:
         """One to three pairs of weights of one size each, one of which loses more and the other less; mostly one."""
@@ -120,55 +120,55 @@ class _Library:
                 name
                 for name, level in levels.items()
                 if name != up and (name, level - 1) in self._weights
-                if self._targets[name].numel == self._targets[up].numel
+                if self._matrices[name].numel == self._matrices[up].numel
             ]
             if less:
                 levels[draw.choice(less)] -= 1
                 levels[up] += 1
         return levels
 
-    def loss(self, levels: Levels, setting: Setting) -> float:
+    def loss(self, levels: Levels, problem: Problem) -> float:
         self.write(levels)
-        return mean_loss(setting, "searching budgets")
+        return mean_loss(problem, "searching budgets")
 
     def write(self, levels: Levels) -> None:
         for name, level in levels.items():
             if self._written.get(name) != level:
-                self._write(self._targets[name], self._weights[name, level])
+                self._write(self._matrices[name], self._weights[name, level])
         self._written = dict(levels)
 
     def masks(self, levels: Levels) -> Masks:
-        return {n: self._masks[n, level].to(self._piece(self._targets[n]).device) for n, level in levels.items()}
+        return {n: self._masks[n, level].to(self._piece(self._matrices[n]).device) for n, level in levels.items()}
 
-    def _piece(self, target: Target) -> torch.Tensor:
-        return self._backend.shard(self._model, target).weight.clone()
+    def _piece(self, matrix: Matrix) -> torch.Tensor:
+        return self._backend.shard(self._model, matrix).weight.clone()
 
-    def _write(self, target: Target, piece: torch.Tensor) -> None:
-        self._backend.write(self._model, target, piece.to(self._piece(target).device))
-
-
-def _step(target: Target) -> int:
-    return max(1, round(STEP * target.numel))
+    def _write(self, matrix: Matrix, piece: torch.Tensor) -> None:
+        self._backend.write(self._model, matrix, piece.to(self._piece(matrix).device))
 
 
-def from_dense(setting: Setting) -> Setting:
+def _step(matrix: Matrix) -> int:
+    return max(1, round(STEP * matrix.numel))
+
+
+def from_dense(problem: Problem) -> Problem:
     """The same micro-batches with another loss: per token, the divergence KL(model now || model then) of what is predicted,
     where the model predicts classes or tokens; else the loss it has. Holds the present logits of this rank's share of the
     micro-batches in bf16, on the CPU: to be used with all of them."""
-    if "labels" not in setting.batches[0]:
-        return setting
-    numbered = [{**batch, "sequence": torch.tensor([i])} for i, batch in enumerate(setting.batches)]
-    setting, held = replace(setting, batches=numbered), {}
+    if "labels" not in problem.batches[0]:
+        return problem
+    numbered = [{**batch, "sequence": torch.tensor([i])} for i, batch in enumerate(problem.batches)]
+    problem, held = replace(problem, batches=numbered), {}
     with torch.no_grad():
-        for batch, _ in setting.backend.share(setting.batches):
-            logits, _ = _predictions(setting.model, setting.on_device(batch))
+        for batch, _ in problem.backend.share(problem.batches):
+            logits, _ = _predictions(problem.model, problem.on_device(batch))
             held[int(batch["sequence"])] = logits.bfloat16().cpu()
 
     def divergence(model: nn.Module, batch: Batch) -> Losses:
         logits, counts = _predictions(model, batch)
         return distillation(logits, held[int(batch["sequence"])].to(logits.device), counts, 1.0)
 
-    return replace(setting, objective=divergence)
+    return replace(problem, objective=divergence)
 
 
 def _predictions(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.input_moments import input_moments
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.counts import Mix
@@ -63,35 +63,35 @@ def dense_params(anatomy: Anatomy) -> int:
     return anatomy.total_params
 
 
-def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
+def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
     """Choose the dimensions that go. Nothing is changed in the live model: `shrink` takes them out. What stays is not re-fitted."""
-    (mix,), group = candidates, setting.anatomy.hidden
-    values = _scores(setting, options)
+    (mix,), group = candidates, problem.anatomy.hidden
+    values = _scores(problem, options)
     kept = values.argsort(stable=True, descending=True)[: group.num_units - mix.hidden]
     scores = UnitScores(by_group={("hidden", 0): values})
     if options.compensate:
-        setting.notes.append("hidden dimensions: norms are scaled to their number, weights are not re-fitted")
+        problem.notes.append("hidden dimensions: norms are scaled to their number, weights are not re-fitted")
     log.info("hidden dimensions that stay: %d of %d", len(kept), group.num_units)
-    layers = tuple(range(setting.anatomy.num_layers))
+    layers = tuple(range(problem.anatomy.num_layers))
     return Removal(KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))}), scores, [], {})
 
 
-def _scores(setting: Setting, options: PruneConfig) -> torch.Tensor:
+def _scores(problem: Problem, options: PruneConfig) -> torch.Tensor:
     """(hidden,) fp64: over the matrices that read the stream, the share of each one's output energy that comes through a
     dimension, |W_:,j|^2 sum_t x_tj^2 (magnitude: without the inputs)."""
-    group = setting.anatomy.hidden
+    group = problem.anatomy.hidden
     if options.criterion == "random":
         return uniform(0, group.num_units, key_of(options.seed, "hidden")).double()
-    targets = [setting.anatomy.target_of(module) for module, _ in group.readers]
-    squares = [torch.ones(group.num_units, dtype=torch.float64, device=setting.backend.device) for _ in targets]
+    matrices = [problem.anatomy.matrix_of(module) for module, _ in group.readers]
+    squares = [torch.ones(group.num_units, dtype=torch.float64, device=problem.backend.device) for _ in matrices]
     if options.criterion != "magnitude":
-        moments = input_moments(setting, targets, full=False)
-        squares = [moments.moments.sum(moments.of(target)).double().clone() for target in targets]
-        setting.backend.sum_over_data(squares)
+        moments = input_moments(problem, matrices, full=False)
+        squares = [moments.moments.sum(moments.of(matrix)).double().clone() for matrix in matrices]
+        problem.backend.sum_over_data(squares)
     total = torch.zeros(group.num_units, dtype=torch.float64)
-    for target, square in zip(targets, squares, strict=True):
-        weight = setting.backend.shard(setting.model, target).weight
-        weight = target.matrix(setting.backend.gather(setting.model, target, weight))
+    for matrix, square in zip(matrices, squares, strict=True):
+        weight = problem.backend.shard(problem.model, matrix).weight
+        weight = matrix.oriented(problem.backend.gather(problem.model, matrix, weight))
         energy = criteria.column_energy(weight, square.float()).double().cpu()
         total += energy / energy.sum()
     return total

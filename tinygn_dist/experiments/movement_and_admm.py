@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 Best = Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]
-"""(scores, sparsity) -> masks of the largest, both by target and shaped like this rank's shards"""
+"""(scores, sparsity) -> masks of the largest, both by matrix and shaped like this rank's shards"""
 _ABOVE_ALL = torch.finfo(torch.float32).max
 
 
@@ -31,8 +31,8 @@ class StepStatistics(ABC):
     state_stays = False
     """whether the optimizer's state of weights that come or go keeps its meaning"""
 
-    def __init__(self, targets: Sequence[Target], backend: Backend) -> None:
-        self.targets, self.backend = tuple(targets), backend
+    def __init__(self, matrices: Sequence[Matrix], backend: Backend) -> None:
+        self.matrices, self.backend = tuple(matrices), backend
 
     def first_masks(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
         """The masks before the first step are chosen."""
@@ -72,14 +72,14 @@ class BesideGradients(StepStatistics):
 
     kinds: tuple[str, ...] = ()
 
-    def __init__(self, targets: Sequence[Target], backend: Backend) -> None:
-        super().__init__(targets, backend)
+    def __init__(self, matrices: Sequence[Matrix], backend: Backend) -> None:
+        super().__init__(matrices, backend)
         self.values: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in self.kinds}
         self.finished = False
 
     def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
         bare = self.backend.unwrap(model)
-        names = [n for n in dict.fromkeys(t.parameter for t in self.targets) if bare.get_parameter(n).requires_grad]
+        names = [n for n in dict.fromkeys(t.parameter for t in self.matrices) if bare.get_parameter(n).requires_grad]
         return [self.backend.on_gradients(model, each, names, self.seen) for each in optimizers]
 
     @abstractmethod
@@ -117,17 +117,17 @@ class BesideGradients(StepStatistics):
     def as_shards(
         self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """By target, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a time."""
+        """By matrix, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a time."""
         shards: dict[str, torch.Tensor] = {}
         pieces = self._everywhere(model, optimizer, pieces)
-        for target in self.targets:
-            held = self.backend.shard(model, target).weight
-            if target.parameter not in pieces:
-                shards[target.name] = torch.zeros_like(held, dtype=torch.float32)
+        for matrix in self.matrices:
+            held = self.backend.shard(model, matrix).weight
+            if matrix.parameter not in pieces:
+                shards[matrix.name] = torch.zeros_like(held, dtype=torch.float32)
                 continue
-            whole = self.backend.join_held(model, optimizer, target.parameter, pieces[target.parameter])
-            stored = whole[target.start : target.start + target.numel].view(target.stored_shape)
-            shards[target.name] = self.backend.cut(model, target, stored).reshape(held.shape)
+            whole = self.backend.join_held(model, optimizer, matrix.parameter, pieces[matrix.parameter])
+            stored = whole[matrix.start : matrix.start + matrix.numel].view(matrix.stored_shape)
+            shards[matrix.name] = self.backend.cut(model, matrix, stored).reshape(held.shape)
         return shards
 
 
@@ -162,9 +162,9 @@ class Consensus(BesideGradients):
 
     kinds = ("sparse", "dual")
 
-    def __init__(self, targets: Sequence[Target], backend: Backend, penalty: float, final: float) -> None:
+    def __init__(self, matrices: Sequence[Matrix], backend: Backend, penalty: float, final: float) -> None:
         """final: sparsity of the copy, at every update."""
-        super().__init__(targets, backend)
+        super().__init__(matrices, backend)
         self.penalty, self.final = penalty, final
 
     def before_steps(self, model: nn.Module, optimizer: Any, best: Best) -> None:
@@ -183,7 +183,7 @@ class Consensus(BesideGradients):
 
     def _project(self, model: nn.Module, optimizer: Any, best: Best) -> dict[str, torch.Tensor]:
         """The masks of z. The first call starts at u = 0 and leaves it there."""
-        names = list(dict.fromkeys(target.parameter for target in self.targets))
+        names = list(dict.fromkeys(matrix.parameter for matrix in self.matrices))
         weights = {name: self.backend.held_weight(model, optimizer, name).float() for name in names}
         first = not self.values["dual"]
         dual = {name: torch.zeros_like(w) for name, w in weights.items()} if first else self.values["dual"]
@@ -199,8 +199,8 @@ class Consensus(BesideGradients):
 
     def _held_mask(self, model: nn.Module, optimizer: Any, name: str, keep: Mapping[str, torch.Tensor]) -> torch.Tensor:
         whole = torch.ones(self.backend.num_elements(model, name), dtype=torch.bool, device=self.backend.device)
-        for target in self.targets:
-            if target.parameter == name:
-                gathered = self.backend.gather(model, target, keep[target.name])
-                whole[target.start : target.start + target.numel] = gathered.reshape(-1)
+        for matrix in self.matrices:
+            if matrix.parameter == name:
+                gathered = self.backend.gather(model, matrix, keep[matrix.name])
+                whole[matrix.start : matrix.start + matrix.numel] = gathered.reshape(-1)
         return self.backend.cut_held(model, optimizer, name, whole)

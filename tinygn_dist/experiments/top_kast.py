@@ -16,23 +16,23 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.experiments.movement_and_admm import Best, StepStatistics
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 _ABOVE_ALL = torch.finfo(torch.float32).max
 
 
 class DenseWeights(StepStatistics):
-    """values: target -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: target -> bool,
+    """values: matrix -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: matrix -> bool,
     the removed weights that train."""
 
     knows_before_training = True
     state_stays = True  # weights that come have trained before, and those that go train on
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], backend: Backend, explore: float) -> None:
+    def __init__(self, model: nn.Module, matrices: Sequence[Matrix], backend: Backend, explore: float) -> None:
         """Copies the weights as they are before the first mask. explore: share of a matrix's weights."""
-        super().__init__(targets, backend)
+        super().__init__(matrices, backend)
         self.explore = explore
-        self.values = {t.name: backend.shard(model, t).weight.detach().float().clone() for t in targets}
+        self.values = {t.name: backend.shard(model, t).weight.detach().float().clone() for t in matrices}
         self.explored: dict[str, torch.Tensor] = {}
 
     def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
@@ -41,8 +41,8 @@ class DenseWeights(StepStatistics):
     def seen(self, model: nn.Module) -> None:
         """After a step of the optimizer, and before the mask."""
         for name, explored in self.explored.items():
-            target = next(target for target in self.targets if target.name == name)
-            self.values[name] += self.backend.shard(model, target).weight.detach() * explored
+            matrix = next(matrix for matrix in self.matrices if matrix.name == name)
+            self.values[name] += self.backend.shard(model, matrix).weight.detach() * explored
 
     def first_masks(self, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best) -> None:
         """Let the largest of what `keep` removed train."""
@@ -56,13 +56,13 @@ class DenseWeights(StepStatistics):
         """The masks of the largest weights, live and not; those that come in are written to the model."""
         if not sparsity:
             return dict(keep)
-        for target in self.targets:
-            live = self.backend.shard(model, target).weight.detach().float()
-            self.values[target.name] = torch.where(keep[target.name], live, self.values[target.name])
+        for matrix in self.matrices:
+            live = self.backend.shard(model, matrix).weight.detach().float()
+            self.values[matrix.name] = torch.where(keep[matrix.name], live, self.values[matrix.name])
         chosen = best({name: value.abs() for name, value in self.values.items()}, sparsity)
-        for target in self.targets:
-            weight = self.backend.shard(model, target).weight
-            self.backend.write(model, target, (self.values[target.name] * chosen[target.name]).to(weight.dtype))
+        for matrix in self.matrices:
+            weight = self.backend.shard(model, matrix).weight
+            self.backend.write(model, matrix, (self.values[matrix.name] * chosen[matrix.name]).to(weight.dtype))
         self.first_masks(chosen, sparsity, best)
         return chosen
 
@@ -71,12 +71,12 @@ class DenseWeights(StepStatistics):
 
     def whole(self, model: nn.Module, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for kind, pieces in (("dense", self.values), ("explored", self.explored)):
-            for target in self.targets if pieces else ():
-                yield f"{kind}|{target.name}", self.backend.gather(model, target, pieces[target.name]).cpu()
+            for matrix in self.matrices if pieces else ():
+                yield f"{kind}|{matrix.name}", self.backend.gather(model, matrix, pieces[matrix.name]).cpu()
 
     def take(self, model: nn.Module, optimizer: Any, whole: Mapping[str, torch.Tensor]) -> None:
         found: dict[str, dict[str, torch.Tensor]] = {"dense": {}, "explored": {}}
-        by_name = {target.name: target for target in self.targets}
+        by_name = {matrix.name: matrix for matrix in self.matrices}
         for key, tensor in whole.items():
             kind, _, name = key.partition("|")
             held = self.backend.shard(model, by_name[name]).weight

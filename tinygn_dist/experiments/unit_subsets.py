@@ -16,7 +16,7 @@ import torch
 
 from tinygn_dist.estimate.elimination import Contest
 from tinygn_dist.estimate.probes import Measured, Probe, measure, together
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 
@@ -32,11 +32,11 @@ class Effects:
     forwards: int
 
 
-def interactions(setting: Setting, pairs: Sequence[tuple[Probe, Probe]]) -> Effects:
+def interactions(problem: Problem, pairs: Sequence[tuple[Probe, Probe]]) -> Effects:
     """By how much the loss without both is larger than the two single losses say: f(uv) - f(u) - f(v) + f. Positive for units
     that stand in for each other."""
     singles = list(dict.fromkeys(probe for pair in pairs for probe in pair))
-    seen = measure(setting, [*singles, *map(together, pairs)])
+    seen = measure(problem, [*singles, *map(together, pairs)])
     alone = {probe: row for probe, row in zip(singles, seen.differences, strict=False)}
     beyond = [
         both - alone[one] - alone[other]
@@ -59,7 +59,7 @@ def pairs_of(contests: Sequence[Contest], losses: torch.Tensor, most: int) -> li
 
 
 def effects_together(
-    setting: Setting,
+    problem: Problem,
     probes: Sequence[Probe],
     contests: Sequence[Contest],
     alone: torch.Tensor,
@@ -71,7 +71,7 @@ def effects_together(
     """Each unit's part in the loss of `count` random subsets, all of which remove what the contests say. alone: (probes,)
     losses of single removals. Only differences within a contest mean anything. The same at any number of ranks."""
     chosen = draw(len(probes), contests, count, seed)
-    seen = look(setting, [together(probes[i] for i in row.nonzero().flatten().tolist()) for row in chosen])
+    seen = look(problem, [together(probes[i] for i in row.nonzero().flatten().tolist()) for row in chosen])
     losses = seen.differences.sum(1) / seen.counts.sum()
     return Effects(*shared_out(chosen.double(), losses, alone), seen.forwards)
 

@@ -19,15 +19,15 @@ from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
 from tinygn_dist.config import Config, PruneConfig
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting, costs_of
+from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.maths.counts import Mix
-from tinygn_dist.models.anatomy import Anatomy, Target, read_anatomy
+from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.prune.sparsity import sparsify
 from tinygn_dist.prune.structured.methods import cut_of
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_target
-from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks, Update, plan_of
 from tinygn_dist.train.state_io import read_masks, read_step_statistics, write_masks, write_step_statistics
@@ -57,7 +57,7 @@ class Compressor:
         self.config = config
         self.backend = make_backend(config.distributed, accelerator)
         self.masks: GradualMasks | None = None
-        self._targets: tuple[Target, ...] | None = None
+        self._matrices: tuple[Matrix, ...] | None = None
         """what gets masks; None before `compress`, and none where units go"""
         self._progress = Progress(shown=self.backend.is_main)
         self._saved_in: Path | None = None
@@ -91,12 +91,12 @@ class Compressor:
         mixes: list[Mix] = []
         if prune.unit_kinds:
             cut = cut_of(self._anatomy, prune)
-            prune = meet_target(prune, self._anatomy, skeleton, cut.dense_params(self._anatomy))
+            prune = meet_goal(prune, self._anatomy, skeleton, cut.dense_params(self._anatomy))
             mixes = cut.plan_mixes(self._anatomy, prune)
-        self._targets = ()
+        self._matrices = ()
         if not mixes:
-            self._targets = self._anatomy.choose_targets(prune.targets, prune.ignore)
-            sparsify.check(self._anatomy, self._targets, prune)
+            self._matrices = self._anatomy.choose_matrices(prune.matrices, prune.ignore)
+            sparsify.check(self._anatomy, self._matrices, prune)
         if self.config.data.name == "self":
             raise UserError("data self is for `tinygn compress`; name a dataset")
         with self.backend.together("reading the data"):
@@ -111,9 +111,9 @@ class Compressor:
             return model
         training = model.training
         model = self.backend.prepare(model.eval())
-        setting = self._setting(model, self._batches)
-        with fast_products(self.backend.device):
-            kept, _, _, shifts = cut.remove_units(setting, mixes, prune)
+        problem = self._problem(model, self._batches)
+        with fast_matmul(self.backend.device):
+            kept, _, _, shifts = cut.remove_units(problem, mixes, prune)
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)
         build = functools.partial(type(model)._from_config, config, dtype=model.dtype)
@@ -133,7 +133,7 @@ class Compressor:
         that really move weights count. after_update: called when masks changed. Nothing to do where units were removed.
         """
         self._need_compressed()
-        if not self._targets:
+        if not self._matrices:
             return
         if not optimizers:
             raise UserError(
@@ -149,9 +149,9 @@ class Compressor:
         self.backend.adopt(model, optimizers[0])
         saved = self._saved(self._saved_in) if self._saved_in else None
         with self.backend.paused(model) as bare:
-            setting = self._setting(bare, self._batches)
+            problem = self._problem(bare, self._batches)
             going_on = saved.facts if saved else None
-            self.masks = GradualMasks(setting, self._targets, self.config.prune, schedule, plan, going_on)
+            self.masks = GradualMasks(problem, self._matrices, self.config.prune, schedule, plan, going_on)
             if saved:
                 read_masks(saved, self.masks.masks, bare, self.backend)
             self.backend.agree(self.masks.masks.fingerprint(bare, self.backend), "the mask")
@@ -171,7 +171,7 @@ class Compressor:
         Raises UserError when the folder is not empty (without output.overwrite) or the masks no longer hold.
         """
         self._need_compressed()
-        if self._targets and self.masks is None:
+        if self._matrices and self.masks is None:
             raise UserError("no masks were chosen; call attach() after prepare() and before training")
         if self.masks is not None and (wrong := self.masks.masks.violations(model, self.backend)):
             raise UserError(f"{wrong} masked weights are not zero; train with the optimizer that attach() was given")
@@ -188,7 +188,7 @@ class Compressor:
             export.write_checkpoint(draft, model, {}, processor, output.max_shard_gib, self.backend)
 
     def _need_compressed(self) -> None:
-        if self._targets is None:
+        if self._matrices is None:
             raise UserError(
                 "nothing is compressed yet; call model = compressor.compress(model, tokenizer) before prepare()"
             )
@@ -223,11 +223,11 @@ class Compressor:
         identity = self.config.model_dump(mode="json", include={"prune", "schedule"})
         return Checkpoints(folder / _STATE, identity, self.backend, keep=1)
 
-    def _setting(self, model: nn.Module, batches: list[Batch]) -> Setting:
+    def _problem(self, model: nn.Module, batches: list[Batch]) -> Problem:
         if self._task == "feature-extraction":
             batches = add_reference(model, batches, self.backend.device)
         costs, objective = costs_of(self.config.prune), objective_of(self._task)
-        return Setting(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)
+        return Problem(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)
 
 
 def _refuse_what_takes_a_run(prune: PruneConfig) -> None:
@@ -241,4 +241,4 @@ def _refuse_what_takes_a_run(prune: PruneConfig) -> None:
             "one; leave it at 0 here"
         )
     if prune.asks_latency:
-        raise UserError(f"prune.target {prune.target} is for `tinygn compress`; use params=, bytes= or flops= here")
+        raise UserError(f"prune.goal {prune.goal} is for `tinygn compress`; use params=, bytes= or flops= here")

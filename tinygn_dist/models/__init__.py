@@ -1,0 +1,1 @@
+"""What is a Hugging Face model made of? Families, anatomy, matrices, stacks, channel graph, task losses."""

@@ -1,7 +1,7 @@
-"""Which tensors make up a model's units and targets. Reads module structure only, so it works on the meta device.
+"""Which tensors make up a model's units and matrices. Reads module structure only, so it works on the meta device.
 
 A *unit group* is all units of one kind in one layer, with the slices of tensors that go with each unit and the module
-whose input their gates multiply. A *target* is one linear weight matrix that can be masked: the weight of a Linear or
+whose input their gates multiply. A *matrix* is one linear weight matrix that can be masked: the weight of a Linear or
 Conv1D, or one expert's matrix in a fused 3-D parameter.
 """
 
@@ -19,7 +19,7 @@ from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.models.channel_graph import spaces
 from tinygn_dist.models.families import family_of, fixed_units, supported
 from tinygn_dist.models.family_schema import Family, Part
-from tinygn_dist.models.matrices import Target, find_targets, input_features
+from tinygn_dist.models.matrices import Matrix, find_matrices, input_features
 from tinygn_dist.models.stacks import Stack, find_stacks, layer_of
 
 
@@ -68,7 +68,7 @@ class Anatomy:
     stacks: tuple[Stack, ...]
     layer_params: tuple[int, ...]
     groups: tuple[UnitGroup, ...]
-    targets: tuple[Target, ...]
+    matrices: tuple[Matrix, ...]
     tied: tuple[tuple[str, str], ...]
     total_params: int
     fixed: Mapping[str, str] = field(default_factory=dict)
@@ -111,14 +111,14 @@ class Anatomy:
         """The unit groups of one kind, in layer order."""
         return tuple(group for group in self.groups if group.kind == kind)
 
-    def target_of(self, module: str) -> Target:
-        """The target that is the weight of a module."""
-        return next(target for target in self.targets if target.module == module)
+    def matrix_of(self, module: str) -> Matrix:
+        """The matrix that is the weight of a module."""
+        return next(matrix for matrix in self.matrices if matrix.module == module)
 
-    def choose_targets(self, wanted: Iterable[str], ignored: Iterable[str]) -> tuple[Target, ...]:
+    def choose_matrices(self, wanted: Iterable[str], ignored: Iterable[str]) -> tuple[Matrix, ...]:
         """Targets whose name matches a `wanted` and no `ignored` regular expression. A pattern that matches nothing
         is a UserError, so a typo cannot end in an untouched model."""
-        names = [target.name for target in self.targets]
+        names = [matrix.name for matrix in self.matrices]
         for pattern in (*wanted, *ignored):
             try:
                 hit = any(re.search(pattern, name) for name in names)
@@ -127,12 +127,12 @@ class Anatomy:
             if not hit:
                 raise UserError(f"pattern {pattern!r} matches no weight; weights are named like {', '.join(names[:3])}")
         chosen = tuple(
-            target
-            for target in self.targets
-            if any(re.search(p, target.name) for p in wanted) and not any(re.search(p, target.name) for p in ignored)
+            matrix
+            for matrix in self.matrices
+            if any(re.search(p, matrix.name) for p in wanted) and not any(re.search(p, matrix.name) for p in ignored)
         )
         if not chosen:
-            raise UserError("targets and ignore together leave no weight to prune; narrow ignore")
+            raise UserError("matrices and ignore together leave no weight to prune; narrow ignore")
         return chosen
 
 
@@ -178,7 +178,7 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
         stacks=stacks,
         layer_params=layer_params,
         groups=tuple(groups),
-        targets=tuple(find_targets(model, stacks)),
+        matrices=tuple(find_matrices(model, stacks)),
         tied=tuple(sorted((getattr(model, "all_tied_weights_keys", None) or {}).items())),
         total_params=sum(p.numel() for p in model.parameters()),
         fixed=fixed,

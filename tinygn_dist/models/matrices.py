@@ -14,7 +14,7 @@ from tinygn_dist.models.stacks import Stack, layer_of
 
 
 @dataclass(frozen=True)
-class Target:
+class Matrix:
     """A weight matrix that can be masked.
 
     `parameter` is its parameter's name without wrapper prefixes, `module` the module that holds it, `shape` is
@@ -31,7 +31,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Unique among targets."""
+        """Unique among matrices."""
         return self.parameter if self.index is None else f"{self.parameter}[{self.index}]"
 
     @property
@@ -44,15 +44,15 @@ class Target:
 
     @property
     def start(self) -> int:
-        """Index of the target's first element in its flattened parameter; it ends `numel` later."""
+        """Index of the matrix's first element in its flattened parameter; it ends `numel` later."""
         return (self.index or 0) * self.numel
 
     def within(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The target as stored, a view into its whole parameter (or the parameter's gradient)."""
+        """The matrix as stored, a view into its whole parameter (or the parameter's gradient)."""
         return parameter if self.index is None else parameter[self.index]
 
-    def matrix(self, stored: torch.Tensor) -> torch.Tensor:
-        """(out, in) view of the target as stored; in-place edits reach it."""
+    def oriented(self, stored: torch.Tensor) -> torch.Tensor:
+        """(out, in) view of the matrix as stored; in-place edits reach it."""
         return stored if self.input_dim == 1 else stored.t()
 
     def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Target:
         return one_each[start : start + piece.numel()].view(piece.shape)
 
 
-def find_targets(model: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Target]:
+def find_matrices(model: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Matrix]:
     """Weight matrices inside the layers; of an unknown family, all but the output head. Shared ones once."""
     seen, head = set(), model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     reached = set()
@@ -81,12 +81,12 @@ def find_targets(model: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Target
                 reached.add(f"{name}.{leaf}")
                 input_dim = 0 if module.is_transposed else 1
                 shape = (stored[1 - input_dim], stored[input_dim])
-                yield from (Target(f"{name}.{leaf}", name, layer, shape, input_dim, i) for i in range(experts))
+                yield from (Matrix(f"{name}.{leaf}", name, layer, shape, input_dim, i) for i in range(experts))
         elif isinstance(module, (nn.Linear, Conv1D)) and id(module.weight) not in seen and module is not head:
             seen.add(id(module.weight))
             stored = tuple(module.weight.shape)
             input_dim = 1 if isinstance(module, nn.Linear) else 0
-            yield Target(f"{name}.weight", name, layer, (stored[1 - input_dim], stored[input_dim]), input_dim)
+            yield Matrix(f"{name}.weight", name, layer, (stored[1 - input_dim], stored[input_dim]), input_dim)
     missed = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and n not in reached]
     if missed:
         raise Refused(

@@ -1,0 +1,1 @@
+"""What is taken out of a model? `structured/`: whole units. `sparsity/`: single weights."""

@@ -43,10 +43,10 @@ class TrainingStage(Resumable):
         anatomy = read_anatomy(self.skeleton, needs_units=False)
         kept = range(anatomy.num_layers) if self.kept_layers is None else self.kept_layers
         self.report.reconstruction = reconstruct.reconstruct(
-            self.setting(self.model, batches),
-            replace(self.setting(dense, batches), anatomy=anatomy),
+            self.problem(self.model, batches),
+            replace(self.problem(dense, batches), anatomy=anatomy),
             reconstruct.blocks_of(kept, anatomy.num_layers),
-            self.targets or self.anatomy.targets,
+            self.matrices or self.anatomy.matrices,
             self.masks.masks.by_name if self.masks else {},
             self.config.prune,
         )
@@ -63,7 +63,7 @@ class TrainingStage(Resumable):
             self.plan,
             self.backend,
             self.progress,
-            targets=lambda: self.targets or self.anatomy.targets,
+            matrices=lambda: self.matrices or self.anatomy.matrices,
             begin=self._begin,
             stepped=self._stepped,
             ended=self._ended,
@@ -129,10 +129,10 @@ class TrainingStage(Resumable):
         return step >= max(self.plan.updates, default=0)
 
     def _held_out_figures(self, model: nn.Module) -> dict[str, float]:
-        return quality(self.setting(model, self.splits.validation), self.source.task, "evaluating")
+        return quality(self.problem(model, self.splits.validation), self.source.task, "evaluating")
 
     def quality(self, model: nn.Module) -> dict[str, float]:
-        return quality(self.setting(model, self.splits.evaluation), self.source.task, "evaluating")
+        return quality(self.problem(model, self.splits.evaluation), self.source.task, "evaluating")
 
     def all_figures(self, model: nn.Module) -> dict[str, Any]:
         asked, example = self.config.evaluate, self.splits.evaluation[0]

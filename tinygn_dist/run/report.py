@@ -37,7 +37,7 @@ class Report:
     parameters: dict[str, Any] = field(default_factory=dict)
     """all parameters accounted for: pruned, kept and why"""
     latency: dict[str, Any] = field(default_factory=dict)
-    """of a target latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
+    """of a matrix latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
     reconstruction: dict[str, Any] = field(default_factory=dict)
     """of each layer, the relative error of its output on held-out sequences before and after"""
     recovery: dict[str, Any] = field(default_factory=dict)
@@ -94,10 +94,10 @@ class Report:
         return rows
 
     def asked(self) -> str:
-        """The pattern, with its target or sparsity where it has one."""
+        """The pattern, with its matrix or sparsity where it has one."""
         prune = self.recipe["prune"]
-        if prune["target"]:
-            return f"{prune['pattern']} {prune['target']}"
+        if prune["matrix"]:
+            return f"{prune['pattern']} {prune['matrix']}"
         return prune["pattern"] if ":" in prune["pattern"] else f"{prune['pattern']} {prune['sparsity']:.0%}"
 
     def print(self, console: Console | None = None) -> None:

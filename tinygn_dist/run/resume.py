@@ -17,10 +17,10 @@ from tinygn_dist.checkpoints.run_checkpoint import Checkpoints, Saved
 from tinygn_dist.config import Config
 from tinygn_dist.data.splits import Splits
 from tinygn_dist.errors import Stopped
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.saved_moments import Parts
 from tinygn_dist.maths.schedules import Plan
-from tinygn_dist.models.anatomy import Anatomy, Target, read_anatomy
+from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
 from tinygn_dist.run.report import Report
 from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.loop import Course, InTraining
@@ -53,7 +53,7 @@ class Resumable:
     digest: str
     model: nn.Module
     anatomy: Anatomy
-    targets: tuple[Target, ...]
+    matrices: tuple[Matrix, ...]
     plan: Plan
     masks: GradualMasks | None
     protected: tuple[int, ...]
@@ -61,7 +61,7 @@ class Resumable:
     round: int
     report: Report
     stopping: Callable[[], bool]
-    setting: Callable[..., Setting]
+    problem: Callable[..., Problem]
     checkpoints: Checkpoints
     best: Checkpoints
     """the weights of the best evaluation so far, named by its step"""
@@ -110,9 +110,9 @@ class Resumable:
             self.place_smaller(type(self.source.config).from_dict(facts["model_config"]))
         else:
             read_weights(self.saved, self.model, self.backend)
-            setting = self.setting(self.model, self.splits.calibration)
+            problem = self.problem(self.model, self.splits.calibration)
             self.masks = GradualMasks(
-                setting, self.targets, self.config.prune, self.config.schedule, self.plan, going_on=facts["masks"]
+                problem, self.matrices, self.config.prune, self.config.schedule, self.plan, going_on=facts["masks"]
             )
             read_masks(self.saved, self.masks.masks, self.model, self.backend)
 

@@ -1,0 +1,1 @@
+"""What does the process itself do? Progress bars, stage timer, memory, CPU matmul."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 _found: list[str] = []
-"""what the flag was before each `fast_products` that is open"""
+"""what the flag was before each `fast_matmul` that is open"""
 
 
 @contextlib.contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
+def fast_matmul(device: torch.device) -> Iterator[None]:
     """Inside, fp32 products on a CPU may come from oneDNN, all of them or none. The flag is the process's; it is put back, and
     meanwhile `torch.get_float32_matmul_precision` refuses to answer. device: where the products are; nothing changes where that
     is no CPU."""
@@ -35,8 +35,8 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stock_products() -> Iterator[None]:
-    """Inside, products are those that the caller of the outermost `fast_products` has: for timing a model as others will run it."""
+def stock_matmul() -> Iterator[None]:
+    """Inside, products are those that the caller of the outermost `fast_matmul` has: for timing a model as others will run it."""
     if not _found:
         yield
         return

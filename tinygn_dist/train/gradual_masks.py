@@ -17,13 +17,13 @@ from torch import nn
 from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.experiments.movement_and_admm import Best, Consensus, Movement, StepStatistics
 from tinygn_dist.experiments.top_kast import DenseWeights
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.schedules import Plan, make_plan, swapped_share
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.sparsify import at_sparsity, sparsify
@@ -34,7 +34,7 @@ _ABOVE_ALL = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did. step: optimizer steps done before it. sparsity: over all targets. by_target: their own.
+    """What one update did. step: optimizer steps done before it. sparsity: over all matrices. by_target: their own.
     removed, regrown: weights."""
 
     step: int
@@ -59,14 +59,14 @@ def plan_of(schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bo
 
 
 def _step_statistics(
-    setting: Setting, targets: Sequence[Target], schedule: ScheduleConfig, final: float
+    problem: Problem, matrices: Sequence[Matrix], schedule: ScheduleConfig, final: float
 ) -> StepStatistics | None:
     if schedule.kind == "admm":
-        return Consensus(targets, setting.backend, schedule.penalty, final)
+        return Consensus(matrices, problem.backend, schedule.penalty, final)
     if schedule.criterion == "movement":
-        return Movement(targets, setting.backend)
+        return Movement(matrices, problem.backend)
     if schedule.regrow == "top-kast":
-        return DenseWeights(setting.model, targets, setting.backend, schedule.explore)
+        return DenseWeights(problem.model, matrices, problem.backend, schedule.explore)
     return None
 
 
@@ -75,8 +75,8 @@ class GradualMasks:
 
     def __init__(
         self,
-        setting: Setting,
-        targets: Sequence[Target],
+        problem: Problem,
+        matrices: Sequence[Matrix],
         prune: PruneConfig,
         schedule: ScheduleConfig,
         plan: Plan,
@@ -88,33 +88,33 @@ class GradualMasks:
         filled in; nothing is chosen.
         """
         self.plan, self.history, self.steps = plan, [], 0
-        self._prune, self._schedule, self._setting = prune, schedule, replace(setting, parts=None)
-        self.step_statistics = _step_statistics(setting, targets, schedule, plan.levels[-1])
+        self._prune, self._schedule, self._problem = prune, schedule, replace(problem, parts=None)
+        self.step_statistics = _step_statistics(problem, matrices, schedule, plan.levels[-1])
         asked = at_sparsity(prune, plan.levels[0])
         if going_on is None and asked is not None:
-            self.masks = sparsify(setting, targets, asked)
+            self.masks = sparsify(problem, matrices, asked)
         else:
-            self.masks = self._all(targets)
+            self.masks = self._all(matrices)
         if going_on is not None:
             self.load_state(going_on)
         elif self.step_statistics:
-            self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(setting))
+            self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(problem))
 
     @property
     def knows_before_training(self) -> bool:
         """Whether there is something about the weights to save before the first step."""
         return self.step_statistics is not None and self.step_statistics.knows_before_training
 
-    def _all(self, targets: Sequence[Target]) -> Masks:
-        shards = {t.name: self._setting.backend.shard(self._setting.model, t).weight for t in targets}
-        return Masks(targets, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
+    def _all(self, matrices: Sequence[Matrix]) -> Masks:
+        shards = {t.name: self._problem.backend.shard(self._problem.model, t).weight for t in matrices}
+        return Masks(matrices, {name: torch.ones_like(w, dtype=torch.bool) for name, w in shards.items()})
 
     def attach(
         self, model: nn.Module, *optimizers: Any, after_update: Callable[[Update], None] | None = None
     ) -> list[Any]:
         """Hold the masks after every step of the prepared optimizers, and change them when the plan says so, by the
         steps of the first one. Returns handles with `remove()`."""
-        backend = self._setting.backend
+        backend = self._problem.backend
         self._refuse_codes(optimizers)
 
         def stepped() -> None:
@@ -125,32 +125,32 @@ class GradualMasks:
                     after_update(update)
 
         if self.steps == 0:
-            self._track(self._count(self._setting, self.masks))
+            self._track(self._count(self._problem, self.masks))
         held: list[Any] = []
         if self.step_statistics and self.steps < self.plan.updates[-1]:
             held += self.step_statistics.attach(model, optimizers)
             with backend.paused(model) as bare:
-                here = replace(self._setting, model=bare)
+                here = replace(self._problem, model=bare)
                 self.step_statistics.before_steps(bare, optimizers[0], self._best(here))
         held += [self.masks.enforce(model, optimizer, backend) for optimizer in optimizers]
         return [*held, backend.after_step(model, optimizers[0], stepped)]
 
     def _refuse_codes(self, optimizers: Sequence[Any]) -> None:
         stays = self.step_statistics is not None and self.step_statistics.state_stays
-        coded = [each for each in optimizers if self._setting.backend.keeps_codes(each)]
+        coded = [each for each in optimizers if self._problem.backend.keeps_codes(each)]
         if self.plan.updates and coded and not stays:
             raise UserError(
-                f"{type(self._setting.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in which that "
+                f"{type(self._problem.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in which that "
                 "of weights which go or come back cannot be cleared; accepted: optimizers with 32-bit state, or schedule.kind "
                 "one-shot without regrow"
             )
 
     def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:
-        backend = self._setting.backend
+        backend = self._problem.backend
         with backend.paused(model) as bare:
-            setting = replace(self._setting, model=bare)
-            chosen = self._choose(setting, optimizers[0])
-            update = self._count(setting, chosen)
+            problem = replace(self._problem, model=bare)
+            chosen = self._choose(problem, optimizers[0])
+            update = self._count(problem, chosen)
             if self.step_statistics is None or not self.step_statistics.state_stays:
                 self._clear_state(bare, optimizers, chosen)
             self.masks.by_name.update(chosen.by_name)
@@ -169,57 +169,57 @@ class GradualMasks:
     def _clear_state(self, bare: nn.Module, optimizers: Sequence[Any], chosen: Masks) -> None:
         """What the optimizers know of weights that went or came back is of another life of theirs."""
         with torch.no_grad():
-            for target in self.masks.targets:
-                changed = self.masks.by_name[target.name] ^ chosen.by_name[target.name]
+            for matrix in self.masks.matrices:
+                changed = self.masks.by_name[matrix.name] ^ chosen.by_name[matrix.name]
                 for optimizer in optimizers:
-                    self._setting.backend.clear_state(bare, optimizer, target, changed)
+                    self._problem.backend.clear_state(bare, optimizer, matrix, changed)
 
     def _track(self, update: Update) -> None:
-        """To the trackers: sparsity of the whole and of every target, and what changed."""
+        """To the trackers: sparsity of the whole and of every matrix, and what changed."""
         changed = {"removed": update.removed, "regrown": update.regrown, "churn": update.removed + update.regrown}
         metrics = {f"mask/{name}": value for name, value in {"sparsity": update.sparsity, **changed}.items()}
         metrics |= {f"sparsity/{name}": value for name, value in update.by_target.items()}
-        self._setting.backend.track(metrics, self.steps)
+        self._problem.backend.track(metrics, self.steps)
 
-    def _choose(self, setting: Setting, optimizer: Any) -> Masks:
-        schedule, targets, level = self._schedule, self.masks.targets, self.plan.level_after(self.steps)
+    def _choose(self, problem: Problem, optimizer: Any) -> Masks:
+        schedule, matrices, level = self._schedule, self.masks.matrices, self.plan.level_after(self.steps)
         asked = at_sparsity(self._prune, level)
         if self.step_statistics:
             here = 0.0 if asked is None else level
-            best, keep = self._best(setting), self.masks.by_name
-            return Masks(targets, self.step_statistics.choose(setting.model, optimizer, keep, here, best))
+            best, keep = self._best(problem), self.masks.by_name
+            return Masks(matrices, self.step_statistics.choose(problem.model, optimizer, keep, here, best))
         if asked is None:
             return self.masks
         asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
         if schedule.criterion != "auto":
             asked = asked.model_copy(update={"criterion": schedule.criterion})
         if schedule.regrow == "none":
-            return sparsify(setting, targets, asked)
+            return sparsify(problem, matrices, asked)
         share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
-        return Masks(targets, self._regrown(setting, asked, share))
+        return Masks(matrices, self._regrown(problem, asked, share))
 
-    def _best(self, setting: Setting) -> Best:
+    def _best(self, problem: Problem) -> Best:
         """Masks of the largest scores, by the pattern and scope that are asked for."""
 
         def best(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
             return choose_masks(
-                setting.model,
-                self.masks.targets,
+                problem.model,
+                self.masks.matrices,
                 scores,
                 sparsity=sparsity,
                 scope="layer" if self._prune.scope == "auto" else self._prune.scope,
                 nm=at_sparsity(self._prune, sparsity).nm if self._prune.nm else None,
-                backend=setting.backend,
+                backend=problem.backend,
             )
 
         return best
 
-    def _regrown(self, setting: Setting, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
+    def _regrown(self, problem: Problem, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
         """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
         the best prospects, dropped ones included, which start from zero unless they were kept all along."""
-        backend, targets, best = setting.backend, self.masks.targets, self._best(setting)
-        shards = {t.name: backend.shard(setting.model, t) for t in targets}
-        sizes = {t.name: criteria.magnitude(shards[t.name].weight) for t in targets}
+        backend, matrices, best = problem.backend, self.masks.matrices, self._best(problem)
+        shards = {t.name: backend.shard(problem.model, t) for t in matrices}
+        sizes = {t.name: criteria.magnitude(shards[t.name].weight) for t in matrices}
         stay = best(sizes, 1 - (1 - asked.sparsity) * (1 - share))
         if self._schedule.regrow == "random":
             growth = {
@@ -229,19 +229,19 @@ class GradualMasks:
                 for name, shard in shards.items()
             }
         else:
-            gradients = weight_gradients(setting, targets, squares=False)
-            growth = {t.name: gradients.rounded(t.name).abs() for t in targets}
+            gradients = weight_gradients(problem, matrices, squares=False)
+            growth = {t.name: gradients.rounded(t.name).abs() for t in matrices}
         growth = {n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}
         return best(growth, asked.sparsity)
 
-    def _count(self, setting: Setting, chosen: Masks) -> Update:
+    def _count(self, problem: Problem, chosen: Masks) -> Update:
         removed = regrown = 0
-        for target in chosen.targets:
-            old, new = self.masks.by_name[target.name], chosen.by_name[target.name]
+        for matrix in chosen.matrices:
+            old, new = self.masks.by_name[matrix.name], chosen.by_name[matrix.name]
             removed += int((old & ~new).sum())
             regrown += int((new & ~old).sum())
-        removed, regrown = setting.backend.sum_over_shards(torch.tensor([removed, regrown])).tolist()
-        kept, sizes = chosen.kept(setting.backend), {t.name: t.numel for t in chosen.targets}
+        removed, regrown = problem.backend.sum_over_shards(torch.tensor([removed, regrown])).tolist()
+        kept, sizes = chosen.kept(problem.backend), {t.name: t.numel for t in chosen.matrices}
         by_target = {name: 1 - kept[name] / size for name, size in sizes.items()}
         return Update(self.steps, 1 - sum(kept.values()) / sum(sizes.values()), removed, regrown, by_target)
 

@@ -15,7 +15,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.schedules import Plan
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import IGNORED, Batch, Losses
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.distill import student_losses
@@ -87,7 +87,7 @@ class Recovery:
     """called after every step"""
     ended: Callable[[InTraining], None] = _nothing
     """called after the last one, while the optimizer still holds the weights"""
-    targets: Callable[[], Sequence[Target]] = tuple
+    matrices: Callable[[], Sequence[Matrix]] = tuple
     """the weight matrices that the model has at that time, for what moves them apart from other parameters"""
     stopping: Callable[[], bool] = lambda: False
     """whether this rank was asked to end the run"""
@@ -141,7 +141,7 @@ class Recovery:
 
     def _low_rank(self, model: nn.Module, masks: GradualMasks | None) -> LowRankUpdates:
         keep = masks.masks.by_name if masks else {}
-        return LowRankUpdates(model, self.targets(), keep, self.options.lora_rank, self.options.seed, self.backend)
+        return LowRankUpdates(model, self.matrices(), keep, self.options.lora_rank, self.options.seed, self.backend)
 
     def _descend(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
         """The same by forward passes alone; the model stays in eval mode."""
@@ -150,7 +150,7 @@ class Recovery:
             return student_losses(student, self.teacher, self.task, batch, self.options)
 
         keep = masks.masks.by_name if masks else {}
-        training = ForwardOnly(model, self.targets(), keep, objective, self.options, self.backend)
+        training = ForwardOnly(model, self.matrices(), keep, objective, self.options, self.backend)
         now = InTraining(model, None, course, forward_only=training)
         self.begin(now)
         with self.progress.bar("recovering", stop - course.step) as advance:
@@ -202,7 +202,7 @@ class Recovery:
         return loss, count, bool(told[1])
 
 
-def check_training(options: RecoverConfig, targets: Sequence[Target], backend: Backend) -> None:
+def check_training(options: RecoverConfig, matrices: Sequence[Matrix], backend: Backend) -> None:
     """UserError, before work starts, for what this model or this launch cannot do."""
     if not options.steps:
         return
@@ -215,7 +215,7 @@ def check_training(options: RecoverConfig, targets: Sequence[Target], backend: B
             "train all, or one process, DDP, ZeRO-1 or ZeRO-2"
         )
     if options.train == "lora":
-        check_targets(targets)
+        check_targets(matrices)
     if options.optimizer == "adamw-8bit":
         _adamw_8bit()
         if not backend.steps_plain_tensors:

@@ -21,8 +21,8 @@ from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.hooks import first
 from tinygn_dist.estimate.layer_inputs import output_of, run_layers
 from tinygn_dist.estimate.partial_forward import PrefixCache
-from tinygn_dist.estimate.problem import Setting, batch_size
-from tinygn_dist.models.anatomy import Anatomy, Target
+from tinygn_dist.estimate.problem import Problem, batch_size
+from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.models.objective import Batch, real_tokens
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.forward_only.update_rules import BETAS
@@ -75,26 +75,26 @@ def blocks_of(kept: Sequence[int], num_dense: int) -> list[Block]:
 
 
 def reconstruct(
-    setting: Setting,
-    dense: Setting,
+    problem: Problem,
+    dense: Problem,
     blocks: Sequence[Block],
-    targets: Sequence[Target],
+    matrices: Sequence[Matrix],
     keep: Mapping[str, torch.Tensor],
     options: PruneConfig,
 ) -> dict[str, Any]:
-    """Tunes the live weights of `targets`; returns what the report says.
+    """Tunes the live weights of `matrices`; returns what the report says.
 
-    setting, dense: the compressed and the dense model, on the same batches. keep: masks by target name, shaped like this
-    rank's shards; a target without one moves as a whole. Norms and biases stay.
+    setting, dense: the compressed and the dense model, on the same batches. keep: masks by matrix name, shaped like this
+    rank's shards; a matrix without one moves as a whole. Norms and biases stay.
     """
-    fit, held_out = setting.split(max(1, sum(map(batch_size, setting.batches)) // HELD_OUT))
-    parts = [_Part.of(group, setting, dense) for group in [*_groups(fit, options.reconstruct_batch), held_out.batches]]
+    fit, held_out = problem.split(max(1, sum(map(batch_size, problem.batches)) // HELD_OUT))
+    parts = [_Part.of(group, problem, dense) for group in [*_groups(fit, options.reconstruct_batch), held_out.batches]]
     outcomes = []
-    with setting.progress.bar("reconstruction", len(blocks) * options.reconstruct) as advance:
+    with problem.progress.bar("reconstruction", len(blocks) * options.reconstruct) as advance:
         for block in blocks:
             for part in parts:
                 part.ask_dense(block)
-            moved = [_Moved(setting, t, keep.get(t.name)) for t in targets if t.layer == block.layer]
+            moved = [_Moved(problem, t, keep.get(t.name)) for t in matrices if t.layer == block.layer]
             outcomes.append(_tune(block, moved, parts, options, advance))
             for part in parts:
                 part.go_on(block)
@@ -107,7 +107,7 @@ def reconstruct(
     }
 
 
-def _groups(fit: Setting, sequences: int) -> list[list[Batch]]:
+def _groups(fit: Problem, sequences: int) -> list[list[Batch]]:
     """The micro-batches of each step. They stay together in every epoch, so each is always the same rank's."""
     groups: list[list[Batch]] = [[]]
     for batch in fit.batches:
@@ -122,30 +122,30 @@ class _Part:
     """Micro-batches that are worked on together, with what the two models give for this rank's share of them: `starts`
     and `dense_starts` before the present layer, `dense_ends` behind it."""
 
-    setting: Setting
-    dense: Setting
+    problem: Problem
+    dense: Problem
     starts: list[PrefixCache] = field(default_factory=list)
     dense_starts: list[PrefixCache] = field(default_factory=list)
     dense_ends: list[PrefixCache] = field(default_factory=list)
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], setting: Setting, dense: Setting) -> _Part:
-        room = setting.costs.cache_bytes * len(batches) / len(setting.batches)
-        costs = replace(setting.costs, cache_bytes=room)
-        return cls(*(replace(s, batches=batches, costs=costs, progress=Progress()) for s in (setting, dense)))
+    def of(cls, batches: Sequence[Batch], problem: Problem, dense: Problem) -> _Part:
+        room = problem.costs.cache_bytes * len(batches) / len(problem.batches)
+        costs = replace(problem.costs, cache_bytes=room)
+        return cls(*(replace(s, batches=batches, costs=costs, progress=Progress()) for s in (problem, dense)))
 
     def ask_dense(self, block: Block) -> None:
         self.dense_ends = run_layers(self.dense, block.dense, self.dense_starts)
 
     def go_on(self, block: Block) -> None:
         """The dense model's states are at the next layer already."""
-        self.starts, self.dense_starts = run_layers(self.setting, _only(block), self.starts), self.dense_ends
+        self.starts, self.dense_starts = run_layers(self.problem, _only(block), self.starts), self.dense_ends
 
     def error(self, block: Block) -> float:
         """Mean per token, over all ranks; the same on each, whatever their number."""
-        backend = self.setting.backend
-        found = torch.zeros(2, len(self.setting.batches), dtype=torch.float64)
-        mine = backend.share(list(enumerate(self.setting.batches)))
+        backend = self.problem.backend
+        found = torch.zeros(2, len(self.problem.batches), dtype=torch.float64)
+        mine = backend.share(list(enumerate(self.problem.batches)))
         with torch.no_grad():
             for number, ((place, batch), real) in enumerate(mine):
                 errors = self._errors(block, number, batch)
@@ -154,19 +154,19 @@ class _Part:
         backend.sum_over_data([found])
         return float(found[0].sum() / found[1].sum())
 
-    def gradients(self, block: Block, targets: Sequence[Target]) -> dict[str, torch.Tensor]:
+    def gradients(self, block: Block, matrices: Sequence[Matrix]) -> dict[str, torch.Tensor]:
         """fp32, shaped like this rank's shards, of the sum of the errors."""
-        setting = self.setting
-        with setting.backend.gradient_sums(setting.model, targets, lambda grad: grad) as sums:
-            for number, (batch, real) in enumerate(setting.backend.share(setting.batches)):
+        problem = self.problem
+        with problem.backend.gradient_sums(problem.model, matrices, lambda grad: grad) as sums:
+            for number, (batch, real) in enumerate(problem.backend.share(problem.batches)):
                 with sums.micro_batch(counts=real):
                     self._errors(block, number, batch).sum().backward()
-        return {target.name: sums.moments.rounded(target.name) for target in targets}
+        return {matrix.name: sums.moments.rounded(matrix.name) for matrix in matrices}
 
     def _errors(self, block: Block, number: int, batch: Batch) -> torch.Tensor:
         """(real tokens,) fp32 squared errors, relative to the dense output's square, of this rank's micro-batch `number`."""
-        batch = self.setting.on_device(batch)
-        output = output_of(self.setting, _only(block), batch, self.starts[number] if self.starts else None)
+        batch = self.problem.on_device(batch)
+        output = output_of(self.problem, _only(block), batch, self.starts[number] if self.starts else None)
         wanted = self.dense_ends[number].at(block.dense.stop).float()
         away = (first(output).float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-20)
         real = real_tokens(batch)
@@ -174,15 +174,15 @@ class _Part:
 
 
 class _Moved:
-    """This rank's piece of a target that is tuned: in fp32, and as it was at its best. rms: of all its weights that are not
+    """This rank's piece of a matrix that is tuned: in fp32, and as it was at its best. rms: of all its weights that are not
     zero."""
 
-    def __init__(self, setting: Setting, target: Target, keep: torch.Tensor | None) -> None:
-        self.target, self._setting = target, setting
-        weight = setting.backend.shard(setting.model, target).weight
+    def __init__(self, problem: Problem, matrix: Matrix, keep: torch.Tensor | None) -> None:
+        self.matrix, self._problem = matrix, problem
+        weight = problem.backend.shard(problem.model, matrix).weight
         self._best, self.value, self._keep = weight.clone(), weight.float().clone(), keep
         sums = [float(self.value.double().square().sum()), float((self.value != 0).sum())]
-        squares, count = setting.backend.sum_over_shards(torch.tensor(sums, dtype=torch.float64)).tolist()
+        squares, count = problem.backend.sum_over_shards(torch.tensor(sums, dtype=torch.float64)).tolist()
         self.rms = (squares / max(count, 1)) ** 0.5
 
     def take(self, gradient: torch.Tensor) -> None:
@@ -200,7 +200,7 @@ class _Moved:
         self._write(self._best)
 
     def _write(self, piece: torch.Tensor) -> None:
-        self._setting.backend.write(self._setting.model, self.target, piece)
+        self._problem.backend.write(self._problem.model, self.matrix, piece)
 
 
 def _tune(
@@ -212,19 +212,19 @@ def _tune(
 ) -> Outcome:
     """parts: the micro-batches of each step, and last those held out. advance: called after every epoch."""
     *fit, held_out = parts
-    setting, targets = held_out.setting, [one.target for one in moved]
+    problem, matrices = held_out.problem, [one.matrix for one in moved]
     epochs, steps, done = options.reconstruct, options.reconstruct * len(fit), 0
     before = best = held_out.error(block)
     taken = 0
-    parameters = [setting.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in targets)]
+    parameters = [problem.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in matrices)]
     order = torch.Generator().manual_seed(options.seed)
     optimizer = _optimizer(moved)
-    with gradients_of(setting.bare, parameters):
+    with gradients_of(problem.bare, parameters):
         for epoch in range(1, epochs + 1):
             for index in torch.randperm(len(fit), generator=order).tolist() if moved else ():
-                gradients = fit[index].gradients(block, targets)
+                gradients = fit[index].gradients(block, matrices)
                 for one, group in zip(moved, optimizer.param_groups, strict=True):
-                    one.take(gradients.pop(one.target.name))
+                    one.take(gradients.pop(one.matrix.name))
                     group["lr"] = options.reconstruct_rate * (1 - done / steps) * one.rms
                 optimizer.step()
                 for one in moved:

@@ -54,7 +54,7 @@ def write_weights(
 
 def write_masks(writer: Writer, masks: Masks, model: nn.Module, backend: Backend, kind: str = "mask") -> None:
     """Collectives; each mask is written by one rank."""
-    owners = backend.deal([1.0] * len(masks.targets))
+    owners = backend.deal([1.0] * len(masks.matrices))
     for (name, packed), owner in zip(masks.packed(model, backend), owners, strict=True):
         if owner == backend.rank:
             writer.add(f"{kind}|{name}", packed)
@@ -116,7 +116,7 @@ def write_forward_only(writer: Writer, training: ForwardOnly) -> None:
     """Numbers, and which weights move where that is a choice. Collectives."""
     probes = training.probes
     if training.options.moving < 1 and probes.keep:
-        write_masks(writer, Masks(probes.targets, probes.keep), probes.model, probes.backend, "moving")
+        write_masks(writer, Masks(probes.matrices, probes.keep), probes.model, probes.backend, "moving")
     writer.facts["forward_only"] = training.state_dict()
 
 
@@ -125,8 +125,8 @@ def read_forward_only(saved: Saved, training: ForwardOnly) -> None:
     probes = training.probes
     read_weights(saved, probes.model, probes.backend)
     if names := saved.names("moving|"):
-        assert len(names) == len(probes.targets)
-        moving = Masks(probes.targets, probes.keep)
+        assert len(names) == len(probes.matrices)
+        moving = Masks(probes.matrices, probes.keep)
         read_masks(saved, moving, probes.model, probes.backend, "moving")
         probes.keep = moving.by_name
     training.load_state_dict(saved.facts["forward_only"])

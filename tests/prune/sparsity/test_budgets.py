@@ -12,7 +12,7 @@ from tinygn_dist.prune.sparsity.budgets import outlier_densities
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 
 
-def published_densities(setting, sparsity: float, outliers: float, spread: float) -> list[float]:
+def published_densities(problem, sparsity: float, outliers: float, spread: float) -> list[float]:
     """Of each layer: outlier ratios of |W| ||X||_2 over all its matrices, mapped to [0, 2 spread], moved to the mean."""
     squares: dict[str, torch.Tensor] = {}
 
@@ -23,20 +23,20 @@ def published_densities(setting, sparsity: float, outliers: float, spread: float
 
         return hook
 
-    for batch in setting.batches:
+    for batch in problem.batches:
         handles = [
-            setting.bare.get_submodule(t.module).register_forward_pre_hook(watch(t.name, batch))
-            for t in setting.anatomy.targets
+            problem.bare.get_submodule(t.module).register_forward_pre_hook(watch(t.name, batch))
+            for t in problem.anatomy.matrices
         ]
         with torch.no_grad():
-            setting.model(**model_inputs(batch))
+            problem.model(**model_inputs(batch))
         for handle in handles:
             handle.remove()
     ratios = []
-    for layer in range(setting.anatomy.num_layers):
+    for layer in range(problem.anatomy.num_layers):
         scores = [
-            (t.matrix(setting.bare.get_parameter(t.parameter).detach()).abs() * squares[t.name].sqrt()).flatten()
-            for t in setting.anatomy.targets
+            (t.oriented(problem.bare.get_parameter(t.parameter).detach()).abs() * squares[t.name].sqrt()).flatten()
+            for t in problem.anatomy.matrices
             if t.layer == layer
         ]
         all_of_them = torch.cat(scores)
@@ -48,38 +48,38 @@ def published_densities(setting, sparsity: float, outliers: float, spread: float
 
 def uneven(family: str):
     """A setting whose layers have different numbers of outliers."""
-    setting = tiny.setting(family)
+    problem = tiny.problem(family)
     for layer, share in ((1, 0.02), (2, 0.01)):
-        for target in setting.anatomy.targets:
-            if target.layer == layer:
-                weight = setting.bare.get_parameter(target.parameter).data
+        for matrix in problem.anatomy.matrices:
+            if matrix.layer == layer:
+                weight = problem.bare.get_parameter(matrix.parameter).data
                 weight.view(-1)[: int(share * weight.numel())] *= 30
-    return setting
+    return problem
 
 
 @pytest.mark.parametrize("criterion", ["obs", "wanda", "magnitude"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_layers_keep_what_the_published_formula_says(family: str, criterion: str) -> None:
-    setting = uneven(family)
-    wanted = published_densities(setting, 0.6, 4.0, 0.1)
+    problem = uneven(family)
+    wanted = published_densities(problem, 0.6, 4.0, 0.1)
     assert max(wanted) - min(wanted) == pytest.approx(0.2) and len(set(wanted)) == 3
     options = PruneConfig(
         pattern="unstructured", sparsity=0.6, criterion=criterion, allocation="owl", owl_outliers=4.0, owl_spread=0.1,
         passes=1, scope="layer",
     )  # fmt: skip
-    kept = sparsify(setting, setting.anatomy.targets, options).kept(setting.backend)
-    total = sum(target.numel for target in setting.anatomy.targets)
+    kept = sparsify(problem, problem.anatomy.matrices, options).kept(problem.backend)
+    total = sum(matrix.numel for matrix in problem.anatomy.matrices)
     assert sum(kept.values()) == total - round(0.6 * total)
-    for target in setting.anatomy.targets:
-        assert abs(kept[target.name] - wanted[target.layer] * target.numel) <= 1, target.name
+    for matrix in problem.anatomy.matrices:
+        assert abs(kept[matrix.name] - wanted[matrix.layer] * matrix.numel) <= 1, matrix.name
 
 
 def test_two_passes_at_owl_reach_the_exact_number() -> None:
-    setting = uneven("llama")
+    problem = uneven("llama")
     kept = sparsify(
-        setting, setting.anatomy.targets, PruneConfig(pattern="unstructured", sparsity=0.7, allocation="owl")
-    ).kept(setting.backend)
-    total = sum(target.numel for target in setting.anatomy.targets)
+        problem, problem.anatomy.matrices, PruneConfig(pattern="unstructured", sparsity=0.7, allocation="owl")
+    ).kept(problem.backend)
+    total = sum(matrix.numel for matrix in problem.anatomy.matrices)
     assert sum(kept.values()) == total - round(0.7 * total)
 
 

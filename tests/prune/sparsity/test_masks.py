@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from tinygn_dist.backends.pieces import Shard
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.prune.sparsity.mask_selection import keep_n_of_m, keep_per_row
 from tinygn_dist.prune.sparsity.masks import Masks
 
-TARGETS = (Target("a.weight", "a", 0, (6, 10), 1), Target("b.weight", "b", 1, (4, 7), 1))
+TARGETS = (Matrix("a.weight", "a", 0, (6, 10), 1), Matrix("b.weight", "b", 1, (4, 7), 1))
 
 
 def masks(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -22,16 +22,16 @@ def masks(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(whole: dict[str, torch.Tensor], cuts: dict[str, tuple[int, ...]]) -> str:
-    """As ranks that hold flat slices of each weight would compute it; piece i of every target lies on rank i."""
+    """As ranks that hold flat slices of each weight would compute it; piece i of every matrix lies on rank i."""
     ranks = 1 + max(len(c) for c in cuts.values())
     sums: list[torch.Tensor] = []
 
     def one(rank: int, total: torch.Tensor | None) -> str:
         offsets, pieces = {}, {}
-        for target in TARGETS:
-            edges = [0, *cuts[target.name], *[target.numel] * (ranks - len(cuts[target.name]))]
-            offsets[target.name], flat = edges[rank], whole[target.name].flatten()
-            pieces[target.name] = flat[edges[rank] : edges[rank + 1]]
+        for matrix in TARGETS:
+            edges = [0, *cuts[matrix.name], *[matrix.numel] * (ranks - len(cuts[matrix.name]))]
+            offsets[matrix.name], flat = edges[rank], whole[matrix.name].flatten()
+            pieces[matrix.name] = flat[edges[rank] : edges[rank + 1]]
 
         def add(mine: torch.Tensor) -> torch.Tensor:
             sums.append(mine.clone())
@@ -57,10 +57,10 @@ def test_the_fingerprint_sees_every_bit_and_which_weight_it_is_in():
     none, seen = {"a.weight": (), "b.weight": ()}, set()
     whole = masks()
     seen.add(fingerprint(whole, none))
-    for target in TARGETS:
-        for index in range(0, target.numel, 3):
+    for matrix in TARGETS:
+        for index in range(0, matrix.numel, 3):
             changed = {name: mask.clone() for name, mask in whole.items()}
-            changed[target.name].view(-1)[index] ^= True
+            changed[matrix.name].view(-1)[index] ^= True
             seen.add(fingerprint(changed, none))
     assert len(seen) == 1 + sum(len(range(0, t.numel, 3)) for t in TARGETS)
     assert len(fingerprint(whole, none)) == 16
@@ -71,13 +71,13 @@ def test_zeros_are_plain_zeros_and_counts_are_integers(backend, dtype: torch.dty
     """bf16 counts stop at 256; -1.0 * 0 is -0.0; a mask must not change the dtype of a weight."""
     model = nn.Module()
     model.a, model.b = nn.Linear(10, 6, dtype=dtype), nn.Linear(2002, 3, dtype=dtype)
-    targets = (TARGETS[0], Target("b.weight", "b", 1, (3, 2002), 1))
+    matrices = (TARGETS[0], Matrix("b.weight", "b", 1, (3, 2002), 1))
     with torch.no_grad():
         model.a.weight.fill_(-1.0)
         model.b.weight.fill_(torch.nan)  # a masked weight is zero whatever was there
     keep = {"a.weight": masks()["a.weight"], "b.weight": torch.zeros(3, 2002, dtype=torch.bool)}
     keep["b.weight"][:, :1001] = True
-    chosen = Masks(targets, keep)
+    chosen = Masks(matrices, keep)
     chosen.apply_(model, backend)
     assert chosen.kept(backend) == {"a.weight": int(keep["a.weight"].sum()), "b.weight": 3003}
     assert model.a.weight.dtype == dtype and chosen.violations(model, backend) == 0
@@ -109,8 +109,8 @@ def test_a_weight_that_something_else_moved_stops_the_next_step(backend):
     model.a, model.b = nn.Linear(10, 6), nn.Linear(4, 7)
     model.b.weight.data = model.b.weight.data.t().contiguous()  # stored (in, out)
     keep = {"a.weight": masks()["a.weight"], "b.weight": masks()["b.weight"]}
-    targets = (TARGETS[0], Target("b.weight", "b", 1, (4, 7), 1))
-    chosen, optimizer = Masks(targets, keep), torch.optim.SGD(model.parameters(), lr=0.1)
+    matrices = (TARGETS[0], Matrix("b.weight", "b", 1, (4, 7), 1))
+    chosen, optimizer = Masks(matrices, keep), torch.optim.SGD(model.parameters(), lr=0.1)
     chosen.apply_(model, backend)
     handle = chosen.enforce(model, optimizer, backend)
     for parameter in model.parameters():

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from tests import plain, tiny
-from tests.family_cases import CASES, build, logits, make_setting
+from tests.family_cases import CASES, build, logits, make_problem
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
@@ -77,18 +77,18 @@ OTHERWISE = [("opt", {"do_layer_norm_before": False}), ("granite", {"residual_mu
 @pytest.mark.parametrize(("model_type", "changes"), [*((name, {}) for name in ADDED), *OTHERWISE])
 def test_what_is_said_to_be_added_to_the_stream_is(model_type: str, changes: dict, backend):
     """`added` says so: a change of what the feed-forward gives changes what its layer gives by the same."""
-    setting = make_setting(build(model_type, **changes), backend)
+    problem = make_problem(build(model_type, **changes), backend)
     generator = torch.Generator().manual_seed(5)
-    for group in setting.anatomy.of_kind("channels"):
+    for group in problem.anatomy.of_kind("channels"):
         layer, output = (
-            setting.bare.get_submodule(name) for name in (setting.anatomy.path_of(group.layer), group.output)
+            problem.bare.get_submodule(name) for name in (problem.anatomy.path_of(group.layer), group.output)
         )
         seen: list[torch.Tensor] = []
         shift = torch.randn(32, generator=generator)
         watch = layer.register_forward_hook(lambda _, __, out, seen=seen: seen.append(plain.hidden(out)))
-        logits(setting.model, setting.batches[0])
+        logits(problem.model, problem.batches[0])
         moved = output.register_forward_hook(lambda _, __, out, shift=shift: out + shift)
-        logits(setting.model, setting.batches[0])
+        logits(problem.model, problem.batches[0])
         watch.remove()
         moved.remove()
         straight = torch.allclose(seen[1], seen[0] + shift, rtol=1e-4, atol=1e-4)
@@ -98,21 +98,21 @@ def test_what_is_said_to_be_added_to_the_stream_is(model_type: str, changes: dic
 class Recorded:
     """Of one layer's feed-forward what it read, of every layer what it gave, of real tokens, in fp64."""
 
-    def __init__(self, setting, family: str, output: str) -> None:
+    def __init__(self, problem, family: str, output: str) -> None:
         path, self.inputs, self.streams, handles = plain.LAYERS[family][0], [], {}, []
-        module = setting.model.get_submodule(output)
+        module = problem.model.get_submodule(output)
         handles.append(module.register_forward_pre_hook(lambda _, args: self.inputs.append(args[0].flatten(0, -2))))
-        for number, layer in enumerate(setting.model.get_submodule(path)):
+        for number, layer in enumerate(problem.model.get_submodule(path)):
 
             def seen(_, __, out, number=number):
                 self.streams.setdefault(number, []).append(plain.hidden(out).flatten(0, -2))
 
             handles.append(layer.register_forward_hook(seen))
-        for batch in setting.batches:
-            plain.logits(setting.model, batch)
+        for batch in problem.batches:
+            plain.logits(problem.model, batch)
         for handle in handles:
             handle.remove()
-        real = torch.cat([batch["attention_mask"].flatten() for batch in setting.batches]).bool()
+        real = torch.cat([batch["attention_mask"].flatten() for batch in problem.batches]).bool()
         self.inputs = torch.cat(self.inputs)[real].double()
         self.streams = {number: torch.cat(seen)[real].double() for number, seen in self.streams.items()}
 
@@ -130,21 +130,21 @@ def test_it_is_the_least_squares_fit(
     if not in_two:
         monkeypatch.setattr(Trials, "in_two", lambda *_: False)
     changes = {"llama": {"num_hidden_layers": 5}, "gpt2": {"n_layer": 5}, "opt": {"num_hidden_layers": 5}}[family]
-    setting = tiny.setting(family, backend, model=tiny.build(family, **changes), count=16, size=4, length=12)
-    group = setting.anatomy.of_kind("channels")[1]
-    seen = Recorded(setting, family, group.output)
-    target = setting.anatomy.target_of(group.output)
-    weight = target.matrix(setting.model.get_parameter(target.parameter)).detach().double().clone()
-    bias = setting.model.get_submodule(group.output).bias
+    problem = tiny.problem(family, backend, model=tiny.build(family, **changes), count=16, size=4, length=12)
+    group = problem.anatomy.of_kind("channels")[1]
+    seen = Recorded(problem, family, group.output)
+    matrix = problem.anatomy.matrix_of(group.output)
+    weight = matrix.oriented(problem.model.get_parameter(matrix.parameter)).detach().double().clone()
+    bias = problem.model.get_submodule(group.output).bias
     given = seen.inputs @ weight.t() + seen.streams[gone[-1]] - seen.streams[1]
 
     counts = {"layers": len(gone), "channels": channels}
     options = PruneConfig(pattern="units", counts=counts, damping=1e-6)
-    kept, _, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert kept.layers == tuple(layer for layer in range(5) if layer not in gone)
     stays = list(kept.channels[1]) if channels else list(range(48))
     assert len(stays) == 48 - channels
-    found = target.matrix(setting.model.get_parameter(target.parameter)).detach().double()
+    found = matrix.oriented(problem.model.get_parameter(matrix.parameter)).detach().double()
     assert not found[:, [unit for unit in range(48) if unit not in stays]].any()
     found = found[:, stays]
     if bias is not None:
@@ -191,19 +191,19 @@ def test_a_constant_goes_into_the_bias(backend, monkeypatch, family: str, gone: 
                 parameter.zero_()
             elif any(f".{layer}." in name for layer in gone) and "norm" not in name and "ln_" not in name:
                 parameter.add_(torch.linspace(-1, 1, len(parameter)))
-    setting = tiny.setting(family, backend, model=model, count=8, size=4, length=12)
-    before = [plain.logits(setting.model, batch) for batch in setting.batches]
-    lost = plain.without_layers(setting.model, family, list(gone))
+    problem = tiny.problem(family, backend, model=model, count=8, size=4, length=12)
+    before = [plain.logits(problem.model, batch) for batch in problem.batches]
+    lost = plain.without_layers(problem.model, family, list(gone))
     options = PruneConfig(pattern="layers", counts={"layers": len(gone)})
-    kept, _, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    assert list(shifts) == [f"{setting.anatomy.of_kind('channels')[0 if 1 in gone else 1].output}.bias"]
-    assert kept.channels == {} and not setting.notes
-    config = smaller_config(setting.model.config, setting.anatomy, kept)
+    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert list(shifts) == [f"{problem.anatomy.of_kind('channels')[0 if 1 in gone else 1].output}.bias"]
+    assert kept.channels == {} and not problem.notes
+    config = smaller_config(problem.model.config, problem.anatomy, kept)
     origin = smaller_origin(
-        lambda: type(setting.model)(config), setting.model, setting.anatomy, kept, setting.backend, shifts
+        lambda: type(problem.model)(config), problem.model, problem.anatomy, kept, problem.backend, shifts
     )
     small = origin.take_whole().eval()
-    for batch, dense in zip(setting.batches, before, strict=True):
+    for batch, dense in zip(problem.batches, before, strict=True):
         near = 1e-4 * float(dense.abs().max())
         torch.testing.assert_close(plain.logits(small, batch), dense, rtol=1e-3, atol=near)
         assert float((plain.logits(lost, batch) - dense).abs().max()) > 50 * near
@@ -237,22 +237,22 @@ def test_a_large_constant_input_does_not_drown_the_rest():
 @pytest.mark.parametrize("compensate", [True, False])
 def test_the_report_names_the_layers_that_nothing_takes_over(backend, monkeypatch, family, gone, told, compensate):
     _goes(monkeypatch, gone)
-    setting = tiny.setting(family, backend)
-    before = {name: tensor.clone() for name, tensor in setting.model.state_dict().items()}
+    problem = tiny.problem(family, backend)
+    before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
     options = PruneConfig(pattern="layers", counts={"layers": len(gone)}, compensate=compensate)
-    remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    notes = [note for note in setting.notes if note.startswith("nothing takes over")]
+    remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    notes = [note for note in problem.notes if note.startswith("nothing takes over")]
     assert [f"removed layers {told} gave" in note for note in notes] == [True] * bool(told and compensate)
-    changed = [name for name, tensor in setting.model.state_dict().items() if not torch.equal(before[name], tensor)]
+    changed = [name for name, tensor in problem.model.state_dict().items() if not torch.equal(before[name], tensor)]
     wanted = [f"model.layers.{gone[0] - 1}.mlp.down_proj.weight"] if compensate and not told else []
     assert changed == wanted
 
 
 def test_experts_take_nothing_over(backend):
-    setting = make_setting(build("mixtral"), backend)
+    problem = make_problem(build("mixtral"), backend)
     options = PruneConfig(pattern="layers", counts={"layers": 1})
-    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    assert len(kept.layers) == 3 and any("nothing takes over" in note for note in setting.notes)
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert len(kept.layers) == 3 and any("nothing takes over" in note for note in problem.notes)
 
 
 def test_a_linear_layer_leaves_nothing_behind(backend, monkeypatch):
@@ -267,12 +267,12 @@ def test_a_linear_layer_leaves_nothing_behind(backend, monkeypatch):
     read, weight = {}, torch.randn(32, 48, generator=torch.Generator().manual_seed(3))
     first.mlp.down_proj.register_forward_pre_hook(lambda _, args: read.update(hidden=args[0]))
     second.mlp.register_forward_hook(lambda _, __, out: out + read["hidden"] @ weight.t())
-    setting = tiny.setting("llama", backend, model=model, count=16, size=4, length=12)
-    before = [plain.logits(model, batch) for batch in setting.batches]
+    problem = tiny.problem("llama", backend, model=model, count=16, size=4, length=12)
+    before = [plain.logits(model, batch) for batch in problem.batches]
     options = PruneConfig(pattern="layers", counts={"layers": 1}, damping=1e-6)
-    remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    remove_units(problem, plan_mixes(problem.anatomy, options), options)
     short = plain.without_layers(model, "llama", [1])
-    for batch, dense in zip(setting.batches, before, strict=True):
+    for batch, dense in zip(problem.batches, before, strict=True):
         torch.testing.assert_close(plain.logits(short, batch), dense, rtol=1e-2, atol=1e-3 * float(dense.abs().max()))
 
 
@@ -290,16 +290,16 @@ def test_the_best_and_the_neighbours_of_those_gone_are_tried(able, gone, wanted)
 
 def _left_loss(family: str, backend: Replicated, order: list[int], fitted: slice, tried: slice) -> float:
     """Of a new model without these layers, fitted on some micro-batches, on others."""
-    setting = tiny.setting(family, backend, model=_deep(family), count=8)
-    batches, options = setting.batches, PruneConfig(pattern="layers", counts={"layers": len(order)})
+    problem = tiny.problem(family, backend, model=_deep(family), count=8)
+    batches, options = problem.batches, PruneConfig(pattern="layers", counts={"layers": len(order)})
     with pytest.MonkeyPatch.context() as patched:
         _goes(patched, tuple(order))
-        here = replace(setting, batches=batches[fitted])
-        _, _, _, shifts = remove_units(here, plan_mixes(setting.anatomy, options), options)
+        here = replace(problem, batches=batches[fitted])
+        _, _, _, shifts = remove_units(here, plan_mixes(problem.anatomy, options), options)
     with torch.no_grad():
         for name, shift in shifts.items():
-            setting.model.get_parameter(name).add_(shift)
-    short = plain.without_layers(setting.model, family, order)
+            problem.model.get_parameter(name).add_(shift)
+    short = plain.without_layers(problem.model, family, order)
     totals = plain.total_losses(short, batches[tried], family)
     return float(totals.sum()) / sum(int(plain.loss(short, b, family).count.sum()) for b in batches[tried])
 
@@ -327,9 +327,9 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
         }
         gone.append(min(losses, key=losses.get))
         left |= {(*gone[:-1], layer): loss for layer, loss in losses.items()}
-    setting = tiny.setting(family, backend, model=_deep(family), count=8)
+    problem = tiny.problem(family, backend, model=_deep(family), count=8)
     options = PruneConfig(pattern="layers", counts={"layers": 3})
-    kept, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert scores.layer_order == gone and set(range(5)) - set(kept.layers) == set(gone)
     rows = [row for row in scores.table if row.get("taken_over")]
     assert [len(row["without"]) for row in rows] == [0] * 5 + [1] * 4 + [2] * 3
@@ -340,20 +340,20 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
     trials, fits = (1 + 5 + 4 + 3) * 2, 3 * 6  # on two micro-batches, and on six for each layer
     assert 0 < scores.forwards - trials - fits <= 5 * 4  # plain probes
 
-    alone = tiny.setting(family, backend, model=_deep(family), count=8)
+    alone = tiny.problem(family, backend, model=_deep(family), count=8)
     with pytest.MonkeyPatch.context() as patched:
         _goes(patched, tuple(gone))
         remove_units(alone, plan_mixes(alone.anatomy, options), options)
     for name, tensor in alone.model.state_dict().items():
-        assert torch.equal(tensor, setting.model.state_dict()[name]), name
+        assert torch.equal(tensor, problem.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(("criterion", "compensate"), [("auto", False), ("gate", True), ("activation", True)])
 def test_other_criteria_judge_layers_alone(backend, criterion: str, compensate: bool):
-    setting = tiny.setting("llama", backend, count=8)
+    problem = tiny.problem("llama", backend, count=8)
     options = PruneConfig(pattern="layers", counts={"layers": 1}, criterion=criterion, compensate=compensate)
-    _, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    probed = setting.first(options.probe_samples)
+    _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    probed = problem.first(options.probe_samples)
     alone = score_units(replace(probed, model=tiny.build("llama")), Mix(layers=1), options)
     assert scores.layer_order[:1] == alone.layer_order[:1]
     assert not any(row.get("taken_over") for row in scores.table)
@@ -364,17 +364,17 @@ def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
     that are not held out are taken."""
     monkeypatch.setattr(depth, "_TOKENS_PER_INPUT", 1)
     for family, fits in (("llama", 3), ("vit", 12)):
-        setting = tiny.setting(family, backend, count=16)
+        problem = tiny.problem(family, backend, count=16)
         options = PruneConfig(pattern="layers", counts={"layers": 1}, probe_adaptive=False)
-        _, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+        _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         assert scores.forwards == 3 * 4 + (1 + 3) * 4 + fits
 
 
 def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monkeypatch):
     """With losses that are known: 2 and 0 are close, and on the first sequences 2 looks better; 1, 3 and 4 are far off and soon
     out, although what 3 does on the later sequences would make it the best. Each loss is told relative to the dense one."""
-    setting = tiny.setting("llama", backend, model=_deep("llama"), count=64, size=1)
-    place = {id(batch): number for number, batch in enumerate(setting.batches[48:])}
+    problem = tiny.problem("llama", backend, model=_deep("llama"), count=64, size=1)
+    place = {id(batch): number for number, batch in enumerate(problem.batches[48:])}
     generator, early = torch.Generator().manual_seed(0), torch.arange(16) < 6
     dense = 10 * torch.rand(16, generator=generator, dtype=torch.float64) + 20
     noise = 0.05 * torch.randn(5, 16, generator=generator, dtype=torch.float64)
@@ -395,7 +395,7 @@ def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monk
     monkeypatch.setattr(Trials, "losses_of", told)
     monkeypatch.setattr(depth, "sequence_losses", lambda *_: (dense, torch.ones(16)))
     options = PruneConfig(pattern="layers", counts={"layers": 1}, probe_samples=4)
-    scores = depth.score_layers(setting.first(4), *setting.split(16), 1, options)
+    scores = depth.score_layers(problem.first(4), *problem.split(16), 1, options)
     assert scores.layer_order == [0] and seen[0] == list(range(len(seen[0]))) and len(seen[0]) > 6
     assert all(len(seen[layer]) < 6 for layer in (1, 3, 4))
     (row,) = [row for row in scores.table if row.get("taken_over") and row["layer"] == 0]
@@ -407,9 +407,9 @@ def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monk
 
 def test_where_there_is_little_room_layers_are_judged_one_by_one(backend):
     def found(room: float):
-        setting = tiny.setting("llama", backend, model=_deep("llama"), count=8)
+        problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
         options = PruneConfig(pattern="layers", counts={"layers": 3}, gram_gib=room)
-        kept, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+        kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         judged = [(row["without"], row["layer"], row["score"]) for row in scores.table if row.get("taken_over")]
         return kept, judged, scores.forwards
 
@@ -434,18 +434,18 @@ def test_a_layer_that_was_not_judged_does_not_go_before_one_that_was():
 
 def test_a_budget_that_ends_between_layers(backend):
     """After the first layer's trials what is known decides."""
-    setting = tiny.setting("llama", backend, model=_deep("llama"), count=8)
+    problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
     options = PruneConfig(
         pattern="layers", counts={"layers": 3}, probe_forwards=5 * 4 + 6 + 6 * 2, probe_adaptive=False
     )
-    _, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert [row["without"] for row in scores.table if row.get("taken_over")] == [[]] * 5
     assert scores.forwards == options.probe_forwards and len(scores.layer_order) == 3
 
 
 def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
-    setting = tiny.setting("llama", backend, model=_deep("llama"), count=8)
-    before = {name: tensor.clone() for name, tensor in setting.model.state_dict().items()}
+    problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
+    before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
 
     def refuse(*_):
         raise UserError("the loss of sequence 0 is NaN or inf")
@@ -453,12 +453,12 @@ def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
     monkeypatch.setattr(trials, "sequence_losses", refuse)
     options = PruneConfig(pattern="layers", counts={"layers": 1})
     with pytest.raises(UserError, match="NaN or inf"):
-        remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    assert all(torch.equal(before[name], tensor) for name, tensor in setting.model.state_dict().items())
+        remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
 
 
 def test_a_spent_budget_ends_the_trials(backend):
-    setting = tiny.setting("llama", backend, model=_deep("llama"), count=8)
+    problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
     options = PruneConfig(pattern="layers", counts={"layers": 2}, probe_forwards=1, probe_adaptive=False)
-    _, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert len(scores.layer_order) == 2 and not any(row.get("taken_over") for row in scores.table)

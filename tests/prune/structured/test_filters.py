@@ -17,7 +17,7 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import gate_gradients
 from tinygn_dist.estimate.probes import single_units
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.channel_graph import spaces
 from tinygn_dist.models.kept import KeptUnits
@@ -64,9 +64,9 @@ def backend() -> Replicated:
     return Replicated(Accelerator(cpu=True))
 
 
-def setting_of(model: nn.Module, backend: Replicated) -> Setting:
+def problem_of(model: nn.Module, backend: Replicated) -> Problem:
     anatomy = read_anatomy(model, needs_units=True)
-    return Setting(model, anatomy, classification, images(), backend, Progress(shown=False))
+    return Problem(model, anatomy, classification, images(), backend, Progress(shown=False))
 
 
 def logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -168,34 +168,34 @@ def test_what_the_walk_does_not_know_freezes_its_channels(changed, reason: str):
 
 @pytest.mark.parametrize("name", NETS)
 def test_removal_scores_are_the_loss_without_the_filter(name: str, backend):
-    setting = setting_of(build(name), backend)
-    mix = filters.plan_mixes(setting.anatomy, PruneConfig(pattern="filters", sparsity=0.3, multiple_of=1))[0]
-    scores = score_units(setting, mix, PruneConfig(pattern="filters"), None)
-    group = setting.anatomy.of_kind("filters")[-1]
-    every = {g.layer: tuple(range(g.num_units)) for g in setting.anatomy.of_kind("filters")}
+    problem = problem_of(build(name), backend)
+    mix = filters.plan_mixes(problem.anatomy, PruneConfig(pattern="filters", sparsity=0.3, multiple_of=1))[0]
+    scores = score_units(problem, mix, PruneConfig(pattern="filters"), None)
+    group = problem.anatomy.of_kind("filters")[-1]
+    every = {g.layer: tuple(range(g.num_units)) for g in problem.anatomy.of_kind("filters")}
     for unit in (0, 3):
         kept = KeptUnits((), filters=every | {group.layer: tuple(u for u in range(group.num_units) if u != unit)})
-        dense = torch.cat([classification(setting.model, b).total for b in setting.batches])
-        handles = shut(setting.model, kept)
-        without = torch.cat([classification(setting.model, b).total for b in setting.batches])
+        dense = torch.cat([classification(problem.model, b).total for b in problem.batches])
+        handles = shut(problem.model, kept)
+        without = torch.cat([classification(problem.model, b).total for b in problem.batches])
         for handle in handles:
             handle.remove()
         expected = float((without - dense).detach().mean())
         assert math.isclose(float(scores.by_group["filters", group.layer][unit]), expected, rel_tol=1e-3, abs_tol=1e-6)
-    assert scores.forwards == 2 * len(list(single_units(setting.anatomy.of_kind("filters"))))
+    assert scores.forwards == 2 * len(list(single_units(problem.anatomy.of_kind("filters"))))
 
 
 def test_gate_derivatives_reach_every_reader_of_a_filter(backend):
     """The stem of a residual net is read by four convolutions: one factor multiplies what all of them see."""
-    setting = setting_of(build("resnet-basic"), backend)
-    group = setting.anatomy.of_kind("filters")[0]
-    found, _, _ = gate_gradients(setting, [group], [])
+    problem = problem_of(build("resnet-basic"), backend)
+    group = problem.anatomy.of_kind("filters")[0]
+    found, _, _ = gate_gradients(problem, [group], [])
     factors = torch.ones(group.num_units, requires_grad=True)
     handles = [
-        setting.model.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * factors[:, None, None],))
+        problem.model.get_submodule(path).register_forward_pre_hook(lambda _, args: (args[0] * factors[:, None, None],))
         for path, _ in group.readers
     ]
-    sum(classification(setting.model, batch).total.sum() for batch in setting.batches).backward()
+    sum(classification(problem.model, batch).total.sum() for batch in problem.batches).backward()
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(found[0].sum(1), factors.grad.double(), rtol=1e-3, atol=1e-4)
@@ -203,15 +203,15 @@ def test_gate_derivatives_reach_every_reader_of_a_filter(backend):
 
 @pytest.mark.parametrize("name", NETS)
 def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(name: str, backend):
-    setting = setting_of(build(name), backend)
+    problem = problem_of(build(name), backend)
     asked = PruneConfig(pattern="filters", sparsity=0.4, multiple_of=2, criterion="magnitude")
     losses = {}
     for uneven in (False, True):
         options = asked.model_copy(update={"uneven": uneven})
-        mixes = filters.plan_mixes(setting.anatomy, options)
-        kept, scores, *_ = filters.remove_units(setting, mixes, options)
-        left = filters.params_left(setting.anatomy, {index: len(units) for index, units in kept.filters.items()})
-        assert left <= round(0.6 * setting.anatomy.total_params)
+        mixes = filters.plan_mixes(problem.anatomy, options)
+        kept, scores, *_ = filters.remove_units(problem, mixes, options)
+        left = filters.params_left(problem.anatomy, {index: len(units) for index, units in kept.filters.items()})
+        assert left <= round(0.6 * problem.anatomy.total_params)
         lost = [
             float(value.sum() - value[list(kept.filters[index])].sum()) for (_, index), value in scores.by_group.items()
         ]
@@ -219,19 +219,19 @@ def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(name: s
         if name != "resnet-bottleneck":  # where a part is one filter of some groups and four of others
             assert all(len(units) % 2 == 0 for units in kept.filters.values())
         if name.startswith("resnet"):
-            check_one_share_per_stage(setting, kept)
+            check_one_share_per_stage(problem, kept)
     assert losses[True] <= losses[False]
-    small, pixels = shrunk(setting.model, kept), images()[0]["pixel_values"]
-    handles = shut(setting.model, kept)
-    torch.testing.assert_close(logits(small, pixels), logits(setting.model, pixels), rtol=1e-4, atol=1e-4)
+    small, pixels = shrunk(problem.model, kept), images()[0]["pixel_values"]
+    handles = shut(problem.model, kept)
+    torch.testing.assert_close(logits(small, pixels), logits(problem.model, pixels), rtol=1e-4, atol=1e-4)
     for handle in handles:
         handle.remove()
 
 
-def check_one_share_per_stage(setting: Setting, kept: KeptUnits) -> None:
+def check_one_share_per_stage(problem: Problem, kept: KeptUnits) -> None:
     """One width of the config is that of the stage's convolutions, of the inner ones a quarter in a bottleneck."""
     shares: dict[str, set[float]] = {}
-    for group in setting.anatomy.of_kind("filters"):
+    for group in problem.anatomy.of_kind("filters"):
         for piece in group.slices:
             if piece.dim == 0 and ".stages." in piece.tensor:
                 stage = piece.tensor.split(".stages.")[1][0]
@@ -245,19 +245,19 @@ def test_the_stage_that_does_nothing_goes_first(backend):
     for path, parameter in model.named_parameters():
         if "stages.1" in path:
             parameter.data.mul_(1e-6)
-    setting = setting_of(model, backend)
+    problem = problem_of(model, backend)
     options = PruneConfig(pattern="filters", sparsity=0.2, multiple_of=1, uneven=True, criterion="magnitude")
-    kept, *_ = filters.remove_units(setting, filters.plan_mixes(setting.anatomy, options), options)
-    config = smaller_config(model.config, setting.anatomy, kept)
+    kept, *_ = filters.remove_units(problem, filters.plan_mixes(problem.anatomy, options), options)
+    config = smaller_config(model.config, problem.anatomy, kept)
     assert config.hidden_sizes[0] == 16 and config.embedding_size == 16 and config.hidden_sizes[1] < 24
 
 
 def test_norms_get_the_statistics_of_what_they_see(backend):
     model = build("vgg")
-    setting = setting_of(model, backend)
-    filters.reestimate_norms(setting)
+    problem = problem_of(model, backend)
+    filters.reestimate_norms(problem)
     means, variances = [], []
-    for batch in setting.batches:
+    for batch in problem.batches:
         seen = model.convolutions[0](batch["pixel_values"])
         means.append(seen.mean((0, 2, 3)))
         variances.append(seen.var((0, 2, 3)))

@@ -1,4 +1,4 @@
-"""--target latency: allocation from an injected table of costs with a known optimum. Nothing here is timed."""
+"""--goal latency: allocation from an injected table of costs with a known optimum. Nothing here is timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.prune.structured import latency
 from tinygn_dist.prune.structured import layers_heads_channels as units
-from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.prune.structured.size_goal import meet_goal
 
 TABLE = Latency(layers=4, rest=20.0, layer=20.0, heads={1: 15.0, 2: 20.0}, channels={8: 10.0, 24: 16.0, 48: 20.0})
 """of a dense model that takes 100 seconds: 7/12 of a second per channel below 24, 1/6 above"""
@@ -172,7 +172,7 @@ def test_a_run_looks_until_the_best_mix_was_timed(
     monkeypatch.setattr(latency, "cost_table", lambda *_: replace(TABLE, layers=3))
     monkeypatch.setattr(latency.Layers, "timed", timed)
     asked = {"model.name": str(saved_model("llama")), "output.dir": str(tmp_path / "out")}
-    asked |= {"prune.pattern": "channels", "prune.target": "latency=0.7", "prune.multiple_of": 8}
+    asked |= {"prune.pattern": "channels", "prune.goal": "latency=0.7", "prune.multiple_of": 8}
     asked |= {"data.seq_len": 16, "data.num_samples": 2, "data.eval_samples": 1, "evaluate.latency": False}
     report = compress(load_config(None, asked))
     assert all(len(units) == kept for units in report.selection["kept"]["channels"].values())
@@ -189,21 +189,21 @@ def test_a_run_looks_until_the_best_mix_was_timed(
 @pytest.mark.parametrize(
     ("model_type", "asked", "reason"),
     [
-        ("mixtral", dict(pattern="experts", target="latency=0.8"), "tokens visit as many experts"),
-        ("llama", dict(pattern="channels", target="latency=0.5", multiple_of=8), "of 100 s measured, 20% lie outside"),
+        ("mixtral", dict(pattern="experts", goal="latency=0.8"), "tokens visit as many experts"),
+        ("llama", dict(pattern="channels", goal="latency=0.5", multiple_of=8), "of 100 s measured, 20% lie outside"),
     ],
 )
 def test_what_cannot_be_reached_is_refused_before_weights(model_type: str, asked: dict, reason: str):
     anatomy = on_meta(model_type)
     with pytest.raises(UserError, match=reason):
-        options = meet_target(PruneConfig(**asked), anatomy, None, units.dense_params(anatomy))
+        options = meet_goal(PruneConfig(**asked), anatomy, None, units.dense_params(anatomy))
         units.plan_mixes(anatomy, options, TABLE)
 
 
 def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:
     """What a rank holds when each would have measured something else."""
     config = load_config(
-        None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"} | {"prune.multiple_of": 8}
+        None, {"model.name": "m", "prune.pattern": "channels", "prune.goal": "latency=0.7"} | {"prune.multiple_of": 8}
     )
     source = SimpleNamespace(config=build("llama").config, task="causal-lm", options=config.model, gguf_file=None)
 
@@ -214,7 +214,7 @@ def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:
         patch.object(latency, "cost_table", lambda *_: replace(TABLE, rest=20.0 + backend.rank)),
         patch.object(latency.Layers, "timed", timed),
     ):
-        target = latency.LatencyTarget(source, config, on_meta("llama"), backend)
+        target = latency.LatencyGoal(source, config, on_meta("llama"), backend)
         return target.table, target.replanned(Mix(channels=40)), target.table
 
 
@@ -226,4 +226,4 @@ def test_every_rank_uses_the_main_ranks_table(process_groups):
 @pytest.mark.parametrize("more", [{"schedule.kind": "iterative", "recover.steps": 9}, {"distributed.offload": "cpu"}])
 def test_one_measured_step_only(more: dict):
     with pytest.raises(UserError, match="accepted: one-shot and none"):
-        load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.target": "latency=0.7"} | more)
+        load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.goal": "latency=0.7"} | more)

@@ -44,12 +44,12 @@ def mean_loss(model: torch.nn.Module, batches: list, family: str) -> float:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_head_scores_are_losses_per_token_without_the_group(backend, family: str):
-    setting = tiny.setting(family, backend)
-    scores = score_units(setting, Mix(heads=1), PruneConfig(pattern="heads", probe_adaptive=False), None)
-    base = mean_loss(setting.model, setting.batches, family)
+    problem = tiny.problem(family, backend)
+    scores = score_units(problem, Mix(heads=1), PruneConfig(pattern="heads", probe_adaptive=False), None)
+    base = mean_loss(problem.model, problem.batches, family)
     for layer, unit in itertools.product(range(3), range(2)):
-        changed = plain.without_units(setting.model, family, "heads", {layer: [unit]})
-        wanted = mean_loss(changed, setting.batches, family) - base
+        changed = plain.without_units(problem.model, family, "heads", {layer: [unit]})
+        wanted = mean_loss(changed, problem.batches, family) - base
         row = next(r for r in scores.table if (r["layer"], r["unit"]) == (layer, unit))
         assert row["score"] == pytest.approx(wanted, abs=2e-5) and row["std_error"] > 0
     first, second = scores.by_group["heads", 0].tolist()
@@ -58,21 +58,21 @@ def test_head_scores_are_losses_per_token_without_the_group(backend, family: str
 
 
 def test_adaptive_probing_spends_less_within_its_budget(backend):
-    setting = tiny.setting("llama", backend, count=6)
+    problem = tiny.problem("llama", backend, count=6)
     asked = PruneConfig(pattern="layers", probe_adaptive=True, probe_forwards=3)
-    scores = score_units(setting, Mix(layers=1), asked, None)
+    scores = score_units(problem, Mix(layers=1), asked, None)
     assert scores.forwards == 3 * 2 and scores.exhaustive == 3 * 6 and len(scores.layer_order) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
-    setting = tiny.setting(family, backend, model=tiny.build(family, num_hidden_layers=3))
-    order = score_units(setting, Mix(layers=2), PruneConfig(pattern="layers", probe_adaptive=False), None).layer_order
+    problem = tiny.problem(family, backend, model=tiny.build(family, num_hidden_layers=3))
+    order = score_units(problem, Mix(layers=2), PruneConfig(pattern="layers", probe_adaptive=False), None).layer_order
     gone: list[int] = []
     for _ in range(2):
         left = [layer for layer in range(3) if layer not in gone]
         losses = {
-            layer: mean_loss(plain.without_layers(setting.model, family, [*gone, layer]), setting.batches, family)
+            layer: mean_loss(plain.without_layers(problem.model, family, [*gone, layer]), problem.batches, family)
             for layer in left
         }
         gone.append(min(losses, key=losses.get))
@@ -80,20 +80,20 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
 
 
 def test_protected_layers_stay(backend):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     for criterion in ("removal", "gate", "magnitude", "activation", "random"):
         options = PruneConfig(pattern="layers", criterion=criterion, protect=(0, 2))
-        assert score_units(setting, Mix(layers=1), options, None).layer_order[0] == 1, criterion
+        assert score_units(problem, Mix(layers=1), options, None).layer_order[0] == 1, criterion
 
 
 @pytest.mark.parametrize("kind", ["heads", "channels"])
 def test_gate_scores_by_forward_passes_are_those_of_backpropagation(backend, kind: str):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     found = []
     for estimator in ("finite-difference", "backprop"):
         options = PruneConfig(pattern=kind, criterion="gate", estimator=estimator)
         mix = Mix(heads=1) if kind == "heads" else Mix(channels=8)
-        found.append(torch.cat(list(score_units(setting, mix, options, None).by_group.values())))
+        found.append(torch.cat(list(score_units(problem, mix, options, None).by_group.values())))
     assert torch.corrcoef(torch.stack(found))[0, 1] > 0.999
     torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=2e-4)
 
@@ -115,28 +115,28 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     if pattern == "heads" and family in tiny.FIXED_HEADS:
         assert not read_anatomy(tiny.build(family), needs_units=True).of_kind("heads")
         return
-    setting = tiny.setting(family, backend, count=1, size=6)
+    problem = tiny.problem(family, backend, count=1, size=6)
     options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probe_samples=64)
-    candidates = plan_mixes(setting.anatomy, options)
-    kept, _, trials, shifts = remove_units(setting, candidates, options)
+    candidates = plan_mixes(problem.anatomy, options)
+    kept, _, trials, shifts = remove_units(problem, candidates, options)
     with torch.no_grad():  # what the live model lacks until it is cut
         for name, shift in shifts.items():
-            setting.model.get_parameter(name).add_(shift)
-    small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
-    small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
+            problem.model.get_parameter(name).add_(shift)
+    small = type(problem.model)(smaller_config(problem.model.config, problem.anatomy, kept)).eval()
+    small.load_state_dict(tiny.smaller_state(problem.model.state_dict(), problem.anatomy, kept))
     small.tie_weights()
     gone = [layer for layer in range(3) if layer not in kept.layers]
-    shorter = plain.without_layers(setting.model, family, gone)
-    for batch in setting.batches:
+    shorter = plain.without_layers(problem.model, family, gone)
+    for batch in problem.batches:
         wanted = plain.logits(shorter, batch)
         torch.testing.assert_close(plain.logits(small, batch), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
-    removed = setting.anatomy.total_params - sum(p.numel() for p in small.parameters())
-    assert removed >= round(sparsity * sum(setting.anatomy.layer_params))
+    removed = problem.anatomy.total_params - sum(p.numel() for p in small.parameters())
+    assert removed >= round(sparsity * sum(problem.anatomy.layer_params))
     for counts in (kept.heads, kept.channels):
         assert len({len(units) for units in counts.values()}) <= 1
     if trials and (at_once or len(kept.layers) == 3):
         best = min(trial.loss for trial in trials)
-        assert mean_loss(small, setting.batches, family) == pytest.approx(best, rel=1e-4)
+        assert mean_loss(small, problem.batches, family) == pytest.approx(best, rel=1e-4)
     assert (pattern == "units") == bool(trials)
 
 
@@ -144,9 +144,9 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
     """Candidates are undone to the last bit: a mix has the same loss whether others were tried before it or not."""
 
     def losses(candidates: list[Mix] | None = None) -> dict[Mix, float]:
-        setting = tiny.setting("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
+        problem = tiny.problem("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
         options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probe_samples=64)
-        _, _, trials, _ = remove_units(setting, candidates or plan_mixes(setting.anatomy, options), options)
+        _, _, trials, _ = remove_units(problem, candidates or plan_mixes(problem.anatomy, options), options)
         return {trial.mix: trial.loss for trial in trials}
 
     everything = losses()
@@ -162,12 +162,12 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_the_report_says_how_many_mixes_were_left_out(backend, most: int):
-    setting = tiny.setting("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
+    problem = tiny.problem("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
     options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, most_mixes=most)
-    candidates = plan_mixes(setting.anatomy, options)
-    kept, _, trials, _ = remove_units(setting, candidates, options)
+    candidates = plan_mixes(problem.anatomy, options)
+    kept, _, trials, _ = remove_units(problem, candidates, options)
     assert len(trials) == most < len(candidates)
-    (note,) = [note for note in setting.notes if "left out" in note]
+    (note,) = [note for note in problem.notes if "left out" in note]
     assert note.startswith(f"{len(trials)} of the mixes") and f"{len(candidates) - len(trials)} left out" in note
     assert 6 - len(kept.layers) == min(trials, key=lambda trial: trial.loss).mix.layers
 
@@ -176,9 +176,9 @@ def test_the_report_says_how_many_mixes_were_left_out(backend, most: int):
 def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, tokens: int, micro_batches: int):
     """Three micro-batches of two sequences of ten tokens."""
     monkeypatch.setattr(units, "_PROBE_TOKENS", tokens)
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     options = PruneConfig(pattern="units", sparsity=0.4, multiple_of=8, probe_adaptive=False, compensate=False)
-    _, scores, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert scores.forwards == micro_batches * len(scores.table) > 0
 
 
@@ -203,21 +203,21 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
     )
 
     def model_without(mix: Mix | None, batches: slice) -> tuple[torch.nn.Module, list[Trial], list]:
-        setting = tiny.setting(family, backend, model=tiny.build(family, **deeper), count=count, size=2)
-        whole = list(setting.batches)
-        setting = replace(setting, batches=whole[batches])
+        problem = tiny.problem(family, backend, model=tiny.build(family, **deeper), count=count, size=2)
+        whole = list(problem.batches)
+        problem = replace(problem, batches=whole[batches])
         asked, later = ([mix], None) if mix else (planned, None)
         if replanned and not mix:
             asked, later = [largest], lambda best: planned
         with pytest.MonkeyPatch.context() as patched:
             if batches != slice(None):
                 patched.setattr(Trials, "in_two", lambda *_: False)
-            kept, _, trials, shifts = remove_units(setting, asked, options, later)
+            kept, _, trials, shifts = remove_units(problem, asked, options, later)
         with torch.no_grad():
             for name, shift in shifts.items():
-                setting.model.get_parameter(name).add_(shift)
-        small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
-        small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
+                problem.model.get_parameter(name).add_(shift)
+        small = type(problem.model)(smaller_config(problem.model.config, problem.anatomy, kept)).eval()
+        small.load_state_dict(tiny.smaller_state(problem.model.state_dict(), problem.anatomy, kept))
         return small, trials, whole[-held:][:tried]
 
     found, trials, apart = model_without(None, slice(None))
@@ -237,26 +237,26 @@ def test_heads_and_channels_are_fitted_to_the_shorter_model(backend, monkeypatch
     """As two runs would: one that removes the layers, and one of what it left. Of heads the first go."""
     inner = {"channels": 9} | ({"heads": 1} if family == "llama" else {})
 
-    def first_heads(setting, most, options, moments=None, scores=None):
-        for group in setting.anatomy.of_kind("heads"):
+    def first_heads(problem, most, options, moments=None, scores=None):
+        for group in problem.anatomy.of_kind("heads"):
             scores.by_group["heads", group.layer] = torch.arange(group.num_units, dtype=torch.float64)
 
     monkeypatch.setattr(units, "score_units", first_heads)
 
-    def run(setting, counts: dict[str, int]):
+    def run(problem, counts: dict[str, int]):
         """The smaller model, in the setting of its own."""
         options = PruneConfig(pattern="units", counts=counts)
-        kept, _, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+        kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         with torch.no_grad():
             for name, shift in shifts.items():
-                setting.model.get_parameter(name).add_(shift)
-        small = type(setting.model)(smaller_config(setting.model.config, setting.anatomy, kept)).eval()
-        small.load_state_dict(tiny.smaller_state(setting.model.state_dict(), setting.anatomy, kept))
+                problem.model.get_parameter(name).add_(shift)
+        small = type(problem.model)(smaller_config(problem.model.config, problem.anatomy, kept)).eval()
+        small.load_state_dict(tiny.smaller_state(problem.model.state_dict(), problem.anatomy, kept))
         small.tie_weights()
-        return replace(setting, model=small, anatomy=read_anatomy(small, needs_units=True), notes=[])
+        return replace(problem, model=small, anatomy=read_anatomy(small, needs_units=True), notes=[])
 
     def dense():
-        return tiny.setting(family, backend, count=12)
+        return tiny.problem(family, backend, count=12)
 
     found, wanted = run(dense(), {"layers": 1} | inner), run(run(dense(), {"layers": 1}), inner)
     for name, value in wanted.model.state_dict().items():
@@ -267,39 +267,39 @@ def test_heads_and_channels_are_fitted_to_the_shorter_model(backend, monkeypatch
 
 def test_refitting_lowers_the_loss_of_the_layer_outputs(backend):
     def error(compensate: bool) -> float:
-        setting, dense = tiny.setting("llama", backend), tiny.build("llama")
+        problem, dense = tiny.problem("llama", backend), tiny.build("llama")
         options = PruneConfig(pattern="channels", sparsity=0.3, multiple_of=8, compensate=compensate)
-        remove_units(setting, plan_mixes(setting.anatomy, options), options)
+        remove_units(problem, plan_mixes(problem.anatomy, options), options)
         return sum(
-            float((plain.logits(setting.model, b) - plain.logits(dense, b)).square().sum()) for b in setting.batches
+            float((plain.logits(problem.model, b) - plain.logits(dense, b)).square().sum()) for b in problem.batches
         )
 
     assert error(True) < error(False)
 
 
 def test_counts_are_met_exactly(backend):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     options = PruneConfig(pattern="units", counts={"layers": 1, "heads": 1, "channels": 7})
-    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert len(kept.layers) == 2 and set(kept.heads) == set(kept.channels) == set(kept.layers)
     assert {len(u) for u in kept.heads.values()} == {1} and {len(u) for u in kept.channels.values()} == {41}
 
 
 @pytest.mark.parametrize("criterion", ["removal", "gate", "obs", "magnitude", "activation", "random"])
 def test_every_criterion_removes_the_same_number(backend, no_backward, criterion: str):
-    setting = tiny.setting("qwen2", backend)
+    problem = tiny.problem("qwen2", backend)
     options = PruneConfig(
         pattern="channels", sparsity=0.2, multiple_of=8, criterion=criterion, estimator="finite-difference"
     )
-    (mix,) = plan_mixes(setting.anatomy, options)
-    kept, *_ = remove_units(setting, [mix], options)
+    (mix,) = plan_mixes(problem.anatomy, options)
+    kept, *_ = remove_units(problem, [mix], options)
     assert mix.channels > 0 and {len(u) for u in kept.channels.values()} == {48 - mix.channels}
 
 
 def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
     """The blocks whose removal costs least go, as a search over the blocks by plain code finds them."""
     model = tiny.build("llama", intermediate_size=96)
-    setting = tiny.setting("llama", backend, model=model)
+    problem = tiny.problem("llama", backend, model=model)
     asked = dict(counts={"channels": 32}, probe_channels=16, compensate=False, probe_samples=64)
     wanted: dict[int, list[int]] = {}
     for layer in range(3):
@@ -309,7 +309,7 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
             here.register_forward_hook(lambda _, args, out, seen=seen: seen.append(out.detach())),
         ]
         rows = []
-        for batch in setting.batches:
+        for batch in problem.batches:
             plain.logits(model, batch)
             stream, inputs = seen.pop(), seen.pop()  # a token counts by the size of the stream it is added to
             rows.append((inputs / stream.square().mean(-1, keepdim=True).sqrt())[batch["attention_mask"].bool()])
@@ -318,32 +318,32 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
         energy = torch.cat(rows).square().sum(0) * weight.square().sum(0)
         blocks = energy.argsort().split(16)
         cost = [
-            mean_loss(plain.without_units(model, "llama", "channels", {layer: b.tolist()}), setting.batches, "llama")
+            mean_loss(plain.without_units(model, "llama", "channels", {layer: b.tolist()}), problem.batches, "llama")
             for b in blocks
         ]
         best = sorted(range(6), key=cost.__getitem__)[:2]
         gone = set(torch.cat([blocks[i] for i in best]).tolist())
         wanted[layer] = [unit for unit in range(96) if unit not in gone]
     options = PruneConfig(pattern="channels", criterion="removal", **asked)
-    kept, *_ = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert {layer: list(units) for layer, units in kept.channels.items()} == wanted
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "obs", "random"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_masks_without_gradients_need_no_backward(backend, no_backward, criterion: str, pattern: str):
-    setting = tiny.setting("llama", backend)
-    targets = setting.anatomy.targets
+    problem = tiny.problem("llama", backend)
+    matrices = problem.anatomy.matrices
     asked = PruneConfig(pattern=pattern, sparsity=0.5, criterion=criterion, estimator="finite-difference")
-    masks = sparsify(setting, targets, asked)
-    assert masks.violations(setting.model, backend) == 0
-    kept = {target.name: int(masks.by_name[target.name].sum()) for target in targets}
-    assert sum(kept.values()) == sum(target.numel for target in targets) // 2
-    for target in targets:
-        weight, keep = setting.model.get_parameter(target.name), masks.by_name[target.name]
+    masks = sparsify(problem, matrices, asked)
+    assert masks.violations(problem.model, backend) == 0
+    kept = {matrix.name: int(masks.by_name[matrix.name].sum()) for matrix in matrices}
+    assert sum(kept.values()) == sum(matrix.numel for matrix in matrices) // 2
+    for matrix in matrices:
+        weight, keep = problem.model.get_parameter(matrix.name), masks.by_name[matrix.name]
         assert not torch.signbit(weight[~keep]).any()
         if criterion != "obs" or pattern == "2:4":  # its budgets between matrices come from forward passes too
-            assert kept[target.name] == target.numel // 2
+            assert kept[matrix.name] == matrix.numel // 2
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs"])
@@ -351,25 +351,25 @@ def test_masks_without_gradients_need_no_backward(backend, no_backward, criterio
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.9])
 def test_exact_counts_per_group(backend, criterion: str, scope: str, sparsity: float):
     """Exactly round(s * n) per row, per weight, or over the model, whatever the criterion."""
-    setting = tiny.setting("gpt2", backend)  # Conv1D: rows of the matrix are columns of the storage
-    targets = setting.anatomy.targets
+    problem = tiny.problem("gpt2", backend)  # Conv1D: rows of the matrix are columns of the storage
+    matrices = problem.anatomy.matrices
     masks = sparsify(
-        setting, targets, PruneConfig(pattern="unstructured", sparsity=sparsity, criterion=criterion, scope=scope)
+        problem, matrices, PruneConfig(pattern="unstructured", sparsity=sparsity, criterion=criterion, scope=scope)
     )
-    gone = {t.name: t.matrix(~masks.by_name[t.name]) for t in targets}
+    gone = {t.name: t.oriented(~masks.by_name[t.name]) for t in matrices}
     if scope == "row":
-        for target in targets:
-            assert set(gone[target.name].sum(1).tolist()) == {round(sparsity * target.shape[1])}
+        for matrix in matrices:
+            assert set(gone[matrix.name].sum(1).tolist()) == {round(sparsity * matrix.shape[1])}
     elif scope == "layer":
-        assert [int(gone[t.name].sum()) for t in targets] == [round(sparsity * t.numel) for t in targets]
+        assert [int(gone[t.name].sum()) for t in matrices] == [round(sparsity * t.numel) for t in matrices]
     else:
-        assert sum(int(g.sum()) for g in gone.values()) == round(sparsity * sum(t.numel for t in targets))
+        assert sum(int(g.sum()) for g in gone.values()) == round(sparsity * sum(t.numel for t in matrices))
     if criterion == "magnitude" and scope == "layer" and sparsity == 0.3:
         dense = tiny.build("gpt2")
-        for target in targets:
-            weights = dense.get_parameter(target.name).detach().abs().flatten()
-            order = weights.argsort(stable=True)[: round(0.3 * target.numel)]
-            assert torch.equal((~masks.by_name[target.name]).flatten().nonzero()[:, 0], order.sort().values)
+        for matrix in matrices:
+            weights = dense.get_parameter(matrix.name).detach().abs().flatten()
+            order = weights.argsort(stable=True)[: round(0.3 * matrix.numel)]
+            assert torch.equal((~masks.by_name[matrix.name]).flatten().nonzero()[:, 0], order.sort().values)
 
 
 def test_global_competition_empties_no_layer(backend):
@@ -378,30 +378,30 @@ def test_global_competition_empties_no_layer(backend):
     with torch.no_grad():
         for parameter in model.model.layers[1].parameters():
             parameter.mul_(1e-4)
-    setting = tiny.setting("llama", backend, model=model)
-    targets = setting.anatomy.targets
+    problem = tiny.problem("llama", backend, model=model)
+    matrices = problem.anatomy.matrices
     options = PruneConfig(pattern="unstructured", sparsity=0.6, criterion="magnitude", scope="global")
-    masks = sparsify(setting, targets, options)
+    masks = sparsify(problem, matrices, options)
     assert min(int(mask.sum()) for mask in masks.by_name.values()) >= 1
-    total = sum(t.numel for t in targets)
+    total = sum(t.numel for t in matrices)
     assert sum(int(mask.sum()) for mask in masks.by_name.values()) == total - round(0.6 * total)
-    assert plain.logits(setting.model, setting.batches[0]).isfinite().all()
+    assert plain.logits(problem.model, problem.batches[0]).isfinite().all()
 
 
 def test_nan_scores_name_the_weight(backend):
-    setting = tiny.setting("llama", backend)
-    targets = setting.anatomy.targets[:2]
-    scores = {t.name: torch.ones(t.shape) for t in targets}
-    scores[targets[1].name][0, 0] = torch.nan
-    with pytest.raises(UserError, match=targets[1].name):
-        choose_masks(setting.model, targets, scores, sparsity=0.5, scope="layer", nm=None, backend=backend)
+    problem = tiny.problem("llama", backend)
+    matrices = problem.anatomy.matrices[:2]
+    scores = {t.name: torch.ones(t.shape) for t in matrices}
+    scores[matrices[1].name][0, 0] = torch.nan
+    with pytest.raises(UserError, match=matrices[1].name):
+        choose_masks(problem.model, matrices, scores, sparsity=0.5, scope="layer", nm=None, backend=backend)
 
 
 def test_n_of_m_that_does_not_divide_is_refused_with_the_weight():
-    targets = read_anatomy(tiny.build("llama", intermediate_size=50), needs_units=False).targets
+    matrices = read_anatomy(tiny.build("llama", intermediate_size=50), needs_units=False).matrices
     with pytest.raises(UserError, match="50 inputs of model.layers.0.mlp.down_proj.weight"):
-        check_nm(targets, 4)
-    check_nm([t for t in targets if "down_proj" not in t.name], 4)
+        check_nm(matrices, 4)
+    check_nm([t for t in matrices if "down_proj" not in t.name], 4)
 
 
 @pytest.mark.parametrize(
@@ -416,4 +416,4 @@ def test_n_of_m_that_does_not_divide_is_refused_with_the_weight():
 def test_a_pattern_that_matches_nothing_is_an_error(wanted: tuple, ignored: tuple, part: str):
     """Success without having pruned anything would be a lie."""
     with pytest.raises(UserError, match=part):
-        read_anatomy(tiny.build("llama"), needs_units=False).choose_targets(wanted, ignored)
+        read_anatomy(tiny.build("llama"), needs_units=False).choose_matrices(wanted, ignored)

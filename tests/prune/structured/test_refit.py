@@ -40,13 +40,13 @@ def with_constant_channels(family: str, backend: Replicated):
                 weight = module.weight if family != "gpt2" else module.weight.t()
                 weight[CONSTANT] = 0
                 module.bias[CONSTANT] = torch.linspace(1, 3, len(CONSTANT))
-    return tiny.setting(family, backend, model=model, count=12, size=4, length=12)
+    return tiny.problem(family, backend, model=model, count=12, size=4, length=12)
 
 
-def smaller(setting, kept, shifts) -> torch.nn.Module:
-    config = smaller_config(setting.model.config, setting.anatomy, kept)
+def smaller(problem, kept, shifts) -> torch.nn.Module:
+    config = smaller_config(problem.model.config, problem.anatomy, kept)
     origin = smaller_origin(
-        lambda: type(setting.model)(config), setting.model, setting.anatomy, kept, setting.backend, shifts
+        lambda: type(problem.model)(config), problem.model, problem.anatomy, kept, problem.backend, shifts
     )
     return origin.take_whole().eval()
 
@@ -54,23 +54,23 @@ def smaller(setting, kept, shifts) -> torch.nn.Module:
 @pytest.mark.parametrize("family", READ_BY)
 def test_constant_channels_leave_nothing_behind(family: str, backend: Replicated):
     """They are told to go, because channels that others can stand in for may be as cheap."""
-    setting = with_constant_channels(family, backend)
-    before = [plain.logits(setting.model, batch) for batch in setting.batches]
-    groups = setting.anatomy.of_kind("channels")
+    problem = with_constant_channels(family, backend)
+    before = [plain.logits(problem.model, batch) for batch in problem.batches]
+    groups = problem.anatomy.of_kind("channels")
     worth = torch.ones(48, dtype=torch.float64)
     worth[CONSTANT] = 0
     scores = UnitScores(by_group={("channels", group.layer): worth for group in groups})
     options, mix = PruneConfig(pattern="channels"), Mix(channels=len(CONSTANT))
-    targets = [setting.anatomy.target_of(group.output) for group in groups]
-    biased = with_bias(setting, targets, options)
-    jobs = fit_jobs(setting, unit_moments(setting, targets, biased), groups, biased, {})
-    kept, shifts = apply_mix(setting, mix, mix, scores, jobs, options)
-    with_shifts, without = smaller(setting, kept, shifts), smaller(setting, kept, {})
-    for batch, dense in zip(setting.batches, before, strict=True):
+    matrices = [problem.anatomy.matrix_of(group.output) for group in groups]
+    biased = with_bias(problem, matrices, options)
+    jobs = fit_jobs(problem, unit_moments(problem, matrices, biased), groups, biased, {})
+    kept, shifts = apply_mix(problem, mix, mix, scores, jobs, options)
+    with_shifts, without = smaller(problem, kept, shifts), smaller(problem, kept, {})
+    for batch, dense in zip(problem.batches, before, strict=True):
         near = 1e-5 * float(dense.abs().max())
         torch.testing.assert_close(plain.logits(with_shifts, batch), dense, rtol=1e-4, atol=near)
         assert float((plain.logits(without, batch) - dense).abs().max()) > 100 * near
-    assert not setting.notes
+    assert not problem.notes
 
 
 def test_large_constants_do_not_drown_what_varies():
@@ -92,22 +92,22 @@ def test_large_constants_do_not_drown_what_varies():
 def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Replicated):
     """Of the first layer, whose inputs nothing changed: torch.linalg.lstsq on the inputs and a column of ones, every token
     divided by the root mean square of what its layer gives; padding left out."""
-    setting, seen = tiny.setting("opt", backend, count=12, size=4, length=12), {}
-    layer = setting.model.model.decoder.layers[0]
+    problem, seen = tiny.problem("opt", backend, count=12, size=4, length=12), {}
+    layer = problem.model.model.decoder.layers[0]
     handles = [
         layer.fc2.register_forward_pre_hook(lambda _, args: seen.setdefault("inputs", []).append(args[0])),
         layer.register_forward_hook(lambda *a: seen.setdefault("stream", []).append(plain.hidden(a[2]))),
     ]
-    for batch in setting.batches:
-        plain.logits(setting.model, batch)
+    for batch in problem.batches:
+        plain.logits(problem.model, batch)
     for handle in handles:
         handle.remove()
-    real = torch.cat([batch["attention_mask"].flatten() for batch in setting.batches]).bool()
+    real = torch.cat([batch["attention_mask"].flatten() for batch in problem.batches]).bool()
     inputs, stream = (torch.cat([t.flatten(0, -2) for t in seen[key]])[real].double() for key in ("inputs", "stream"))
     weight, bias = layer.fc2.weight.detach().double(), layer.fc2.bias.detach().double()
 
     options = PruneConfig(pattern="channels", counts={"channels": 9}, damping=1e-6)
-    kept, _, _, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
+    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     columns = torch.cat([inputs[:, list(kept.channels[0])], torch.ones(len(inputs), 1).double()], 1)
     share = 1 / stream.square().mean(1, keepdim=True).sqrt()
     alive = columns.abs().sum(0) > 0
@@ -127,7 +127,7 @@ def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Re
 
 @pytest.mark.parametrize("compensate", [True, False])
 def test_where_there_is_no_bias_the_report_says_so(backend: Replicated, compensate: bool):
-    setting = tiny.setting("llama", backend)
+    problem = tiny.problem("llama", backend)
     options = PruneConfig(pattern="channels", counts={"channels": 8}, compensate=compensate)
-    *_, shifts = remove_units(setting, plan_mixes(setting.anatomy, options), options)
-    assert shifts == {} and ("gave down_proj: it has none" in " ".join(setting.notes)) == compensate
+    *_, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert shifts == {} and ("gave down_proj: it has none" in " ".join(problem.notes)) == compensate

@@ -1,4 +1,4 @@
-"""--target: the whole model, not the layers, ends at the asked share."""
+"""--goal: the whole model, not the layers, ends at the asked share."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.structured import layers_heads_channels
-from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.prune.structured.size_goal import meet_goal
 
 
 def planned(model, **asked):
     anatomy = read_anatomy(model, needs_units=True)
-    options = meet_target(PruneConfig(**asked), anatomy, model, layers_heads_channels.dense_params(anatomy))
+    options = meet_goal(PruneConfig(**asked), anatomy, model, layers_heads_channels.dense_params(anatomy))
     return anatomy, layers_heads_channels.plan_mixes(anatomy, options)
 
 
 @pytest.mark.parametrize("measure", ["params", "bytes"])
 def test_at_most_the_asked_share_of_all_parameters_stays(measure: str):
     model = build("llama")
-    anatomy, mixes = planned(model, pattern="channels", target=f"{measure}=0.9", multiple_of=1)
+    anatomy, mixes = planned(model, pattern="channels", goal=f"{measure}=0.9", multiple_of=1)
     (mix,) = mixes
     gone, step = (layers_heads_channels.unit_sizes(anatomy).removed_params(m) for m in (mix, type(mix)(channels=1)))
     total = sum(p.numel() for p in model.parameters())
@@ -30,7 +30,7 @@ def test_at_most_the_asked_share_of_all_parameters_stays(measure: str):
 
 def test_flops_count_the_head_and_not_the_embedding():
     model = build("llama")
-    anatomy, (mix,) = planned(model, pattern="channels", target="flops=0.9", multiple_of=1)
+    anatomy, (mix,) = planned(model, pattern="channels", goal="flops=0.9", multiple_of=1)
     multiplied = sum(p.numel() for n, p in model.named_parameters() if "embed" not in n and n != "model.norm.weight")
     gone, step = (layers_heads_channels.unit_sizes(anatomy).removed_params(m) for m in (mix, type(mix)(channels=1)))
     assert 0.1 * multiplied <= gone < 0.1 * multiplied + step
@@ -38,22 +38,22 @@ def test_flops_count_the_head_and_not_the_embedding():
 
 def test_unreachable_targets_say_what_can_be_asked():
     with pytest.raises(UserError, match="lie outside its removable layers .* ask for more than params=0\\.[0-9]+"):
-        planned(build("llama", vocab_size=20_000), pattern="layers", target="params=0.5")
+        planned(build("llama", vocab_size=20_000), pattern="layers", goal="params=0.5")
     with pytest.raises(UserError, match="tokens visit as many experts as before"):
-        planned(build("mixtral"), pattern="experts", target="flops=0.8")
-    for target in ("flops=0.8", "latency=0.8"):
+        planned(build("mixtral"), pattern="experts", goal="flops=0.8")
+    for goal in ("flops=0.8", "latency=0.8"):
         with pytest.raises(UserError, match="its stacks of layers read different numbers of positions"):
-            planned(build("t5"), pattern="channels", target=target)
+            planned(build("t5"), pattern="channels", goal=goal)
 
 
 @pytest.mark.parametrize(
     "asked, part",
     [
-        (dict(target="params"), "such as params=0.8"),
-        (dict(target="seconds=0.7"), "accepted: params=, bytes=, flops= or latency="),
-        (dict(target="params=1.5"), "such as params=0.8"),
-        (dict(target="params=0.5", pattern="2:4"), "stores zeros densely"),
-        (dict(target="params=0.5", counts={"channels": 3}), "has counts"),
+        (dict(goal="params"), "such as params=0.8"),
+        (dict(goal="seconds=0.7"), "accepted: params=, bytes=, flops= or latency="),
+        (dict(goal="params=1.5"), "such as params=0.8"),
+        (dict(goal="params=0.5", pattern="2:4"), "stores zeros densely"),
+        (dict(goal="params=0.5", counts={"channels": 3}), "has counts"),
     ],
 )
 def test_bad_targets_are_refused(asked: dict, part: str):

@@ -6,16 +6,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.family_cases import LAYERS, WIDTH, build, close, gated, logits, make_setting, on_meta, shrunk
+from tests.family_cases import LAYERS, WIDTH, build, close, gated, logits, make_problem, on_meta, shrunk
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.kept import KeptUnits, Removal
 from tinygn_dist.prune.structured.methods import cut_of
-from tinygn_dist.prune.structured.size_goal import meet_target
+from tinygn_dist.prune.structured.size_goal import meet_goal
 from tinygn_dist.prune.structured.uneven_channels import plan_mixes
 
 SPARSE = dict(activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0])
@@ -35,9 +35,9 @@ def share_of(anatomy, channels: int) -> float:
     return channels * anatomy.of_kind("channels")[0].unit_params / sum(anatomy.layer_params)
 
 
-def cut(setting: Setting, options: PruneConfig) -> Removal:
-    way = cut_of(setting.anatomy, options)
-    return way.remove_units(setting, way.plan_mixes(setting.anatomy, options), options)
+def cut(problem: Problem, options: PruneConfig) -> Removal:
+    way = cut_of(problem.anatomy, options)
+    return way.remove_units(problem, way.plan_mixes(problem.anatomy, options), options)
 
 
 @pytest.mark.parametrize("gone", [{1: 32}, {1: 40, 2: 16}, {0: 8, 3: 40}])
@@ -52,22 +52,22 @@ def test_channels_that_do_nothing_go_wherever_they_are(backend, gone: dict[int, 
             for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
                 weight[:count] = 0
             mlp.down_proj.weight[:, :count] = 0
-    setting = make_setting(model, backend)
+    problem = make_problem(model, backend)
     with torch.no_grad():  # what it is sure of: whatever else goes makes it worse
-        for batch in setting.batches:
+        for batch in problem.batches:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             batch["labels"][:, 1:] = (
                 model(**inputs).logits[:, :-1].argmax(-1).masked_fill(batch["labels"][:, 1:] < 0, -100)
             )
-    dense = mean_loss(setting, "evaluating")
-    options = asking(share_of(setting.anatomy, sum(gone.values())), criterion=criterion)
-    kept, _, trials, _ = cut(setting, options)
+    dense = mean_loss(problem, "evaluating")
+    options = asking(share_of(problem.anatomy, sum(gone.values())), criterion=criterion)
+    kept, _, trials, _ = cut(problem, options)
     assert kept.channels == {layer: tuple(range(gone.get(layer, 0), WIDTH)) for layer in range(LAYERS)}
-    assert mean_loss(setting, "evaluating") == pytest.approx(dense, abs=1e-5)
+    assert mean_loss(problem, "evaluating") == pytest.approx(dense, abs=1e-5)
     assert [trial.loss for trial in trials] != [trials[0].loss] * len(trials), "the even cut is among what was tried"
-    small = shrunk(setting, kept)
+    small = shrunk(problem, kept)
     assert small.config.intermediate_size == [WIDTH - gone.get(layer, 0) for layer in range(LAYERS)]
-    close(logits(small, setting.batches[0]), logits(model, setting.batches[0]))
+    close(logits(small, problem.batches[0]), logits(model, problem.batches[0]))
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "bart", "mbart"])
@@ -76,43 +76,43 @@ def test_channels_that_do_nothing_go_wherever_they_are(backend, gone: dict[int, 
 def test_the_budget_is_met_and_the_best_on_held_out_sequences_is_taken(
     backend, model_type: str, criterion: str, compensate: bool
 ):
-    setting = make_setting(build(model_type), backend)
-    options = asking(share_of(setting.anatomy, 64), compensate=compensate, criterion=criterion, estimator="backprop")
-    (even,) = plan_mixes(setting.anatomy, options)
+    problem = make_problem(build(model_type), backend)
+    options = asking(share_of(problem.anatomy, 64), compensate=compensate, criterion=criterion, estimator="backprop")
+    (even,) = plan_mixes(problem.anatomy, options)
     assert even == Mix(channels=16, uneven=(16,) * LAYERS) and str(even) == "16 to 16 channels of a layer, 64 in all"
-    kept, _, trials, shifts = cut(setting, options)
+    kept, _, trials, shifts = cut(problem, options)
     gone = [WIDTH - len(kept.channels[layer]) for layer in range(LAYERS)]
     assert sum(gone) >= 64 and all(number % 8 == 0 for number in gone)
     assert trials[0].mix == even and min(trials, key=lambda trial: trial.loss).mix.uneven == tuple(gone)
     assert bool(shifts) == (compensate and model_type != "gemma3n_text")
     if model_type != "gemma3n_text":  # one width for each stack
         assert gone[0] == gone[1] and gone[2] == gone[3]
-    small = shrunk(setting, kept)
+    small = shrunk(problem, kept)
     with torch.no_grad():
         for name, shift in shifts.items():
             small.get_parameter(name).add_(shift)
-            setting.model.get_parameter(name).add_(shift)
-    close(logits(small, setting.batches[0]), logits(setting.model, setting.batches[0]))
+            problem.model.get_parameter(name).add_(shift)
+    close(logits(small, problem.batches[0]), logits(problem.model, problem.batches[0]))
 
 
 def test_channels_that_depend_on_each_other_stay(backend):
     """A layer that shuts the smaller half of its gates for every token compares all of them."""
-    setting = make_setting(build("gemma3n_text", **SPARSE), backend)
-    assert [group.layer for group in setting.anatomy.of_kind("channels")] == [1, 2, 3]
-    kept, *_ = cut(setting, asking(share_of(setting.anatomy, 48)))
+    problem = make_problem(build("gemma3n_text", **SPARSE), backend)
+    assert [group.layer for group in problem.anatomy.of_kind("channels")] == [1, 2, 3]
+    kept, *_ = cut(problem, asking(share_of(problem.anatomy, 48)))
     assert 0 not in kept.channels and sum(WIDTH - len(kept.channels[layer]) for layer in (1, 2, 3)) >= 48
-    small = shrunk(setting, kept)
+    small = shrunk(problem, kept)
     assert small.config.intermediate_size[0] == WIDTH
-    setting = make_setting(build("gemma3n_text", **SPARSE), backend)
-    small = shrunk(setting, kept)
-    with gated(setting, kept):
-        close(logits(small, setting.batches[0]), logits(setting.model, setting.batches[0]))
+    problem = make_problem(build("gemma3n_text", **SPARSE), backend)
+    small = shrunk(problem, kept)
+    with gated(problem, kept):
+        close(logits(small, problem.batches[0]), logits(problem.model, problem.batches[0]))
 
 
 def test_a_model_with_uneven_layers_is_cut_again(backend):
     first = build("gemma3n_text", intermediate_size=[48, 20, 33, 8])
-    setting = make_setting(first, backend)
-    kept, *_ = cut(setting, asking(share_of(setting.anatomy, 40)))
+    problem = make_problem(first, backend)
+    kept, *_ = cut(problem, asking(share_of(problem.anatomy, 40)))
     left = {layer: len(units) for layer, units in kept.channels.items()}
     assert sum(left.values()) <= 48 + 20 + 33 + 8 - 40
     multiples = zip(left.values(), (48, 20, 33, 8), (8, 8, 8, 4), strict=True)  # at least two of each layer
@@ -120,26 +120,26 @@ def test_a_model_with_uneven_layers_is_cut_again(backend):
 
 
 def test_a_protected_layer_keeps_its_width(backend):
-    setting = make_setting(build("gemma3n_text"), backend)
-    kept, *_ = cut(setting, asking(share_of(setting.anatomy, 64), protect=(2,)))
+    problem = make_problem(build("gemma3n_text"), backend)
+    kept, *_ = cut(problem, asking(share_of(problem.anatomy, 64), protect=(2,)))
     assert len(kept.channels[2]) == WIDTH and sum(map(len, kept.channels.values())) <= LAYERS * WIDTH - 64
-    setting = make_setting(build("bart"), backend)
-    kept, *_ = cut(setting, asking(share_of(setting.anatomy, 32), protect=(3,)))
+    problem = make_problem(build("bart"), backend)
+    kept, *_ = cut(problem, asking(share_of(problem.anatomy, 32), protect=(3,)))
     assert [len(kept.channels[layer]) for layer in range(LAYERS)] == [32, 32, 48, 48]
 
 
 def test_where_probes_run_out_the_cut_is_even(backend):
-    setting = make_setting(build("gemma3n_text"), backend)
-    options = asking(share_of(setting.anatomy, 64), probe_forwards=4)
-    kept, scores, trials, _ = cut(setting, options)
+    problem = make_problem(build("gemma3n_text"), backend)
+    options = asking(share_of(problem.anatomy, 64), probe_forwards=4)
+    kept, scores, trials, _ = cut(problem, options)
     assert [len(units) for units in kept.channels.values()] == [32] * LAYERS and not trials
-    assert any("the cut is even" in note for note in setting.notes) and scores.forwards <= 4
+    assert any("the cut is even" in note for note in problem.notes) and scores.forwards <= 4
 
 
 def test_one_micro_batch_serves_for_both(backend):
-    setting = make_setting(build("gemma3n_text"), backend)
-    alone = Setting(setting.model, setting.anatomy, setting.objective, setting.batches[:1], backend, setting.progress)
-    kept, *_ = cut(alone, asking(share_of(setting.anatomy, 64)))
+    problem = make_problem(build("gemma3n_text"), backend)
+    alone = Problem(problem.model, problem.anatomy, problem.objective, problem.batches[:1], backend, problem.progress)
+    kept, *_ = cut(alone, asking(share_of(problem.anatomy, 64)))
     assert sum(map(len, kept.channels.values())) <= LAYERS * WIDTH - 64
 
 
@@ -155,16 +155,16 @@ def test_one_micro_batch_serves_for_both(backend):
         ("gemma3n_text", {"protect": (4,)}, "names layer 4, the model has layers 0 to 3"),
         ("gemma3n_text", {"protect": (0, 1, 2, 3)}, "at most 0 of them are in channels that may go"),
         ("gemma3n_text", {"sparsity": 0.9}, "at most .* lower sparsity or prune.multiple_of"),
-        ("gemma3n_text", {"target": "latency=0.8"}, "cannot run by themselves; use params"),
-        ("gemma3n_text", {"target": "latency=0.8", "uneven": False}, "cannot run by themselves; use params"),
-        ("llama", {"target": "latency=0.8"}, "prune.uneven lets them differ; use params"),
+        ("gemma3n_text", {"matrix": "latency=0.8"}, "cannot run by themselves; use params"),
+        ("gemma3n_text", {"matrix": "latency=0.8", "uneven": False}, "cannot run by themselves; use params"),
+        ("llama", {"matrix": "latency=0.8"}, "prune.uneven lets them differ; use params"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_weights_load(model_type: str, asked: dict, message: str):
     anatomy, options = on_meta(model_type), PruneConfig(**dict(pattern="channels", sparsity=0.1, uneven=True) | asked)
     with pytest.raises(UserError, match=message):
         way = cut_of(anatomy, options)
-        way.plan_mixes(anatomy, meet_target(options, anatomy, None, way.dense_params(anatomy)))
+        way.plan_mixes(anatomy, meet_goal(options, anatomy, None, way.dense_params(anatomy)))
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_no_layer_whose_channels_may_go(uneven: bool):
 
 def test_any_widths_equal_the_gated_model(backend):
     """Full, nearly empty and between, whichever channels go."""
-    setting = make_setting(build("gemma3n_text"), backend)
+    problem = make_problem(build("gemma3n_text"), backend)
     generator, kept = torch.Generator().manual_seed(0), {}
     for layer, count in enumerate((48, 7, 30, 1)):
         kept[layer] = tuple(sorted(torch.randperm(WIDTH, generator=generator)[:count].tolist()))
     units = KeptUnits(tuple(range(LAYERS)), channels=kept)
-    small = shrunk(setting, units)
-    for batch in setting.batches:
-        with gated(setting, units):
-            close(logits(small, batch), logits(setting.model, batch))
+    small = shrunk(problem, units)
+    for batch in problem.batches:
+        with gated(problem, units):
+            close(logits(small, batch), logits(problem.model, batch))

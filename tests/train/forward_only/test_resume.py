@@ -14,7 +14,7 @@ from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints.run_checkpoint import Checkpoints, Saved
 from tinygn_dist.config import RecoverConfig
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.train.forward_only.loop import ForwardOnly
 from tinygn_dist.train.state_io import read_forward_only, write_forward_only, write_weights
 
@@ -31,18 +31,18 @@ SOURCES = {
 }
 
 
-def training(backend: Backend, case: str, weights: dict | None = None) -> tuple[Setting, ForwardOnly]:
+def training(backend: Backend, case: str, weights: dict | None = None) -> tuple[Problem, ForwardOnly]:
     """From the beginning, or at weights that were read back before."""
-    setting = tiny.setting("llama", backend, count=4, size=1)
+    problem = tiny.problem("llama", backend, count=4, size=1)
     if weights is not None:
-        setting.model.load_state_dict(weights)
+        problem.model.load_state_dict(weights)
     options, draw = RecoverConfig(batch_size=4, directions=4, **CASES[case]), torch.Generator().manual_seed(5)
-    keep = {t.name: torch.rand(t.stored_shape, generator=draw) > 0.3 for t in setting.anatomy.targets}
-    return setting, ForwardOnly(setting.model, setting.anatomy.targets, keep, setting.objective, options, backend)
+    keep = {t.name: torch.rand(t.stored_shape, generator=draw) > 0.3 for t in problem.anatomy.matrices}
+    return problem, ForwardOnly(problem.model, problem.anatomy.matrices, keep, problem.objective, options, backend)
 
 
-def go_on(setting: Setting, made: ForwardOnly, start: int, steps: int) -> list[float]:
-    return [made.step(setting.batches, number, 1.0)[0] for number in range(start, start + steps)]
+def go_on(problem: Problem, made: ForwardOnly, start: int, steps: int) -> list[float]:
+    return [made.step(problem.batches, number, 1.0)[0] for number in range(start, start + steps)]
 
 
 def save(backend: Backend, folder: Path, made: ForwardOnly) -> Saved:
@@ -65,8 +65,8 @@ def known(made: ForwardOnly) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_everything_is_as_it_was(case: str, backend: Backend, tmp_path: Path):
     steps = STEPS.get(case, 3)
-    setting, made = training(backend, case)
-    go_on(setting, made, 0, steps)
+    problem, made = training(backend, case)
+    go_on(problem, made, 0, steps)
     saved, wanted = save(backend, tmp_path, made), known(made)
     after = {name: draw() for name, draw in SOURCES.items()}
     again, resumed = training(backend, case, made.model.state_dict())
@@ -82,5 +82,5 @@ def test_everything_is_as_it_was(case: str, backend: Backend, tmp_path: Path):
         made.options.optimizer
     ]
     assert differing <= {name for name in wanted if other[name] != wanted[name]}, "the test would not notice"
-    assert go_on(again, resumed, steps, 3) == go_on(setting, made, steps, 3)
+    assert go_on(again, resumed, steps, 3) == go_on(problem, made, steps, 3)
     assert tiny.same_bits(tiny.state_bytes(made.model), tiny.state_bytes(resumed.model))

@@ -15,13 +15,13 @@ from torch import nn
 from tests import tiny
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.maths.counter_rng import hash64, key_of, signs
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import Losses
 from tinygn_dist.train.forward_only.loop import ForwardOnly
 from tinygn_dist.train.forward_only.update_rules import ZerothOrder
 from tinygn_dist.train.forward_only.weight_probes import WeightProbes
 
-TARGET = Target("weight", "", 0, (8, 16), 1)
+TARGET = Matrix("weight", "", 0, (8, 16), 1)
 
 
 class Quadratic(nn.Module):
@@ -122,14 +122,14 @@ def test_ten_thousand_probes_leave_every_bit(backend):
 
 
 def test_a_probe_that_fails_restores_too(backend):
-    setting = tiny.setting("llama", backend)
-    weights = tiny.state_bytes(setting.model)
-    probes = WeightProbes(setting.model, setting.anatomy.targets, {}, backend, 0)
+    problem = tiny.problem("llama", backend)
+    weights = tiny.state_bytes(problem.model)
+    probes = WeightProbes(problem.model, problem.anatomy.matrices, {}, backend, 0)
     with pytest.raises(MemoryError), probes.along(0) as move:
         move(0.1)
-        assert not tiny.same_bits(weights, tiny.state_bytes(setting.model))
+        assert not tiny.same_bits(weights, tiny.state_bytes(problem.model))
         raise MemoryError("as if out of memory")
-    assert tiny.same_bits(weights, tiny.state_bytes(setting.model))
+    assert tiny.same_bits(weights, tiny.state_bytes(problem.model))
 
 
 # -- optimizers ------------------------------------------------------------------------------------------------------------
@@ -202,13 +202,13 @@ def trained() -> tuple[nn.Module, list[dict]]:
 def pruned(backend) -> tuple:
     """The trained model without the smaller three quarters of each matrix's weights, the masks, and its sequences."""
     model, rows = trained()
-    setting, keep = replace(tiny.setting("llama", backend, model=copy.deepcopy(model)), batches=rows), {}
+    problem, keep = replace(tiny.problem("llama", backend, model=copy.deepcopy(model)), batches=rows), {}
     with torch.no_grad():
-        for target in setting.anatomy.targets:
-            weight = setting.model.get_parameter(target.name)
-            keep[target.name] = weight.abs() > weight.abs().quantile(0.75)
-            weight.masked_fill_(~keep[target.name], 0)
-    return setting, keep
+        for matrix in problem.anatomy.matrices:
+            weight = problem.model.get_parameter(matrix.name)
+            keep[matrix.name] = weight.abs() > weight.abs().quantile(0.75)
+            weight.masked_fill_(~keep[matrix.name], 0)
+    return problem, keep
 
 
 def mean_loss(training: ForwardOnly, batches: list) -> float:
@@ -218,30 +218,30 @@ def mean_loss(training: ForwardOnly, batches: list) -> float:
 
 @pytest.mark.parametrize("rule", ["zo-sgd", "zo-nesterov", "zo-adam"])
 def test_descent_at_measured_step_and_rate_lowers_the_loss_and_keeps_zeros(backend, rule: str):
-    setting, keep = pruned(backend)
+    problem, keep = pruned(backend)
     options = RecoverConfig(optimizer=rule, directions=8, batch_size=8, clip_norm=100.0)
-    training = ForwardOnly(setting.model, setting.anatomy.targets, keep, setting.objective, options, backend)
-    seen, held_out = setting.batches[:32], setting.batches[32:]
+    training = ForwardOnly(problem.model, problem.anatomy.matrices, keep, problem.objective, options, backend)
+    seen, held_out = problem.batches[:32], problem.batches[32:]
     before = mean_loss(training, held_out)
     for number in range(60):
         training.step(seen[8 * (number % 4) :][:8], number, 1.0)
     assert mean_loss(training, held_out) < before - 0.05
-    for target in setting.anatomy.targets:
-        assert torch.equal(setting.model.get_parameter(target.name) != 0, keep[target.name])
+    for matrix in problem.anatomy.matrices:
+        assert torch.equal(problem.model.get_parameter(matrix.name) != 0, keep[matrix.name])
     assert 2**-15 < training.step_taken.value < 2**-3
 
 
 @pytest.mark.parametrize("asked", [{"train": "norms-and-biases"}, {"moving": 0.05}])
 def test_a_sparse_subset_moves_alone(backend, asked: dict):
-    setting, keep = pruned(backend)
-    before = {name: p.detach().clone() for name, p in setting.model.named_parameters()}
+    problem, keep = pruned(backend)
+    before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
     options = RecoverConfig(
         optimizer="zo-sgd", directions=2, batch_size=2, learning_rate=1e-3, probe_step=2**-8, **asked
     )
-    training = ForwardOnly(setting.model, setting.anatomy.targets, keep, setting.objective, options, backend)
-    training.step(setting.batches[:2], 0, 1.0)
-    by_name = {target.name: target for target in setting.anatomy.targets}
-    for name, p in setting.model.named_parameters():
+    training = ForwardOnly(problem.model, problem.anatomy.matrices, keep, problem.objective, options, backend)
+    training.step(problem.batches[:2], 0, 1.0)
+    by_name = {matrix.name: matrix for matrix in problem.anatomy.matrices}
+    for name, p in problem.model.named_parameters():
         moved = p.detach() != before[name]
         if "train" in asked:
             assert bool(moved.any()) == (p.dim() == 1), name
@@ -273,8 +273,8 @@ def descended(backend, g: float, noise: float, seed: int, steps: int) -> Forward
     draw = torch.Generator().manual_seed(seed)
     each = [noise * torch.randn(1, 64, generator=draw, dtype=torch.float64) for _ in range(64)]
     options = RecoverConfig(optimizer="zo-sgd", directions=8, batch_size=16, probe_step=2**-6, clip_norm=1e9)
-    target = Target("weight", "", 0, (1, 64), 1)
-    training = ForwardOnly(Noisy(g), [target], {}, noisy_loss, options, backend)
+    matrix = Matrix("weight", "", 0, (1, 64), 1)
+    training = ForwardOnly(Noisy(g), [matrix], {}, noisy_loss, options, backend)
     for number in range(steps):
         pairs = [each[(8 * number + i) % 64] for i in range(8)]
         training.step([{"noise": sign * one} for one in pairs for sign in (1, -1)], number, 1.0)
@@ -304,16 +304,16 @@ def test_a_state_of_numbers_resumes_bit_for_bit(backend):
     def run(stops: list[int]) -> torch.Tensor:
         torch_model, state = None, None
         for start, stop in zip([0, *stops], [*stops, 14], strict=True):
-            setting, keep = pruned(backend)
+            problem, keep = pruned(backend)
             if torch_model is not None:
-                setting.model.load_state_dict(torch_model, strict=False)  # buffers that no checkpoint has
+                problem.model.load_state_dict(torch_model, strict=False)  # buffers that no checkpoint has
             options = RecoverConfig(optimizer="zo-adam", directions=4, batch_size=4, probe_step=2**-8)
-            training = ForwardOnly(setting.model, setting.anatomy.targets, keep, setting.objective, options, backend)
+            training = ForwardOnly(problem.model, problem.anatomy.matrices, keep, problem.objective, options, backend)
             if state is not None:
                 training.load_state_dict(json.loads(json.dumps(state)))
             for number in range(start, stop):
-                training.step(setting.batches[4 * (number % 4) :][:4], number, 1.0)
-            torch_model, state = tiny.state_bytes(setting.model), training.state_dict()
+                training.step(problem.batches[4 * (number % 4) :][:4], number, 1.0)
+            torch_model, state = tiny.state_bytes(problem.model), training.state_dict()
         return torch_model
 
     whole = run([])

@@ -1,0 +1,1 @@
+"""Which weights make up best for those that change? Solvers of one matrix."""

@@ -17,11 +17,11 @@ from tinygn_dist.backends.pieces import Job
 from tinygn_dist.config import DEFAULT_SHARE, PruneConfig
 from tinygn_dist.estimate.gradient_energy import coarse
 from tinygn_dist.estimate.hessians import LayerStatistics, has_budgets
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.counts import blend, num_kept
 from tinygn_dist.maths.solve import obs
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 log = logging.getLogger(__name__)
 CANDIDATES = (0.0, 0.5, 0.75, 1.0)
@@ -47,18 +47,18 @@ class _Tried(NamedTuple):
 
 
 def best_of(
-    candidates: Sequence[float], held_out: Setting, targets: Sequence[Target], solve: Callable[[float], Masks]
+    candidates: Sequence[float], held_out: Problem, matrices: Sequence[Matrix], solve: Callable[[float], Masks]
 ) -> Masks:
     """Solve at every candidate share, each from the weights that are there now, and leave the model and return the masks of
     the one with the least loss on `held_out`. Holds two copies of this rank's pieces of the weights."""
     backend, model = held_out.backend, held_out.model
 
     def copies() -> dict[str, torch.Tensor]:
-        return {target.name: backend.shard(model, target).weight.clone() for target in targets}
+        return {matrix.name: backend.shard(model, matrix).weight.clone() for matrix in matrices}
 
     def put_back(weights: dict[str, torch.Tensor]) -> None:
-        for target in targets:
-            backend.write(model, target, weights[target.name])
+        for matrix in matrices:
+            backend.write(model, matrix, weights[matrix.name])
 
     before, best, told = copies(), None, []
     for share in candidates:
@@ -76,61 +76,61 @@ def best_of(
 
 
 def allocate(
-    setting: Setting, targets: Sequence[Target], measured: LayerStatistics, options: PruneConfig, share: float
+    problem: Problem, matrices: Sequence[Matrix], measured: LayerStatistics, options: PruneConfig, share: float
 ) -> dict[str, int]:
-    """How many entries of each target go: `share` of the way from the same share everywhere to one global cut of
+    """How many entries of each matrix go: `share` of the way from the same share everywhere to one global cut of
     the saliency in units of loss. Experts whose tokens had no gradient have no saliency and are not in it.
 
     Saliencies are counted by size and not kept: there are as many as weights.
     """
-    row_of = {target.name: row for row, target in enumerate(targets)}
-    tallies = torch.zeros(len(targets), _BINS, dtype=torch.int64)
+    row_of = {matrix.name: row for row, matrix in enumerate(matrices)}
+    tallies = torch.zeros(len(matrices), _BINS, dtype=torch.int64)
 
     def look(job: Job, weights: list[torch.Tensor]) -> None:
-        for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
+        for index, (matrix, weight) in enumerate(zip(job.matrices, weights, strict=True)):
             cost = loss_per_error(job, index)
             if cost is not None:
                 saliency = obs.saliency(weight, job.moments[0].float(), options.damping)
-                tallies[row_of[target.name]] = tally(saliency.mul_(cost[:, None]))
+                tallies[row_of[matrix.name]] = tally(saliency.mul_(cost[:, None]))
 
     for jobs in measured.jobs(solving=False):
-        setting.backend.look_at_targets(setting.model, jobs, look)
-    setting.backend.sum_over_data([tallies])  # each rank looked at the targets it owns
-    competing = [target for target, counted in zip(targets, tallies.any(1).tolist(), strict=True) if counted]
-    sizes = [target.numel for target in competing]
+        problem.backend.look_at_targets(problem.model, jobs, look)
+    problem.backend.sum_over_data([tallies])  # each rank looked at the matrices it owns
+    competing = [matrix for matrix, counted in zip(matrices, tallies.any(1).tolist(), strict=True) if counted]
+    sizes = [matrix.numel for matrix in competing]
     going = sum(sizes) - num_kept(sum(sizes), options.sparsity)
     if going == 0:
         return {}
     pruned = blend(going, sizes, below_cut(tallies[tallies.any(1)], going).tolist(), share)
-    return {target.name: count for target, count in zip(competing, pruned, strict=True)}
+    return {matrix.name: count for matrix, count in zip(competing, pruned, strict=True)}
 
 
 def by_outliers(
-    setting: Setting, targets: Sequence[Target], scores: Mapping[str, torch.Tensor], options: PruneConfig
+    problem: Problem, matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], options: PruneConfig
 ) -> dict[str, int]:
-    """How many entries of each target go by OWL (Yin et al. 2024). An outlier is a score of Wanda, |w| ||x||, above
+    """How many entries of each matrix go by OWL (Yin et al. 2024). An outlier is a score of Wanda, |w| ||x||, above
     `owl_outliers` times its layer's mean; from the layer with the smallest share of them to the one with the largest, density
     rises evenly by twice `owl_spread`, around the mean that is asked for. Matrices of one layer are alike.
 
     scores: of Wanda, shaped like this rank's shards. Where twice the spread is more than what goes or stays in all, it is that.
     """
-    sum_over_shards = setting.backend.sum_over_shards
-    layers = sorted({target.layer for target in targets})
-    row_of = {target.name: layers.index(target.layer) for target in targets}
+    sum_over_shards = problem.backend.sum_over_shards
+    layers = sorted({matrix.layer for matrix in matrices})
+    row_of = {matrix.name: layers.index(matrix.layer) for matrix in matrices}
     sums, above = (torch.zeros(len(layers), dtype=kind) for kind in (torch.float64, torch.int64))
     sizes = torch.zeros(len(layers), dtype=torch.float64)
-    for target in targets:
-        sums[row_of[target.name]] += float(scores[target.name].double().sum())
-        sizes[row_of[target.name]] += target.numel
+    for matrix in matrices:
+        sums[row_of[matrix.name]] += float(scores[matrix.name].double().sum())
+        sizes[row_of[matrix.name]] += matrix.numel
     limits = options.owl_outliers * sum_over_shards(sums) / sizes
-    for target in targets:
-        row = row_of[target.name]
-        above[row] += int((scores[target.name].double() > limits[row]).sum())
+    for matrix in matrices:
+        row = row_of[matrix.name]
+        above[row] += int((scores[matrix.name].double() > limits[row]).sum())
     density = outlier_densities(sum_over_shards(above) / sizes, sizes, 1 - options.sparsity, options.owl_spread)
-    numbers = [target.numel for target in targets]
-    wanted = [t.numel * (1 - float(density[row_of[t.name]])) for t in targets]
+    numbers = [matrix.numel for matrix in matrices]
+    wanted = [t.numel * (1 - float(density[row_of[t.name]])) for t in matrices]
     counts = blend(sum(numbers) - num_kept(sum(numbers), options.sparsity), numbers, wanted, 1.0)
-    return {target.name: count for target, count in zip(targets, counts, strict=True)}
+    return {matrix.name: count for matrix, count in zip(matrices, counts, strict=True)}
 
 
 def outlier_densities(outliers: torch.Tensor, sizes: torch.Tensor, density: float, spread: float) -> torch.Tensor:
@@ -153,8 +153,8 @@ def tally(saliency: torch.Tensor) -> torch.Tensor:
 
 
 def below_cut(tallies: torch.Tensor, going: int) -> torch.Tensor:
-    """(targets,) fp64 numbers of entries below the cut that `going` of all of them lie below. tallies: (targets, _BINS)
-    int64. Of the bin that the cut lies in every target gives the same share."""
+    """(matrices,) fp64 numbers of entries below the cut that `going` of all of them lie below. tallies: (matrices, _BINS)
+    int64. Of the bin that the cut lies in every matrix gives the same share."""
     under = tallies.sum(0).cumsum(0)
     at = int(torch.searchsorted(under, going))
     below, inside = tallies[:, :at].sum(1).double(), tallies[:, at].double()
@@ -162,7 +162,7 @@ def below_cut(tallies: torch.Tensor, going: int) -> torch.Tensor:
 
 
 def loss_per_error(job: Job, index: int) -> torch.Tensor | None:
-    """(out,) what a unit of squared error at each output row of a target costs in loss, up to one factor for the whole
+    """(out,) what a unit of squared error at each output row of a matrix costs in loss, up to one factor for the whole
     model: the row's gradient energy over the trace of the Hessian that the error is measured with. None where no
     gradient was measured."""
     rows = job.moments[1 + index].float() if len(job.moments) > 1 else torch.zeros(())

@@ -14,15 +14,15 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import num_kept
 from tinygn_dist.maths.top_k import keep_largest
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 
 FLOOR = 0.01
 """density that global competition leaves in every weight matrix: an emptied layer ends the model"""
 
 
-def check_nm(targets: Sequence[Target], m: int) -> None:
-    """UserError when M does not divide a target's inputs, before anything is computed."""
-    odd = [target for target in targets if target.shape[1] % m]
+def check_nm(matrices: Sequence[Matrix], m: int) -> None:
+    """UserError when M does not divide a matrix's inputs, before anything is computed."""
+    odd = [matrix for matrix in matrices if matrix.shape[1] % m]
     if odd:
         raise UserError(
             f"N:M with M={m} does not divide the {odd[0].shape[1]} inputs of {odd[0].name} ({len(odd)} such weights); "
@@ -32,7 +32,7 @@ def check_nm(targets: Sequence[Target], m: int) -> None:
 
 def choose_masks(
     model: nn.Module,
-    targets: Sequence[Target],
+    matrices: Sequence[Matrix],
     scores: Mapping[str, torch.Tensor],
     *,
     sparsity: float,
@@ -41,22 +41,24 @@ def choose_masks(
     backend: Backend,
 ) -> dict[str, torch.Tensor]:
     """Keep masks shaped like the scores, which are shaped like this rank's shards. scope: row, layer or global."""
-    _refuse_nonfinite(targets, scores, backend)
+    _refuse_nonfinite(matrices, scores, backend)
     if nm is not None:
-        return {t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *nm)) for t in targets}
+        return {
+            t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *nm)) for t in matrices
+        }
     if scope == "row":
         return {
             t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_per_row(rows, sparsity))
-            for t in targets
+            for t in matrices
         }
     if scope == "layer":
-        return {t.name: _keep_in(model, [t], scores, num_kept(t.numel, sparsity), backend)[0] for t in targets}
-    return _keep_globally(model, targets, scores, sparsity, backend)
+        return {t.name: _keep_in(model, [t], scores, num_kept(t.numel, sparsity), backend)[0] for t in matrices}
+    return _keep_globally(model, matrices, scores, sparsity, backend)
 
 
-def _refuse_nonfinite(targets: Sequence[Target], scores: Mapping[str, torch.Tensor], backend: Backend) -> None:
+def _refuse_nonfinite(matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], backend: Backend) -> None:
     """The same UserError on every rank when any rank's piece of a score is NaN or inf."""
-    bad = next((t.name for t in targets if not torch.isfinite(scores[t.name]).all()), None)
+    bad = next((t.name for t in matrices if not torch.isfinite(scores[t.name]).all()), None)
     for rank, name in enumerate(backend.everyone(bad)):
         if name is not None:
             raise UserError(f"score of {name} is NaN or inf on rank {rank}; check the data and the weights")
@@ -77,19 +79,19 @@ def keep_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return keep.scatter_(1, order[:, : num_kept(scores.shape[1], sparsity)], True)
 
 
-def _keep_globally(model, targets, scores, sparsity, backend) -> dict[str, torch.Tensor]:
+def _keep_globally(model, matrices, scores, sparsity, backend) -> dict[str, torch.Tensor]:
     floored = {}
-    for target in targets:  # the best few of every matrix are out of the competition
-        (best,) = _keep_in(model, [target], scores, max(1, round(FLOOR * target.numel)), backend)
-        floored[target.name] = scores[target.name].masked_fill(best, torch.inf)
-    keep = num_kept(sum(target.numel for target in targets), sparsity)
-    masks = _keep_in(model, targets, floored, keep, backend)
-    return {target.name: mask for target, mask in zip(targets, masks, strict=True)}
+    for matrix in matrices:  # the best few of every matrix are out of the competition
+        (best,) = _keep_in(model, [matrix], scores, max(1, round(FLOOR * matrix.numel)), backend)
+        floored[matrix.name] = scores[matrix.name].masked_fill(best, torch.inf)
+    keep = num_kept(sum(matrix.numel for matrix in matrices), sparsity)
+    masks = _keep_in(model, matrices, floored, keep, backend)
+    return {matrix.name: mask for matrix, mask in zip(matrices, masks, strict=True)}
 
 
-def _keep_in(model, targets, scores, keep: int, backend: Backend) -> list[torch.Tensor]:
+def _keep_in(model, matrices, scores, keep: int, backend: Backend) -> list[torch.Tensor]:
     starts, before = [], 0
-    for target in targets:
-        starts.append(before + backend.shard(model, target).offset)
-        before += target.numel
-    return keep_largest([scores[target.name] for target in targets], starts, keep, backend.sum_over_shards)
+    for matrix in matrices:
+        starts.append(before + backend.shard(model, matrix).offset)
+        before += matrix.numel
+    return keep_largest([scores[matrix.name] for matrix in matrices], starts, keep, backend.sum_over_shards)

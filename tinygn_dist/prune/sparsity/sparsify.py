@@ -12,10 +12,10 @@ from tinygn_dist.backends.pieces import Job, Shard
 from tinygn_dist.config import DEFAULT_SHARE, NM, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
-from tinygn_dist.estimate.estimator import settled
+from tinygn_dist.estimate.estimator import resolve_estimator
 from tinygn_dist.estimate.hessians import LayerStatistics, gram_gib, layer_groups, measure
 from tinygn_dist.estimate.input_moments import InputMoments, input_moments
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.saved_moments import in_parts
 from tinygn_dist.experiments import evopress
 from tinygn_dist.experiments.evopress import HeldOut
@@ -25,52 +25,52 @@ from tinygn_dist.maths.counts import num_kept
 from tinygn_dist.maths.schedules import sparsity_between
 from tinygn_dist.maths.solve import layer
 from tinygn_dist.maths.sums import Moments
-from tinygn_dist.models.anatomy import Anatomy, Target
+from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.prune.sparsity import budgets as layer_budgets
 from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
-from tinygn_dist.runtime.cpu_matmul import fast_products
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 log = logging.getLogger(__name__)
 DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
 WITHOUT_DATA = ("magnitude", "random")
 
 
-def check(anatomy: Anatomy, targets: Sequence[Target], options: PruneConfig) -> None:
+def check(anatomy: Anatomy, matrices: Sequence[Matrix], options: PruneConfig) -> None:
     """UserError, before anything is computed, for what cannot be done with these weights."""
     if options.nm:
-        check_nm(targets, options.nm.m)
+        check_nm(matrices, options.nm.m)
     if options.criterion not in ("auto", "obs"):
         return
-    if len(layer_groups(anatomy, targets, options.gram_gib)) > 1 and options.allocation == "search":
+    if len(layer_groups(anatomy, matrices, options.gram_gib)) > 1 and options.allocation == "search":
         raise UserError(
-            f"allocation search solves all layers from one measurement, whose Gram matrices take {gram_gib(targets):.3g} GiB; "
+            f"allocation search solves all layers from one measurement, whose Gram matrices take {gram_gib(matrices):.3g} GiB; "
             f"raise prune.gram_gib ({options.gram_gib:g}), or use allocation auto"
         )
 
 
-def sparsify(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> Masks:
+def sparsify(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> Masks:
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept)."""
     criterion = "obs" if options.criterion == "auto" else options.criterion
-    with fast_products(setting.backend.device):
+    with fast_matmul(problem.backend.device):
         if criterion == "obs":
-            masks = _solve_in_passes(setting, targets, options)
+            masks = _solve_in_passes(problem, matrices, options)
         else:
-            masks = _choose(setting, targets, _scores(setting, targets, criterion, options.seed), criterion, options)
-    chosen = Masks(targets, masks)
-    chosen.apply_(setting.model, setting.backend)
+            masks = _choose(problem, matrices, _scores(problem, matrices, criterion, options.seed), criterion, options)
+    chosen = Masks(matrices, masks)
+    chosen.apply_(problem.model, problem.backend)
     return chosen
 
 
-def _solve_in_passes(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, torch.Tensor]:
-    held = round(min(gram_gib(targets), options.gram_gib) * 2**30)
-    options = settled(setting, options, held)
+def _solve_in_passes(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> dict[str, torch.Tensor]:
+    held = round(min(gram_gib(matrices), options.gram_gib) * 2**30)
+    options = resolve_estimator(problem, options, held)
     held_out = None
     if options.allocation == "search":  # the dense model is what it compares with, in the last pass too
-        setting, rest = setting.split(options.search_samples)
+        problem, rest = problem.split(options.search_samples)
         held_out = evopress.hold_out(rest)
     for asked in solver_passes(options):
-        masks = _solve(setting, targets, asked, held_out)
+        masks = _solve(problem, matrices, asked, held_out)
     return masks
 
 
@@ -94,141 +94,141 @@ def at_sparsity(options: PruneConfig, sparsity: float) -> PruneConfig | None:
 
 
 def _choose(
-    setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
+    problem: Problem, matrices: Sequence[Matrix], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
 ) -> dict[str, torch.Tensor]:
     """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the
     whole model competes, scores of another scale would empty them or spare them."""
 
-    def masks(among: Sequence[Target], within: str, sparsity: float = options.sparsity) -> dict[str, torch.Tensor]:
+    def masks(among: Sequence[Matrix], within: str, sparsity: float = options.sparsity) -> dict[str, torch.Tensor]:
         return choose_masks(
-            setting.model,
+            problem.model,
             among,
             scores,
             sparsity=sparsity,
             scope=within,
             nm=options.nm,
-            backend=setting.backend,
+            backend=problem.backend,
         )
 
     scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
-    alone = {} if criterion in WITHOUT_DATA else {t.name: t for t in _unreached(setting, targets, scores)}
+    alone = {} if criterion in WITHOUT_DATA else {t.name: t for t in _unreached(problem, matrices, scores)}
     _warn_unreached(alone.values())
-    for name, target in alone.items():
-        scores[name] = criteria.magnitude(setting.backend.shard(setting.model, target).weight)
+    for name, matrix in alone.items():
+        scores[name] = criteria.magnitude(problem.backend.shard(problem.model, matrix).weight)
     if options.allocation == "owl":
-        going = _outlier_budgets(setting, targets, options)
-        return {n: m for t in targets for n, m in masks([t], scope, going[t.name] / t.numel).items()}
-    together = [target for target in targets if scope != "global" or target.name not in alone]
+        going = _outlier_budgets(problem, matrices, options)
+        return {n: m for t in matrices for n, m in masks([t], scope, going[t.name] / t.numel).items()}
+    together = [matrix for matrix in matrices if scope != "global" or matrix.name not in alone]
     apart = list(alone.values()) if scope == "global" else []
     return {k: m for among, s in ((together, scope), (apart, "layer")) if among for k, m in masks(among, s).items()}
 
 
-def _scores(setting: Setting, targets: Sequence[Target], criterion: str, seed: int) -> dict[str, torch.Tensor]:
+def _scores(problem: Problem, matrices: Sequence[Matrix], criterion: str, seed: int) -> dict[str, torch.Tensor]:
     """fp32 scores shaped like this rank's shards."""
-    shards = {target.name: setting.backend.shard(setting.model, target) for target in targets}
+    shards = {matrix.name: problem.backend.shard(problem.model, matrix) for matrix in matrices}
     match criterion:
         case "magnitude":
             return {name: criteria.magnitude(shard.weight) for name, shard in shards.items()}
         case "random":
             return {name: _random(shard, key_of(seed, name)) for name, shard in shards.items()}
         case "wanda" | "gblm":
-            energy = _input_energy(setting, targets)
-            pieces = {t.name: t.per_input(energy(t), shards[t.name].weight, shards[t.name].offset) for t in targets}
+            energy = _input_energy(problem, matrices)
+            pieces = {t.name: t.per_input(energy(t), shards[t.name].weight, shards[t.name].offset) for t in matrices}
             if criterion == "wanda":
                 return {name: criteria.wanda(shard.weight, pieces[name]) for name, shard in shards.items()}
-            grads = _gradients(setting, targets, squares=True)
+            grads = _gradients(problem, matrices, squares=True)
             return {n: criteria.gblm(shard.weight, pieces[n], grads.rounded(n)) for n, shard in shards.items()}
         case "ria":
-            energy = _input_energy(setting, targets)
-            return {t.name: _ria(setting, t, shards[t.name], energy(t)) for t in targets}
+            energy = _input_energy(problem, matrices)
+            return {t.name: _ria(problem, t, shards[t.name], energy(t)) for t in matrices}
         case "taylor" | "fisher":
-            grads = _gradients(setting, targets, squares=criterion == "fisher")
+            grads = _gradients(problem, matrices, squares=criterion == "fisher")
             rule = criteria.fisher if criterion == "fisher" else criteria.taylor
             return {name: rule(shard.weight, grads.rounded(name)) for name, shard in shards.items()}
     raise AssertionError(criterion)
 
 
-def _gradients(setting: Setting, targets: Sequence[Target], *, squares: bool) -> Moments:
-    return in_parts(setting, "gradients", lambda some: weight_gradients(some, targets, squares=squares), Moments())
+def _gradients(problem: Problem, matrices: Sequence[Matrix], *, squares: bool) -> Moments:
+    return in_parts(problem, "gradients", lambda some: weight_gradients(some, matrices, squares=squares), Moments())
 
 
-def _input_energy(setting: Setting, targets: Sequence[Target]) -> Callable[[Target], torch.Tensor]:
-    """(in,) fp32 sums of squares of what a target reads, over the data of all ranks."""
-    found = in_parts(setting, "inputs", lambda some: input_moments(some, targets, full=False), InputMoments())
-    setting.backend.sum_over_data(found.moments.tensors())
-    return lambda target: found.moments.rounded(found.of(target))
+def _input_energy(problem: Problem, matrices: Sequence[Matrix]) -> Callable[[Matrix], torch.Tensor]:
+    """(in,) fp32 sums of squares of what a matrix reads, over the data of all ranks."""
+    found = in_parts(problem, "inputs", lambda some: input_moments(some, matrices, full=False), InputMoments())
+    problem.backend.sum_over_data(found.moments.tensors())
+    return lambda matrix: found.moments.rounded(found.of(matrix))
 
 
-def _ria(setting: Setting, target: Target, shard: Shard, energy: torch.Tensor) -> torch.Tensor:
+def _ria(problem: Problem, matrix: Matrix, shard: Shard, energy: torch.Tensor) -> torch.Tensor:
     """Sums of rows and of columns need the whole matrix: one at a time."""
-    whole = target.matrix(setting.backend.gather(setting.model, target, shard.weight))
-    scores = target.matrix(criteria.ria(whole, energy)).contiguous()
-    return setting.backend.cut(setting.model, target, scores)
+    whole = matrix.oriented(problem.backend.gather(problem.model, matrix, shard.weight))
+    scores = matrix.oriented(criteria.ria(whole, energy)).contiguous()
+    return problem.backend.cut(problem.model, matrix, scores)
 
 
-def _unreached(setting: Setting, targets: Sequence[Target], scores: dict[str, torch.Tensor]) -> list[Target]:
+def _unreached(problem: Problem, matrices: Sequence[Matrix], scores: dict[str, torch.Tensor]) -> list[Matrix]:
     """Experts that no calibration token reached, whose scores are all zero: those say nothing about them."""
-    experts = [target for target in targets if target.index is not None]
+    experts = [matrix for matrix in matrices if matrix.index is not None]
     nonzero = torch.tensor([int(torch.count_nonzero(scores[t.name])) for t in experts], dtype=torch.int64)
-    nonzero = setting.backend.sum_over_shards(nonzero).tolist() if experts else []
-    return [target for target, count in zip(experts, nonzero, strict=True) if count == 0]
+    nonzero = problem.backend.sum_over_shards(nonzero).tolist() if experts else []
+    return [matrix for matrix, count in zip(experts, nonzero, strict=True) if count == 0]
 
 
-def _warn_unreached(targets: Iterable[Target]) -> None:
+def _warn_unreached(matrices: Iterable[Matrix]) -> None:
     unreached: dict[str, set[int]] = {}
-    for target in targets:
-        unreached.setdefault(target.module, set()).add(target.index)
+    for matrix in matrices:
+        unreached.setdefault(matrix.module, set()).add(matrix.index)
     for module, experts in unreached.items():
         never = sorted(experts)
         log.warning("no calibration token reached experts %s of %s: they are pruned by magnitude", never, module)
 
 
 def _solve(
-    setting: Setting, targets: Sequence[Target], options: PruneConfig, held_out: HeldOut | None
+    problem: Problem, matrices: Sequence[Matrix], options: PruneConfig, held_out: HeldOut | None
 ) -> dict[str, torch.Tensor]:
     """Masks and updates by the layer solver, at the budgets asked for or at the best of several. held_out: for a search."""
     shares = layer_budgets.shares(options)
-    trial: Setting | None = None
+    trial: Problem | None = None
     if len(shares) > 1:
-        setting, trial = setting.split(options.probe_samples)
-    measured = measure(setting, targets, options)
+        problem, trial = problem.split(options.probe_samples)
+    measured = measure(problem, matrices, options)
 
     def budgets(share: float) -> dict[str, int]:
-        pruned = {target.name: _num_pruned(target, options) for target in targets}
+        pruned = {matrix.name: _num_pruned(matrix, options) for matrix in matrices}
         if options.allocation == "owl":
-            return _outlier_budgets(setting, targets, options)
-        return pruned | (layer_budgets.allocate(setting, targets, measured, options, share) if share > 0 else {})
+            return _outlier_budgets(problem, matrices, options)
+        return pruned | (layer_budgets.allocate(problem, matrices, measured, options, share) if share > 0 else {})
 
     def solved(pruned: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        return _solved(setting, measured, options, pruned)
+        return _solved(problem, measured, options, pruned)
 
     if options.allocation == "search":
         asked = dict(generations=options.search_generations, seed=options.seed)
-        return evopress.search(held_out, targets, budgets(shares[0]), solved, **asked)
+        return evopress.search(held_out, matrices, budgets(shares[0]), solved, **asked)
     if trial:
-        return layer_budgets.best_of(shares, trial, targets, lambda share: solved(budgets(share)))
+        return layer_budgets.best_of(shares, trial, matrices, lambda share: solved(budgets(share)))
     return solved(budgets(shares[0]))
 
 
-def _outlier_budgets(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> dict[str, int]:
-    return layer_budgets.by_outliers(setting, targets, _scores(setting, targets, "wanda", options.seed), options)
+def _outlier_budgets(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> dict[str, int]:
+    return layer_budgets.by_outliers(problem, matrices, _scores(problem, matrices, "wanda", options.seed), options)
 
 
 def _solved(
-    setting: Setting, measured: LayerStatistics, options: PruneConfig, pruned: Mapping[str, int]
+    problem: Problem, measured: LayerStatistics, options: PruneConfig, pruned: Mapping[str, int]
 ) -> dict[str, torch.Tensor]:
-    """Whole rows of each target are solved by one rank. pruned: how many entries of each target go."""
+    """Whole rows of each matrix are solved by one rank. pruned: how many entries of each matrix go."""
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results, hessian = [], job.moments[0].float()
         if _is_unreached(job):  # with the identity the solver keeps the largest
             hessian = torch.eye(len(hessian), device=hessian.device)
-            _warn_unreached(job.targets)
-        for index, (target, weight) in enumerate(zip(job.targets, weights, strict=True)):
+            _warn_unreached(job.matrices)
+        for index, (matrix, weight) in enumerate(zip(job.matrices, weights, strict=True)):
             solved = layer.solve(
                 weight,
                 hessian,
-                pruned[target.name],
+                pruned[matrix.name],
                 solver=options.solver,
                 refine=options.refine,
                 nm=options.nm,
@@ -237,7 +237,7 @@ def _solved(
                 damping=options.damping,
             )
             if solved.damping > options.damping:
-                log.warning("%s: damping raised to %g to factorise its Hessian", target.name, solved.damping)
+                log.warning("%s: damping raised to %g to factorise its Hessian", matrix.name, solved.damping)
             results.append((solved.weight, solved.keep))
             job.outcome = (job.outcome or 0) + (solved.solver == "admm")
         return results
@@ -247,21 +247,21 @@ def _solved(
     for jobs in measured.jobs(solving=True):
         for job in jobs:
             job.outcome = None
-        masks |= setting.backend.map_targets(setting.model, jobs, solve)
+        masks |= problem.backend.map_matrices(problem.model, jobs, solve)
         better += sum(job.outcome for job in jobs)
     if options.solver == "admm":
-        setting.notes.append(
+        problem.notes.append(
             f"ADMM's mask had the smaller error on {better} of {len(masks)} weights, the sweep's on the rest"
         )
     return masks
 
 
 def _is_unreached(job: Job) -> bool:
-    return job.targets[0].index is not None and not job.moments[0].any()
+    return job.matrices[0].index is not None and not job.moments[0].any()
 
 
-def _num_pruned(target: Target, options: PruneConfig) -> int:
-    rows, size = target.shape if options.scope == "row" else (1, target.numel)
+def _num_pruned(matrix: Matrix, options: PruneConfig) -> int:
+    rows, size = matrix.shape if options.scope == "row" else (1, matrix.numel)
     return rows * (size - num_kept(size, options.sparsity))
 
 

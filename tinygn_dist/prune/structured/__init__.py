@@ -1,0 +1,1 @@
+"""Which units go, and what stands in for them?"""

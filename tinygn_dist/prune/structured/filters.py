@@ -16,7 +16,7 @@ from torch import nn
 
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Mix, channel_cuts, evenly
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup
 from tinygn_dist.models.kept import KeptUnits, Removal
@@ -85,11 +85,11 @@ def dense_params(anatomy: Anatomy) -> int:
     return anatomy.total_params
 
 
-def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
+def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
     """Choose the filters that go. Nothing is changed in the live model: `shrink` takes them out, and `reestimate_norms`
     makes up for them."""
-    (mix,), anatomy = candidates, setting.anatomy
-    scores = score_units(setting.first(options.probe_samples), mix, options, None)
+    (mix,), anatomy = candidates, problem.anatomy
+    scores = score_units(problem.first(options.probe_samples), mix, options, None)
     ranked = {group.layer: scores.by_group["filters", group.layer] for group in anatomy.of_kind("filters")}
     if mix.uneven:
         groups = anatomy.of_kind("filters")
@@ -107,13 +107,13 @@ def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConf
     return Removal(KeptUnits((), filters=chosen), scores, [], {})
 
 
-def reestimate_norms(setting: Setting) -> None:
+def reestimate_norms(problem: Problem) -> None:
     """Running means and variances of every BatchNorm of a smaller net, averaged over the calibration batches of all ranks:
     the closed-form compensation, with forward passes only, of what the removed filters contributed. In place."""
     norms = [
-        module for module in setting.bare.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats
+        module for module in problem.bare.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats
     ]
-    mine = setting.backend.share(setting.batches)
+    mine = problem.backend.share(problem.batches)
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
     with torch.no_grad():
         usual = [norm.momentum for norm in norms]
@@ -121,13 +121,13 @@ def reestimate_norms(setting: Setting) -> None:
             norm.train()
             norm.momentum = 1.0  # the statistics of each batch alone
         for batch, real in mine:
-            setting.objective(setting.model, setting.on_device(batch))
+            problem.objective(problem.model, problem.on_device(batch))
             for total, norm in zip(sums, norms, strict=True) if real else ():
                 total += torch.stack([norm.running_mean, norm.running_var]).double().cpu()
-        setting.backend.sum_over_data(sums)
+        problem.backend.sum_over_data(sums)
         for total, norm, momentum in zip(sums, norms, usual, strict=True):
-            norm.running_mean.copy_(total[0] / len(setting.batches))
-            norm.running_var.copy_(total[1] / len(setting.batches))
+            norm.running_mean.copy_(total[0] / len(problem.batches))
+            norm.running_var.copy_(total[1] / len(problem.batches))
             norm.momentum = momentum
             norm.eval()
 

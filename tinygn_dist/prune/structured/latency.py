@@ -31,7 +31,7 @@ from tinygn_dist.models.kept import KeptUnits
 from tinygn_dist.models.objective import Batch, last_logits_only
 from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes
 from tinygn_dist.prune.structured.shrink import smaller_config
-from tinygn_dist.runtime.cpu_matmul import stock_products
+from tinygn_dist.runtime.cpu_matmul import stock_matmul
 
 log = logging.getLogger(__name__)
 _LEAST_LAYERS = 4
@@ -41,7 +41,7 @@ _KINDS = ("heads", "channels")
 _SHARES = (0.75, 0.5, 0.25)
 
 
-class LatencyTarget:
+class LatencyGoal:
     """mixes: those that meet the target by what layers cost on the main rank's device, the same on every rank. figures: what the
     report says."""
 
@@ -92,7 +92,7 @@ class LatencyTarget:
             models = [layers.built({}), bare] if again else [bare]
             return forward_seconds(models, self._batch, backend.device)
 
-        with stock_products():
+        with stock_matmul():
             *beside, own = backend.everyone(backend.on_main(seconds))[0]
         self.figures[f"{which}_seconds"] = own
         if beside:
@@ -102,7 +102,7 @@ class LatencyTarget:
 
     def _on_main(self, work: Callable[[], Any]) -> Any:
         """What the main rank measured, on every rank."""
-        with self._backend.together("measuring latency"), stock_products():
+        with self._backend.together("measuring latency"), stock_matmul():
             found = work() if self._backend.is_main else None
         return self._backend.everyone(found)[0]
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 
 from tinygn_dist.config import PruneConfig
-from tinygn_dist.estimate.elimination import Contest, race
+from tinygn_dist.estimate.elimination import Contest, successive_elimination
 from tinygn_dist.estimate.probes import Measured
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import sequence_losses
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.prune.structured.absorb import takers_of
@@ -33,7 +33,7 @@ _TOKENS_PER_INPUT = 4
 """of the widest feed-forward, that the fits of a trial see; not tuned"""
 
 
-def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int, options: PruneConfig) -> UnitScores:
+def score_layers(probed: Problem, fitted: Problem, tried: Problem, removed: int, options: PruneConfig) -> UnitScores:
     """The order in which `removed` layers go. probed: sequences of plain probes, and of other criteria. fitted, tried: those of the
     fits, and of the losses that they leave."""
     scores, anatomy = UnitScores(), probed.anatomy
@@ -46,8 +46,8 @@ def score_layers(probed: Setting, fitted: Setting, tried: Setting, removed: int,
 
 
 class _Judge:
-    def __init__(self, fitted: Setting, tried: Setting, options: PruneConfig) -> None:
-        self._setting, self._options = replace(tried, progress=Progress(shown=False)), options
+    def __init__(self, fitted: Problem, tried: Problem, options: PruneConfig) -> None:
+        self._problem, self._options = replace(tried, progress=Progress(shown=False)), options
         width = max(group.num_units for group in fitted.anatomy.of_kind("channels"))
         self._fitted = fitted.first(math.ceil(_TOKENS_PER_INPUT * width / _rows_of_one(fitted)))
         self._dense: torch.Tensor | None = None
@@ -56,11 +56,11 @@ class _Judge:
     def again(self, removals: Removals, able: Sequence[int], gone: Sequence[int]) -> dict[int, float]:
         """What each of some layers adds to the loss that is left without those gone; able: layers that may go, best first."""
         if self._dense is None:
-            self._dense, _ = sequence_losses(self._setting, "evaluating")
-            removals.spend(len(self._setting.batches))
+            self._dense, _ = sequence_losses(self._problem, "evaluating")
+            removals.spend(len(self._problem.batches))
         groups = list(self._in_room([[*gone, layer] for layer in worth_trying(able, gone)]))
         told: dict[int, float] = {}
-        with removals.setting.progress.bar(f"judging layer {len(gone) + 1} to go", sum(map(len, groups))) as advance:
+        with removals.problem.progress.bar(f"judging layer {len(gone) + 1} to go", sum(map(len, groups))) as advance:
             for orders in groups:
                 if removals.spent:
                     break
@@ -80,7 +80,7 @@ class _Judge:
         adds least."""
         trials, seen = self._fit(orders, removals), 0
 
-        def look(some: Setting, asked: Sequence[list[int]], without: Sequence[object]) -> Measured:
+        def look(some: Problem, asked: Sequence[list[int]], without: Sequence[object]) -> Measured:
             nonlocal seen
             found = [trials.losses_of(Mix(layers=len(o)), UnitScores(layer_order=o), some) for o in asked]
             totals, counts = torch.stack([losses for losses, _ in found]), found[0][1]
@@ -89,7 +89,9 @@ class _Judge:
             return Measured(totals - base, counts, base, len(asked) * len(some.batches))
 
         contest = Contest(tuple(range(len(orders))), 1)
-        found = race(self._setting, orders, [contest], adaptive=adaptive, limit=removals.limit, look=look)
+        found = successive_elimination(
+            self._problem, orders, [contest], adaptive=adaptive, limit=removals.limit, look=look
+        )
         removals.spend(found.forwards, found.exhaustive)
         in_order = sorted(contest.probes, key=lambda index: int(found.place[index]))
         means = itertools.accumulate((float(found.mean[index]) for index in in_order), max)  # what was decided stands
@@ -99,9 +101,9 @@ class _Judge:
         """Orders whose sums fit into prune.gram_gib together, one at least."""
         room, some, taken = self._options.gram_gib * 2**30, [], 0
         for order in orders:
-            takers, size = takers_of(self._setting.anatomy, [order]), 0
+            takers, size = takers_of(self._problem.anatomy, [order]), 0
             for group, segments in takers.items():
-                out, inputs = self._setting.anatomy.target_of(group.output).shape
+                out, inputs = self._problem.anatomy.matrix_of(group.output).shape
                 size += 8 * inputs * (inputs + len(segments) * out)
             if some and taken + size > room:
                 yield some
@@ -111,10 +113,10 @@ class _Judge:
 
     def _fit(self, orders: Sequence[list[int]], removals: Removals) -> Trials:
         most = Mix(layers=len(orders[-1]))
-        fits = Fits(self._setting, most, takers_of(self._setting.anatomy, orders), self._options)
+        fits = Fits(self._problem, most, takers_of(self._problem.anatomy, orders), self._options)
         jobs = fits.jobs(fits.moments(self._fitted))
         removals.spend(len(self._fitted.batches))
-        return Trials(self._setting, most, self._options, UnitScores(), jobs)
+        return Trials(self._problem, most, self._options, UnitScores(), jobs)
 
 
 def worth_trying(able: Sequence[int], gone: Sequence[int]) -> list[int]:
@@ -127,6 +129,6 @@ def _listed(losses: Mapping[int, float]) -> str:
     return ", ".join(f"{layer}: {losses[layer]:.3f}" for layer in sorted(losses, key=losses.get))
 
 
-def _rows_of_one(setting: Setting) -> int:
+def _rows_of_one(problem: Problem) -> int:
     """Rows that a sequence gives to a fit; of images that is not known here, and one is too few."""
-    return setting.batches[0]["input_ids"].shape[1] if "input_ids" in setting.batches[0] else 1
+    return problem.batches[0]["input_ids"].shape[1] if "input_ids" in problem.batches[0] else 1

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting, batch_size
+from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.models.anatomy import Anatomy
 from tinygn_dist.models.kept import Removal, Trial
@@ -95,7 +95,7 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
     found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
     if not found and latency:
         raise UserError(
-            f"{options.pattern} cannot reach {options.target}: of {latency.total_seconds:.3g} s measured, "
+            f"{options.pattern} cannot reach {options.goal}: of {latency.total_seconds:.3g} s measured, "
             f"{latency.rest / latency.total_seconds:.0%} lie outside the layers ({_told(sizes)}); ask for more"
         )
     if not found:
@@ -139,42 +139,42 @@ Replan = Callable[[Mix], Sequence[Mix]]
 
 
 def remove_units(
-    setting: Setting, candidates: Sequence[Mix], options: PruneConfig, replan: Replan | None = None
+    problem: Problem, candidates: Sequence[Mix], options: PruneConfig, replan: Replan | None = None
 ) -> Removal:
     """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
     and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
     they are compared on sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the
     shorter model gives."""
     most = _most_of(candidates)
-    probed = setting.first(options.probe_samples)
+    probed = problem.first(options.probe_samples)
     probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
-    fitted, held_out = apart(setting)
+    fitted, held_out = apart(problem)
     tried = held_out.first(options.probe_samples)
     scores = score_layers(probed, fitted, held_out, most.layers, options)
     anew = len(candidates) > 1 or replan is not None
     order = [scores.layer_order[:count] for count in range(most.layers + 1)]
-    takers = takers_of(setting.anatomy, order if anew else order[-1:]) if options.compensate else {}
+    takers = takers_of(problem.anatomy, order if anew else order[-1:]) if options.compensate else {}
     trials = Trials(tried, most, options, scores, [])
-    fits, moments = Fits(setting, most, takers, options), None
-    if anew or not trials.in_two(most) or reads_moments(setting, most, options):
-        moments = fits.moments(fitted if anew else setting)
+    fits, moments = Fits(problem, most, takers, options), None
+    if anew or not trials.in_two(most) or reads_moments(problem, most, options):
+        moments = fits.moments(fitted if anew else problem)
     score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
     trials.jobs = fits.jobs(moments)
     best = trials.best_of(candidates)
     if replan is not None:
         best = _closer(trials, best, most, replan)
-    kept, shifts = trials.leave(best, setting, anew=anew)
+    kept, shifts = trials.leave(best, problem, anew=anew)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
-def apart(setting: Setting) -> tuple[Setting, Setting]:
+def apart(problem: Problem) -> tuple[Problem, Problem]:
     """What layers and mixes are fitted on, and a quarter of the sequences (one micro-batch at least, _HELD_OUT at most) that they
     are compared on: on those of the fit the kind with more weights to fit looks better than it is. One micro-batch serves for
     both."""
-    if len(setting.batches) < 2:
-        return setting, setting
-    quarter = sum(map(batch_size, setting.batches)) // 4
-    return setting.split(min(_HELD_OUT, quarter))
+    if len(problem.batches) < 2:
+        return problem, problem
+    quarter = sum(map(batch_size, problem.batches)) // 4
+    return problem.split(min(_HELD_OUT, quarter))
 
 
 def _closer(trials: Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
@@ -188,7 +188,7 @@ def _closer(trials: Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
     return best
 
 
-def _enough_to_rank(probed: Setting, options: PruneConfig) -> Setting:
+def _enough_to_rank(probed: Problem, options: PruneConfig) -> Problem:
     """As many sequences as make _PROBE_TOKENS: probing every head on all of them takes longer than trying every mix."""
     tokens = probed.batches[0].get("input_ids")
     if tokens is None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from tinygn_dist.config import PruneConfig
-from tinygn_dist.estimate.elimination import Contest, Limit, Standing, late, race
+from tinygn_dist.estimate.elimination import Contest, Limit, Standing, late, successive_elimination
 from tinygn_dist.estimate.input_moments import InputMoments
 from tinygn_dist.estimate.probes import Probe
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.unit_statistics import column_energies, unit_magnitude
 from tinygn_dist.experiments.unit_subsets import Effects, effects_together, interactions, pairs_of
 from tinygn_dist.models.anatomy import UnitGroup
@@ -58,8 +58,8 @@ class UnitScores:
 class Removals:
     """The probes of one choice, within what the budget has left."""
 
-    def __init__(self, scores: UnitScores, setting: Setting, options: PruneConfig) -> None:
-        self.scores, self.setting, self.options = scores, setting, options
+    def __init__(self, scores: UnitScores, problem: Problem, options: PruneConfig) -> None:
+        self.scores, self.problem, self.options = scores, problem, options
 
     @property
     def limit(self) -> Limit:
@@ -72,7 +72,7 @@ class Removals:
     @property
     def spent(self) -> bool:
         """Whether the budget is. The same on every rank."""
-        return self.limit.forwards <= 0 or late(self.setting, self.limit)
+        return self.limit.forwards <= 0 or late(self.problem, self.limit)
 
     def spend(self, forwards: int, exhaustive: int | None = None) -> None:
         """Forwards of what is no probe, which the budget counts. exhaustive: more, where something cut them short."""
@@ -81,11 +81,15 @@ class Removals:
 
     def affordable(self) -> float:
         """Probes on all micro-batches that the budget of forwards has left."""
-        return self.limit.forwards / len(self.setting.batches)
+        return self.limit.forwards / len(self.problem.batches)
 
-    def race(self, asked: Sequence[Probe], contests: Sequence[Contest], without: Sequence[Probe] = ()) -> Standing:
+    def successive_elimination(
+        self, asked: Sequence[Probe], contests: Sequence[Contest], without: Sequence[Probe] = ()
+    ) -> Standing:
         adaptive = self.options.probe_adaptive and bool(contests)
-        found = race(self.setting, asked, contests, adaptive=adaptive, without=without, limit=self.limit)
+        found = successive_elimination(
+            self.problem, asked, contests, adaptive=adaptive, without=without, limit=self.limit
+        )
         self.scores.forwards += found.forwards
         self.scores.exhaustive += found.exhaustive
         self.scores.open += found.open
@@ -103,7 +107,7 @@ class Removals:
             if self.spent:
                 return {}
             without, asked = [probes[i] for i in gone], [probes[i] for i in best[:REPROBED]]
-            seen = self.race(asked, [Contest(tuple(range(len(asked))), 1)], without)
+            seen = self.successive_elimination(asked, [Contest(tuple(range(len(asked))), 1)], without)
             self.tell(asked, seen.mean, seen.error, without)
             return dict(zip(best, seen.mean.tolist(), strict=False))
 
@@ -159,7 +163,7 @@ Judge = Callable[[Removals, list[int], list[int]], Mapping[int, float]]
 
 def order_layers(
     scores: UnitScores,
-    setting: Setting,
+    problem: Problem,
     layers: Sequence[int],
     removed: int,
     options: PruneConfig,
@@ -167,10 +171,12 @@ def order_layers(
 ) -> None:
     """layer_order, of `removed` of these layers: probe all once, then greedily. judge: says better than probes what the best of
     them cost."""
-    removals, probes = Removals(scores, setting, options), [Probe(layer) for layer in layers]
+    removals, probes = Removals(scores, problem, options), [Probe(layer) for layer in layers]
     everyone = tuple(range(len(layers)))
     goes, asked = Contest(everyone, removed), [1, 1 + REPROBED] if judge is None else [JUDGED]
-    found = removals.race(probes, [Contest(everyone, count) for count in asked])  # which go, or are looked at again
+    found = removals.successive_elimination(
+        probes, [Contest(everyone, count) for count in asked]
+    )  # which go, or are looked at again
     removals.tell(probes, found.mean, found.error, [])
 
     def judged(able: list[int], gone: list[int]) -> dict[int, float]:
@@ -183,7 +189,7 @@ def order_layers(
 
 def unit_losses(
     scores: UnitScores,
-    setting: Setting,
+    problem: Problem,
     groups: Sequence[UnitGroup],
     options: PruneConfig,
     moments: InputMoments | None,
@@ -191,7 +197,7 @@ def unit_losses(
 ) -> list[torch.Tensor]:
     """(units,) fp64 scores of each group, of one probe per block of units. Those of filters are losses, and compete everywhere;
     others say in what order units go."""
-    of_filters, blocks = groups[0].kind == "filters", _blocks(setting, groups, options, moments)
+    of_filters, blocks = groups[0].kind == "filters", _blocks(problem, groups, options, moments)
     probes = [
         Probe(group.layer, group, tuple(block.tolist()))
         for group, parts in zip(groups, blocks, strict=True)
@@ -204,8 +210,8 @@ def unit_losses(
     ]
     several = options.pattern == "units" and options.counts is None  # mixes of kinds remove fewer, too
     asked = [replace(c, removed=k) for c in contests for k in range(1 if several else c.removed, c.removed + 1)]
-    removals = Removals(scores, setting, options)
-    found = removals.race(probes, [] if of_filters else asked)
+    removals = Removals(scores, problem, options)
+    found = removals.successive_elimination(probes, [] if of_filters else asked)
     mean, error, values = found.mean, found.error, found.place.double()
     if of_filters:
         values = mean
@@ -225,16 +231,16 @@ def unit_losses(
 
 
 def _blocks(
-    setting: Setting, groups: Sequence[UnitGroup], options: PruneConfig, moments: InputMoments | None
+    problem: Problem, groups: Sequence[UnitGroup], options: PruneConfig, moments: InputMoments | None
 ) -> list[list[torch.Tensor]]:
     """The units of each probe. One head or expert; channels in blocks of similar activation energy, which orders them inside; of
     filters at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
     if groups[0].kind == "filters":
-        orders = [unit_magnitude(setting, group).argsort(stable=True) for group in groups]
+        orders = [unit_magnitude(problem, group).argsort(stable=True) for group in groups]
         return [list(order.split(max(1, len(order) // MANY))) for order in orders]
     if groups[0].num_units <= MANY or groups[0].router:
         return [list(torch.arange(group.num_units).split(1)) for group in groups]
-    energies = column_energies(setting, groups, moments)
+    energies = column_energies(problem, groups, moments)
     return [list(energy.argsort(stable=True).cpu().split(options.probe_channels)) for energy in energies]
 
 
@@ -247,7 +253,7 @@ def _by_subsets(
     if count < 2 or removals.spent:
         log.warning("the budget of probes left nothing for prune.probe_subsets")
         return None
-    return removals.count(effects_together(removals.setting, probes, contests, alone, count, seed=options.seed))
+    return removals.count(effects_together(removals.problem, probes, contests, alone, count, seed=options.seed))
 
 
 def _by_pairs(removals: Removals, probes: Sequence[Probe], contests: Sequence[Contest], found: Standing) -> list[int]:
@@ -258,7 +264,7 @@ def _by_pairs(removals: Removals, probes: Sequence[Probe], contests: Sequence[Co
     if not pairs or removals.spent:
         log.warning("the budget of probes left nothing for prune.probe_pairs")
         return take_out(contests, found, lambda able, gone: {})
-    seen = removals.count(interactions(removals.setting, [(probes[i], probes[j]) for i, j in pairs]))
+    seen = removals.count(interactions(removals.problem, [(probes[i], probes[j]) for i, j in pairs]))
     beyond: dict[tuple[int, int], float] = {}
     for (i, j), extra, error in zip(pairs, seen.mean.tolist(), seen.error.tolist(), strict=True):
         names = [_name(probes[i]), _name(probes[j])]

@@ -16,43 +16,45 @@ import torch
 
 from tinygn_dist.backends.pieces import Job
 from tinygn_dist.config import PruneConfig
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.unit_moments import UnitMoments, taken_by
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.maths.solve import least_squares
-from tinygn_dist.models.anatomy import Target, UnitGroup
+from tinygn_dist.models.anatomy import Matrix, UnitGroup
 from tinygn_dist.models.kept import INNER_KINDS, KeptUnits
 from tinygn_dist.prune.structured.absorb import Takers, segments_gone
 from tinygn_dist.prune.structured.probing import UnitScores
 
 
-def with_bias(setting: Setting, targets: Sequence[Target], options: PruneConfig) -> frozenset[str]:
-    """Names of the targets whose bias takes part in the fit."""
+def with_bias(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> frozenset[str]:
+    """Names of the matrices whose bias takes part in the fit."""
     if not options.compensate:
         return frozenset()
-    return frozenset(t.name for t in targets if getattr(setting.bare.get_submodule(t.module), "bias", None) is not None)
+    return frozenset(
+        t.name for t in matrices if getattr(problem.bare.get_submodule(t.module), "bias", None) is not None
+    )
 
 
 def fit_jobs(
-    setting: Setting, moments: UnitMoments, groups: Sequence[UnitGroup], biased: frozenset[str], takers: Takers
+    problem: Problem, moments: UnitMoments, groups: Sequence[UnitGroup], biased: frozenset[str], takers: Takers
 ) -> list[Job]:
     """One job per weight that reads a group's units: it, the Gram matrix of its inputs, and what the layers gave that it may have
     to take over. A collective."""
     jobs = []
     for group in groups:
         for module, width in group.readers:
-            target, segments = setting.anatomy.target_of(module), takers.get(group, ())
-            sums = [moments.inputs.moments.pop(moments.inputs.of(target))]
-            sums += [moments.taken.pop(taken_by(target.name, segment)) for segment in segments]
-            cost = target.shape[1] ** 3 + target.shape[0] * target.shape[1] ** 2
-            told = {"group": group, "width": width, "biased": target.name in biased, "behind": segments, "orders": {}}
-            jobs.append(Job((target,), sums, cost, told))
-    setting.backend.sum_for_jobs(jobs)
+            matrix, segments = problem.anatomy.matrix_of(module), takers.get(group, ())
+            sums = [moments.inputs.moments.pop(moments.inputs.of(matrix))]
+            sums += [moments.taken.pop(taken_by(matrix.name, segment)) for segment in segments]
+            cost = matrix.shape[1] ** 3 + matrix.shape[0] * matrix.shape[1] ** 2
+            told = {"group": group, "width": width, "biased": matrix.name in biased, "behind": segments, "orders": {}}
+            jobs.append(Job((matrix,), sums, cost, told))
+    problem.backend.sum_for_jobs(jobs)
     return jobs
 
 
 def apply_mix(
-    setting: Setting,
+    problem: Problem,
     mix: Mix,
     most: Mix,
     scores: UnitScores,
@@ -61,30 +63,30 @@ def apply_mix(
 ) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
     """What stays, and what biases gain. most: of every kind the largest number in any mix of the same jobs."""
     gone = set(scores.layer_order[: mix.layers])
-    widths = dict(zip(setting.anatomy.of_kind("channels"), mix.uneven, strict=True)) if mix.uneven else {}
+    widths = dict(zip(problem.anatomy.of_kind("channels"), mix.uneven, strict=True)) if mix.uneven else {}
     for job in jobs:
-        stays, group = job.targets[0].layer not in gone, job.extra["group"]
+        stays, group = job.matrices[0].layer not in gone, job.extra["group"]
         job.extra["removed"] = widths.get(group, getattr(mix, group.kind)) if stays else 0
         job.extra["run"] = segments_gone(job.extra["behind"], gone) if stays else 0
 
     def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [_solve_columns(job, weights[0], most, scores, options)]
 
-    setting.backend.map_targets(setting.model, jobs, solve)
+    problem.backend.map_matrices(problem.model, jobs, solve)
     kept: dict[str, dict[int, tuple[int, ...]]] = {kind: {} for kind in INNER_KINDS}
     shifts = {}
     for job in jobs:
-        (units, shift), group, target = job.outcome, job.extra["group"], job.targets[0]
-        if target.layer not in gone:
+        (units, shift), group, matrix = job.outcome, job.extra["group"], job.matrices[0]
+        if matrix.layer not in gone:
             if getattr(most, group.kind):
                 kept[group.kind][group.layer] = units
             if shift is not None:
-                shifts[f"{target.module}.bias"] = shift
-    for group in setting.anatomy.of_kind("experts"):
+                shifts[f"{matrix.module}.bias"] = shift
+    for group in problem.anatomy.of_kind("experts"):
         if mix.experts and group.layer not in gone:
             order = scores.by_group["experts", group.layer].argsort(stable=True)
             kept["experts"][group.layer] = tuple(sorted(order[mix.experts :].tolist()))
-    layers = tuple(layer for layer in range(setting.anatomy.num_layers) if layer not in gone)
+    layers = tuple(layer for layer in range(problem.anatomy.num_layers) if layer not in gone)
     return KeptUnits(layers, **kept), shifts
 
 

@@ -12,12 +12,12 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate import probes
 from tinygn_dist.estimate.backprop import gate_gradients
-from tinygn_dist.estimate.estimator import settled
+from tinygn_dist.estimate.estimator import resolve_estimator
 from tinygn_dist.estimate.expert_moments import output_mass
 from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.input_moments import InputMoments, block_influence
 from tinygn_dist.estimate.probes import Probe
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.unit_statistics import column_energies, unit_magnitude
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def score_units(
-    setting: Setting,
+    problem: Problem,
     most: Mix,
     options: PruneConfig,
     moments: InputMoments | None = None,
@@ -42,26 +42,26 @@ def score_units(
     """
     scores = scores or UnitScores()
     if options.criterion == "gate" and most != Mix():  # the only one that has a choice
-        options = settled(setting, options)
+        options = resolve_estimator(problem, options)
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
         if criterion == "removal":
-            order_layers(scores, setting, removable(setting, options), most.layers, options)
+            order_layers(scores, problem, removable(problem, options), most.layers, options)
         else:
-            _order_by_score(scores, setting, criterion, options)
+            _order_by_score(scores, problem, criterion, options)
     for kind in ("heads", "channels", "experts", "filters"):
-        groups = setting.anatomy.of_kind(kind)
+        groups = problem.anatomy.of_kind(kind)
         criterion = _criterion(kind, groups, options)
         if getattr(most, kind) and criterion != "obs":
-            values = _group_scores(scores, setting, groups, criterion, options, moments, getattr(most, kind))
+            values = _group_scores(scores, problem, groups, criterion, options, moments, getattr(most, kind))
             scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
     return scores
 
 
-def reads_moments(setting: Setting, most: Mix, options: PruneConfig) -> bool:
+def reads_moments(problem: Problem, most: Mix, options: PruneConfig) -> bool:
     """Whether `score_units` needs moments."""
     for kind in ("heads", "channels"):
-        groups = setting.anatomy.of_kind(kind)
+        groups = problem.anatomy.of_kind(kind)
         if getattr(most, kind) and groups:
             criterion = _criterion(kind, groups, options)
             if criterion == "activation" or criterion == "removal" and groups[0].num_units > MANY:
@@ -79,38 +79,38 @@ def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> 
     return "removal" if unsolved or options.criterion == "auto" and kind != "channels" else "obs"
 
 
-def _order_by_score(scores: UnitScores, setting: Setting, criterion: str, options: PruneConfig) -> None:
-    num_layers = setting.anatomy.num_layers
+def _order_by_score(scores: UnitScores, problem: Problem, criterion: str, options: PruneConfig) -> None:
+    num_layers = problem.anatomy.num_layers
     match criterion:
         case "gate":
             values = criteria.second_order(
-                *_gate_grads(scores, setting, [Probe(layer) for layer in range(num_layers)], options)
+                *_gate_grads(scores, problem, [Probe(layer) for layer in range(num_layers)], options)
             )
         case "activation":
-            values = criteria.block_influence(*block_influence(setting))
+            values = criteria.block_influence(*block_influence(problem))
         case "magnitude":
             values = torch.zeros(num_layers, dtype=torch.float64)
-            for target in setting.anatomy.targets:
-                weight = setting.backend.shard(setting.model, target).weight
-                values[target.layer] += float(weight.double().square().sum())
-            values = setting.backend.sum_over_shards(values)
+            for matrix in problem.anatomy.matrices:
+                weight = problem.backend.shard(problem.model, matrix).weight
+                values[matrix.layer] += float(weight.double().square().sum())
+            values = problem.backend.sum_over_shards(values)
         case "random":
             values = uniform(0, num_layers, key_of(options.seed, "layers"))
         case _:
             raise AssertionError(criterion)
-    scores.layer_order = sorted(removable(setting, options), key=lambda layer: (float(values[layer]), layer))
+    scores.layer_order = sorted(removable(problem, options), key=lambda layer: (float(values[layer]), layer))
     scores.table += [row_of("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
 
 
-def removable(setting: Setting, options: PruneConfig) -> list[int]:
+def removable(problem: Problem, options: PruneConfig) -> list[int]:
     """The layers that may go."""
-    stay = {*options.protect, *setting.anatomy.lasting}
-    return [layer for layer in range(setting.anatomy.num_layers) if layer not in stay]
+    stay = {*options.protect, *problem.anatomy.lasting}
+    return [layer for layer in range(problem.anatomy.num_layers) if layer not in stay]
 
 
 def _group_scores(
     scores: UnitScores,
-    setting: Setting,
+    problem: Problem,
     groups: Sequence[UnitGroup],
     criterion: str,
     options: PruneConfig,
@@ -119,19 +119,19 @@ def _group_scores(
 ) -> list[torch.Tensor]:
     match criterion:
         case "removal":
-            return unit_losses(scores, setting, groups, options, moments, removed)
+            return unit_losses(scores, problem, groups, options, moments, removed)
         case "gate":
-            values = _gates(scores, setting, groups, options)
+            values = _gates(scores, problem, groups, options)
         case "activation" if groups[0].router:
-            values, reached = output_mass(setting, groups)
+            values, reached = output_mass(problem, groups)
             _warn_unreached(groups, reached)
         case "activation":
             values = [
                 criteria.unit_sums(energy, group.output_width)
-                for group, energy in zip(groups, column_energies(setting, groups, moments), strict=True)
+                for group, energy in zip(groups, column_energies(problem, groups, moments), strict=True)
             ]
         case "magnitude":
-            values = [unit_magnitude(setting, group) for group in groups]
+            values = [unit_magnitude(problem, group) for group in groups]
         case "random":
             values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
         case _:
@@ -145,7 +145,7 @@ def _group_scores(
 
 
 def _gates(
-    scores: UnitScores, setting: Setting, groups: Sequence[UnitGroup], options: PruneConfig
+    scores: UnitScores, problem: Problem, groups: Sequence[UnitGroup], options: PruneConfig
 ) -> list[torch.Tensor]:
     if options.estimator != "backprop" and groups[0].num_units > MANY:
         raise UserError(
@@ -153,20 +153,20 @@ def _gates(
             "many for finite differences: use --estimator backprop, where a smaller data.micro_batch or data.seq_len makes it "
             "fit, or criterion obs, removal or activation"
         )
-    derivatives, counts = _gate_grads(scores, setting, list(probes.single_units(groups)), options)
+    derivatives, counts = _gate_grads(scores, problem, list(probes.single_units(groups)), options)
     return list(criteria.second_order(derivatives, counts).split([group.num_units for group in groups]))
 
 
 def _gate_grads(
-    scores: UnitScores, setting: Setting, gates: Sequence[Probe], options: PruneConfig
+    scores: UnitScores, problem: Problem, gates: Sequence[Probe], options: PruneConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gates, sequences) derivatives of summed losses by the configured estimator, and the token counts."""
     if options.estimator == "backprop":
         groups = list(dict.fromkeys(gate.group for gate in gates if gate.group is not None))
         layers = [gate.layer for gate in gates if gate.group is None]
-        by_group, by_layer, counts = gate_gradients(setting, groups, layers)
+        by_group, by_layer, counts = gate_gradients(problem, groups, layers)
         return torch.cat([*by_group, by_layer]), counts
-    found = gate_derivatives(setting, gates, scheme=options.probe_difference, step=options.probe_step)
+    found = gate_derivatives(problem, gates, scheme=options.probe_difference, step=options.probe_step)
     scores.forwards += found.forwards
     scores.kinked += len(found.kinked)
     for (layer, group), step in found.steps.items():

@@ -1,4 +1,4 @@
-"""What `--target params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share of
+"""What `--goal params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share of
 its removable layers' parameters that has to go. `latency=0.8` stays what it is, a share of what `latency.py` measures."""
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ _UNEVEN_COST = {
 }
 
 
-def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> PruneConfig:
-    """The options with the sparsity that brings the whole model to `options.target`; unchanged without one.
+def meet_goal(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> PruneConfig:
+    """The options with the sparsity that brings the whole model to `options.goal`; unchanged without one.
 
     dense_params: what a sparsity is a share of. skeleton: the model on the meta device. Raises UserError, before weights
     load, when what cannot be cut alone is more than the target.
     """
-    if options.target is None:
+    if options.goal is None:
         return options
-    measure, _, share = options.target.partition("=")
+    measure, _, share = options.goal.partition("=")
     if measure in ("flops", "latency"):
         for kind, reason in _UNEVEN_COST.items():
             if anatomy.of_kind(kind):
-                raise UserError(f"target {measure}: {reason}; use params or bytes")
+                raise UserError(f"goal {measure}: {reason}; use params or bytes")
         if options.pattern == "hidden":
-            raise UserError(f"target {measure}: the width of the stream is cut by parameters; use params or bytes")
+            raise UserError(f"goal {measure}: the width of the stream is cut by parameters; use params or bytes")
         if len(anatomy.stacks) > 1:
             raise UserError(
-                f"target {measure}: its stacks of layers read different numbers of positions; use params or bytes"
+                f"goal {measure}: its stacks of layers read different numbers of positions; use params or bytes"
             )
     if measure == "latency" and not anatomy.starts_anywhere:
         raise UserError(
-            f"target latency: layers of {anatomy.model_class} cannot run by themselves; use params, bytes or flops"
+            f"goal latency: layers of {anatomy.model_class} cannot run by themselves; use params, bytes or flops"
         )
     if measure == "latency" and options.uneven:
         raise UserError(
-            "target latency: layers are timed alike, prune.uneven lets them differ; use params, bytes or flops"
+            "goal latency: layers are timed alike, prune.uneven lets them differ; use params, bytes or flops"
         )
     if measure == "latency":
         return options.model_copy(update={"sparsity": 1 - float(share)})
@@ -48,7 +48,7 @@ def meet_target(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
     sparsity = (1 - float(share)) * cost / dense_params
     if sparsity >= 1:
         raise UserError(
-            f"target {options.target}: {1 - dense_params / cost:.0%} of the model's {measure} lie outside its removable "
+            f"goal {options.goal}: {1 - dense_params / cost:.0%} of the model's {measure} lie outside its removable "
             f"layers (embeddings, head); ask for more than {measure}={1 - dense_params / cost:.2f}"
         )
     return options.model_copy(update={"sparsity": sparsity})

@@ -12,7 +12,7 @@ from tinygn_dist.backends.pieces import Job
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.hooks import routed_to, shifted
 from tinygn_dist.estimate.partial_forward import running_layers
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.unit_moments import UnitMoments, unit_moments
 from tinygn_dist.evaluate.quality import sequence_losses
 from tinygn_dist.maths.counts import Mix
@@ -29,11 +29,11 @@ class Fits:
     """The weights that are re-fitted when units go: readers of the kinds of which `most` removes some, and `takers` of layers."""
 
     def __init__(
-        self, setting: Setting, most: Mix, takers: Takers, options: PruneConfig, layers: Sequence[int] | None = None
+        self, problem: Problem, most: Mix, takers: Takers, options: PruneConfig, layers: Sequence[int] | None = None
     ) -> None:
         """layers: those that run, all by default."""
         self._layers = layers
-        self._setting, self._takers, anatomy = setting, takers, setting.anatomy
+        self._problem, self._takers, anatomy = problem, takers, problem.anatomy
         self._groups = [
             group
             for group in anatomy.groups
@@ -41,35 +41,35 @@ class Fits:
             and (layers is None or group.layer in layers)
             and (getattr(most, group.kind) or group in takers)
         ]
-        self._targets = [anatomy.target_of(module) for group in self._groups for module, _ in group.readers]
-        self._biased = with_bias(setting, self._targets, options)
+        self._matrices = [anatomy.matrix_of(module) for group in self._groups for module, _ in group.readers]
+        self._biased = with_bias(problem, self._matrices, options)
 
-    def moments(self, setting: Setting) -> UnitMoments | None:
+    def moments(self, problem: Problem) -> UnitMoments | None:
         """Over these sequences; None where nothing is re-fitted."""
-        takes = {self._setting.anatomy.target_of(group.output).name: taken for group, taken in self._takers.items()}
-        return unit_moments(setting, self._targets, self._biased, takes, self._layers) if self._targets else None
+        takes = {self._problem.anatomy.matrix_of(group.output).name: taken for group, taken in self._takers.items()}
+        return unit_moments(problem, self._matrices, self._biased, takes, self._layers) if self._matrices else None
 
     def jobs(self, moments: UnitMoments | None) -> list[Job]:
         """A collective."""
-        return fit_jobs(self._setting, moments, self._groups, self._biased, self._takers) if moments else []
+        return fit_jobs(self._problem, moments, self._groups, self._biased, self._takers) if moments else []
 
 
-def note_losses(setting: Setting, mix: Mix, kept: KeptUnits) -> None:
+def note_losses(problem: Problem, mix: Mix, kept: KeptUnits) -> None:
     """Tells the report what is not made up for: means where there is no bias, layers before which nothing takes over."""
-    anatomy, gone = setting.anatomy, set(range(setting.anatomy.num_layers)) - set(kept.layers)
+    anatomy, gone = problem.anatomy, set(range(problem.anatomy.num_layers)) - set(kept.layers)
     takers = takers_of(anatomy, [gone])
     reading = [g for g in anatomy.groups if g.layer in kept.layers and g.router is None and getattr(mix, g.kind)]
     for what, groups in (("units", reading), ("layers", takers)):
         modules = [module for group in groups for module, _ in group.readers]
         without = {
-            m.rpartition(".")[2] for m in modules if getattr(setting.bare.get_submodule(m), "bias", None) is None
+            m.rpartition(".")[2] for m in modules if getattr(problem.bare.get_submodule(m), "bias", None) is None
         }
         if without:
             told = f"no bias takes up the mean of what removed {what} gave {', '.join(sorted(without))}: it has none"
-            setting.notes.append(told)
+            problem.notes.append(told)
     lost = left_to_nobody(takers, gone)
     if lost:
-        setting.notes.append(
+        problem.notes.append(
             f"nothing takes over what the removed layers {lost} gave: no feed-forward before them writes straight to the "
             "residual stream"
         )
@@ -81,13 +81,13 @@ class Trials:
 
     def __init__(
         self,
-        setting: Setting,
+        problem: Problem,
         most: Mix,
         options: PruneConfig,
         scores: UnitScores,
         jobs: Sequence[Job],
     ) -> None:
-        self._setting, self._most, self._options, self._scores, self.jobs = setting, most, options, scores, list(jobs)
+        self._problem, self._most, self._options, self._scores, self.jobs = problem, most, options, scores, list(jobs)
         self._dense: dict[str, torch.Tensor] | None = None
         self.losses: dict[Mix, float] = {}
 
@@ -97,73 +97,73 @@ class Trials:
             return candidates[0]
         best, untried = search(candidates, self.told_loss_of, self._options.most_mixes, self.losses)
         if untried:
-            self._setting.notes.append(
-                f"{len(self.losses)} of the mixes that reach the target were tried (losses in the report) and {len(untried)} "
+            self._problem.notes.append(
+                f"{len(self.losses)} of the mixes that reach the matrix were tried (losses in the report) and {len(untried)} "
                 f"left out by the search or by prune.most_mixes={self._options.most_mixes}, such as {untried[0]}"
             )
         return best
 
     def apply(self, mix: Mix, scores: UnitScores | None = None) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
         """Leaves the mix in the live weights. These must be the dense ones."""
-        return apply_mix(self._setting, mix, self._most, scores or self._scores, self.jobs, self._options)
+        return apply_mix(self._problem, mix, self._most, scores or self._scores, self.jobs, self._options)
 
-    def leave(self, mix: Mix, setting: Setting, *, anew: bool) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
+    def leave(self, mix: Mix, problem: Problem, *, anew: bool) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
         """As `apply`, of the mix that is taken. anew: fitted to these sequences.
 
         Where layers go, heads and channels are fitted to what the other layers then read: 2 % less perplexity where seven of
         SmolLM2-135M's layers and a quarter of its channels go (docs/results.md).
         """
-        self._most, self._dense, bare, gained = mix, None, setting.bare, {}
+        self._most, self._dense, bare, gained = mix, None, problem.bare, {}
         if self.in_two(mix):
-            self._fit(setting, Mix(layers=mix.layers))
+            self._fit(problem, Mix(layers=mix.layers))
             kept, gained = self.apply(Mix(layers=mix.layers))
             with shifted(bare, gained):
-                self._fit(setting, replace(mix, layers=0), kept.layers)
+                self._fit(problem, replace(mix, layers=0), kept.layers)
         elif anew:
-            self._fit(setting, mix)
+            self._fit(problem, mix)
         kept, shifts = self.apply(mix)
         if self._options.compensate:
-            note_losses(setting, mix, kept)
+            note_losses(problem, mix, kept)
         return kept, {name: gained.get(name, 0) + shifts.get(name, 0) for name in {**gained, **shifts}}
 
     def in_two(self, mix: Mix) -> bool:
         """Whether layers are fitted before the rest. Not in several stacks, whose heads are of all layers at once."""
         inner = mix.heads or mix.channels
-        return bool(self._options.compensate and mix.layers and inner and len(self._setting.anatomy.stacks) == 1)
+        return bool(self._options.compensate and mix.layers and inner and len(self._problem.anatomy.stacks) == 1)
 
-    def _fit(self, setting: Setting, mix: Mix, layers: Sequence[int] | None = None) -> None:
+    def _fit(self, problem: Problem, mix: Mix, layers: Sequence[int] | None = None) -> None:
         self.jobs = []  # their memory goes first
         gone = self._scores.layer_order[: mix.layers]
-        takers = takers_of(setting.anatomy, [gone]) if self._options.compensate else {}
-        fits = Fits(setting, mix, takers, self._options, layers)
-        self.jobs = fits.jobs(fits.moments(setting))
+        takers = takers_of(problem.anatomy, [gone]) if self._options.compensate else {}
+        fits = Fits(problem, mix, takers, self._options, layers)
+        self.jobs = fits.jobs(fits.moments(problem))
 
     def loss_of(self, mix: Mix) -> float:
         """Per token."""
-        totals, counts = self.losses_of(mix, self._scores, self._setting)
+        totals, counts = self.losses_of(mix, self._scores, self._problem)
         return float(totals.sum() / counts.sum())
 
-    def losses_of(self, mix: Mix, scores: UnitScores, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses_of(self, mix: Mix, scores: UnitScores, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a mix by these scores, as `sequence_losses` of this setting."""
-        backend = setting.backend
-        changed = [target for job in self.jobs for target in job.targets]
+        backend = problem.backend
+        changed = [matrix for job in self.jobs for matrix in job.matrices]
         if self._dense is None:
-            self._dense = {target.name: backend.shard(setting.model, target).weight.clone() for target in changed}
+            self._dense = {matrix.name: backend.shard(problem.model, matrix).weight.clone() for matrix in changed}
         try:
-            return self._applied_losses(mix, scores, setting)
+            return self._applied_losses(mix, scores, problem)
         finally:
-            for target in changed:
-                backend.write(setting.model, target, self._dense[target.name])
+            for matrix in changed:
+                backend.write(problem.model, matrix, self._dense[matrix.name])
 
-    def _applied_losses(self, mix: Mix, scores: UnitScores, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    def _applied_losses(self, mix: Mix, scores: UnitScores, problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         kept, shifts = self.apply(mix, scores)
-        routed = {g: kept.experts[g.layer] for g in setting.anatomy.of_kind("experts") if g.layer in kept.experts}
+        routed = {g: kept.experts[g.layer] for g in problem.anatomy.of_kind("experts") if g.layer in kept.experts}
         with (
-            routed_to(setting.bare, routed),
-            shifted(setting.bare, shifts),
-            running_layers(setting.bare, setting.anatomy, kept.layers),
+            routed_to(problem.bare, routed),
+            shifted(problem.bare, shifts),
+            running_layers(problem.bare, problem.anatomy, kept.layers),
         ):
-            return sequence_losses(setting, "trying a mix")
+            return sequence_losses(problem, "trying a mix")
 
     def told_loss_of(self, mix: Mix) -> float:
         """As `loss_of`; written to the log, and kept."""

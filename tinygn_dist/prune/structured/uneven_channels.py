@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Setting
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Mix, between, channel_cuts, evenly
 from tinygn_dist.maths.solve.knapsack import cheapest
 from tinygn_dist.models.anatomy import Anatomy
@@ -100,23 +100,23 @@ def dense_params(anatomy: Anatomy) -> int:
     return sum(anatomy.layer_params)
 
 
-def remove_units(setting: Setting, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
+def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
     """As `units.remove_units`."""
-    (even,), anatomy = candidates, setting.anatomy
+    (even,), anatomy = candidates, problem.anatomy
     slots = slots_of(anatomy, options.protect)
     cuts = _cuts(anatomy, slots, options)
     most = _mix(anatomy, slots, [cut[-1] for cut in cuts])
-    fitted, held_out = apart(setting)
-    fits = Fits(setting, most, {}, options)
+    fitted, held_out = apart(problem)
+    fits = Fits(problem, most, {}, options)
     moments = fits.moments(fitted)
     whole = Mix(channels=most.channels)
-    scores = score_units(setting.first(options.probe_samples), whole, options, moments and moments.inputs)
+    scores = score_units(problem.first(options.probe_samples), whole, options, moments and moments.inputs)
     trials = Trials(held_out, most, options, scores, fits.jobs(moments))
     costs = _costs(trials, Removals(scores, held_out, options), even, slots, cuts)
     candidates = [even, *(_on_the_way(anatomy, slots, even, costs) if costs else [])]
     best = min(candidates, key=trials.told_loss_of) if costs else even
     log.info("channels that go from each layer: %s", ", ".join(map(str, best.uneven)))
-    kept, shifts = trials.leave(best, setting, anew=True)
+    kept, shifts = trials.leave(best, problem, anew=True)
     return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
@@ -125,7 +125,7 @@ def _costs(
 ) -> list[dict[int, float]]:
     """Of every slot, by how many of its channels go, what that adds to the loss of the even cut: measured at a few cuts, on the
     line in between. Nothing where the budget of probes ends before."""
-    few, costs = removals.setting.first(removals.options.probe_samples), []
+    few, costs = removals.problem.first(removals.options.probe_samples), []
     quiet = replace(few, progress=Progress(shown=False))  # one bar is enough
 
     def loss(mix: Mix) -> float:

@@ -65,18 +65,18 @@ class RateSearch:
         self._sum = None
 
     def sum_of(self, probes: WeightProbes) -> tuple[dict[str, torch.Tensor], float]:
-        """(1/K) sum_k c_k z_k by target, and its rms over the weights that move (relative, as the slopes are)."""
+        """(1/K) sum_k c_k z_k by matrix, and its rms over the weights that move (relative, as the slopes are)."""
         if self._sum is not None:
             return self._sum
         total, sums = {}, torch.zeros(2, dtype=torch.float64)
-        for target in probes.targets:
-            shard = torch.zeros_like(probes.signs(target, 0))
+        for matrix in probes.matrices:
+            shard = torch.zeros_like(probes.signs(matrix, 0))
             for first, slopes in self.history:
                 for index, slope in enumerate(slopes):
-                    shard.add_(probes.signs(target, first + index), alpha=slope / self.gathered)
-            total[target.name] = shard
+                    shard.add_(probes.signs(matrix, first + index), alpha=slope / self.gathered)
+            total[matrix.name] = shard
             sums[0] += float(shard.double().square().sum())
-            sums[1] += float(probes.signs(target, 0).count_nonzero())
+            sums[1] += float(probes.signs(matrix, 0).count_nonzero())
         squares, number = probes.backend.sum_over_shards(sums).tolist()
         self._sum = total, (squares / max(number, 1)) ** 0.5
         return self._sum

@@ -15,7 +15,7 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.maths import finite_difference
 from tinygn_dist.maths.finite_difference import Step
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import Batch, Objective
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
 from tinygn_dist.train.forward_only.learning_rate import RateSearch
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class ForwardOnly:
-    """One training of a model's targets on their kept weights. The model is in eval mode: every loss is a difference, so
+    """One training of a model's matrices on their kept weights. The model is in eval mode: every loss is a difference, so
     nothing random may happen in the forward.
 
     Memory: the model, a copy of what moves while a direction is probed, and one (Nesterov) or two (Adam) more.
@@ -35,7 +35,7 @@ class ForwardOnly:
     def __init__(
         self,
         model: nn.Module,
-        targets: Sequence[Target],
+        matrices: Sequence[Matrix],
         keep: Mapping[str, torch.Tensor],
         objective: Objective,
         options: RecoverConfig,
@@ -43,11 +43,11 @@ class ForwardOnly:
     ) -> None:
         self.model, self.objective, self.options, self.backend = model, objective, options, backend
         if options.train == "norms-and-biases":
-            targets, keep = vectors(backend.unwrap(model)), {}
+            matrices, keep = vectors(backend.unwrap(model)), {}
         elif options.moving < 1:
-            keep = largest(model, targets, keep, options.moving, backend)
-        self.probes = WeightProbes(model, targets, keep, backend, options.seed)
-        by_name = {target.name: target for target in targets}
+            keep = largest(model, matrices, keep, options.moving, backend)
+        self.probes = WeightProbes(model, matrices, keep, backend, options.seed)
+        by_name = {matrix.name: matrix for matrix in matrices}
         self.optimizer = ZerothOrder(
             options.optimizer,
             list(by_name),
@@ -90,11 +90,11 @@ class ForwardOnly:
         self.optimizer.load_state_dict(state)
 
     def _move(self, changes: dict[str, torch.Tensor]) -> None:
-        """changes: relative to each target's rms."""
-        for target in self.probes.targets:
-            weight = self.backend.shard(self.model, target).weight
-            change = changes.pop(target.name).mul_(self.probes.scales[target.name])
-            self.backend.write(self.model, target, weight + change.to(weight.dtype))
+        """changes: relative to each matrix's rms."""
+        for matrix in self.probes.matrices:
+            weight = self.backend.shard(self.model, matrix).weight
+            change = changes.pop(matrix.name).mul_(self.probes.scales[matrix.name])
+            self.backend.write(self.model, matrix, weight + change.to(weight.dtype))
 
     def _measure(self, batch: Sequence[Batch]) -> Step:
         if self.options.probe_step is not None:
@@ -131,19 +131,19 @@ class ForwardOnly:
         return rate
 
 
-def vectors(bare: nn.Module) -> list[Target]:
-    """Every parameter of one dimension (norms and biases) as a target of one column."""
+def vectors(bare: nn.Module) -> list[Matrix]:
+    """Every parameter of one dimension (norms and biases) as a matrix of one column."""
     return [
-        Target(name, name.rpartition(".")[0], -1, (parameter.numel(), 1), 1)
+        Matrix(name, name.rpartition(".")[0], -1, (parameter.numel(), 1), 1)
         for name, parameter in bare.named_parameters()
         if parameter.dim() == 1
     ]
 
 
 def largest(
-    model: nn.Module, targets: Sequence[Target], keep: Mapping[str, torch.Tensor], share: float, backend: Backend
+    model: nn.Module, matrices: Sequence[Matrix], keep: Mapping[str, torch.Tensor], share: float, backend: Backend
 ) -> dict[str, torch.Tensor]:
     """Masks of the kept weights among the largest `share` of each matrix."""
-    sizes = {target.name: backend.shard(model, target).weight.float().abs() for target in targets}
-    moving = choose_masks(model, targets, sizes, sparsity=1 - share, scope="layer", nm=None, backend=backend)
+    sizes = {matrix.name: backend.shard(model, matrix).weight.float().abs() for matrix in matrices}
+    moving = choose_masks(model, matrices, sizes, sparsity=1 - share, scope="layer", nm=None, backend=backend)
     return {name: mask & keep[name] if name in keep else mask for name, mask in moving.items()}

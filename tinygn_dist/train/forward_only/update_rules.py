@@ -19,7 +19,7 @@ BETAS = (0.9, 0.95)
 _EPS = 1e-12
 
 Signs = Callable[[str, int], torch.Tensor]
-"""(target name, direction) -> fp32 +1, -1 or 0, shaped like this rank's shard"""
+"""(matrix name, direction) -> fp32 +1, -1 or 0, shaped like this rank's shard"""
 
 
 def adam(mean: torch.Tensor, square: torch.Tensor, gradient: torch.Tensor, count: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ class ZerothOrder:
         self._second: dict[str, torch.Tensor] = {}
 
     def step(self, first: int, slopes: Sequence[float], learning_rate: float) -> dict[str, torch.Tensor]:
-        """Relative changes of every target's shard, to be multiplied by its rms and added. fp32."""
+        """Relative changes of every matrix's shard, to be multiplied by its rms and added. fp32."""
         clipped = [min(max(slope, -self.clip), self.clip) for slope in slopes]
         self.history.append((first, clipped, learning_rate))
         return {name: self._change(name, first, clipped).mul_(-learning_rate) for name in self.names}

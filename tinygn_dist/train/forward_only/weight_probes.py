@@ -1,7 +1,7 @@
 """Slopes of the loss along random sign directions in the space of weights, with forward passes only.
 
 A direction moves every probed weight by t times the rms of its matrix, up or down; t is the relative step. Signs come
-from (seed, direction, target, global element index) alone, so each rank makes only its shard of them, whatever the
+from (seed, direction, matrix, global element index) alone, so each rank makes only its shard of them, whatever the
 sharding. Weights are put back from a copy of the shards: adding and subtracting would leave rounding behind.
 
 Such slopes are for *updating* weights. They cannot rank them: from K directions a gradient of d entries is known to a
@@ -19,7 +19,7 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.maths.counter_rng import key_of, signs
-from tinygn_dist.models.anatomy import Target
+from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import Batch, Objective
 
 RESOLUTION = 2.0
@@ -27,7 +27,7 @@ RESOLUTION = 2.0
 rms, a third at 0.005"""
 
 Direction = int | Mapping[str, torch.Tensor]
-"""the number of a direction of signs, or a tensor for each target, shaped like this rank's shard"""
+"""the number of a direction of signs, or a tensor for each matrix, shaped like this rank's shard"""
 
 
 @dataclass(frozen=True)
@@ -41,43 +41,48 @@ class Slopes:
 
 
 class WeightProbes:
-    """Directions over some targets of a model, on their kept weights.
+    """Directions over some matrices of a model, on their kept weights.
 
-    keep: masks shaped like this rank's shards; all of a target that has none.
+    keep: masks shaped like this rank's shards; all of a matrix that has none.
     """
 
     def __init__(
-        self, model: nn.Module, targets: Sequence[Target], keep: Mapping[str, torch.Tensor], backend: Backend, seed: int
+        self,
+        model: nn.Module,
+        matrices: Sequence[Matrix],
+        keep: Mapping[str, torch.Tensor],
+        backend: Backend,
+        seed: int,
     ) -> None:
-        self.model, self.targets, self.keep, self.backend, self.seed = model, tuple(targets), keep, backend, seed
+        self.model, self.matrices, self.keep, self.backend, self.seed = model, tuple(matrices), keep, backend, seed
         self.scales = self._scales()
 
-    def signs(self, target: Target, direction: int) -> torch.Tensor:
+    def signs(self, matrix: Matrix, direction: int) -> torch.Tensor:
         """fp32 +1 and -1 (0 where masked), shaped like this rank's shard."""
-        shard = self.backend.shard(self.model, target)
-        key = key_of(self.seed, f"{direction}/{target.name}")
+        shard = self.backend.shard(self.model, matrix)
+        key = key_of(self.seed, f"{direction}/{matrix.name}")
         found = signs(shard.offset, shard.offset + shard.weight.numel(), key, shard.weight.device)
         found = found.view(shard.weight.shape)
-        return found.masked_fill_(~self.keep[target.name], 0) if target.name in self.keep else found
+        return found.masked_fill_(~self.keep[matrix.name], 0) if matrix.name in self.keep else found
 
     @contextlib.contextmanager
     def along(self, direction: Direction) -> Iterator[Callable[[float], None]]:
         """Inside, `move(t)` puts the weights at relative step t of a direction; afterwards they are as before, bit for
         bit."""
-        before = {t.name: self.backend.shard(self.model, t).weight.clone() for t in self.targets}
+        before = {t.name: self.backend.shard(self.model, t).weight.clone() for t in self.matrices}
 
         def move(t: float) -> None:
-            for target in self.targets:
-                weight = before[target.name]
-                up = self._of(target, direction).to(torch.promote_types(weight.dtype, torch.float32))
-                moved = up.mul(t * self.scales[target.name]).add_(weight)
-                self.backend.write(self.model, target, moved.to(weight.dtype))
+            for matrix in self.matrices:
+                weight = before[matrix.name]
+                up = self._of(matrix, direction).to(torch.promote_types(weight.dtype, torch.float32))
+                moved = up.mul(t * self.scales[matrix.name]).add_(weight)
+                self.backend.write(self.model, matrix, moved.to(weight.dtype))
 
         try:
             yield move
         finally:
-            for target in self.targets:
-                self.backend.write(self.model, target, before[target.name])
+            for matrix in self.matrices:
+                self.backend.write(self.model, matrix, before[matrix.name])
 
     def slopes(self, objective: Objective, batches: Sequence[Sequence[Batch]], first: int, step: float) -> Slopes:
         """Central differences along directions first, first + 1, ..., each on its own sequences.
@@ -120,8 +125,8 @@ class WeightProbes:
         self.backend.sum_over_data([totals, counts])
         return totals, counts
 
-    def _of(self, target: Target, direction: Direction) -> torch.Tensor:
-        return self.signs(target, direction) if isinstance(direction, int) else direction[target.name]
+    def _of(self, matrix: Matrix, direction: Direction) -> torch.Tensor:
+        return self.signs(matrix, direction) if isinstance(direction, int) else direction[matrix.name]
 
     def _loss(self, objective: Objective, batch: Batch) -> tuple[float, int]:
         with torch.no_grad():
@@ -129,13 +134,13 @@ class WeightProbes:
         return float(found.total.sum()), int(found.count.sum())
 
     def _scales(self) -> dict[str, float]:
-        """The rms of each target's kept weights, over all shards."""
-        sums = torch.zeros(len(self.targets), 2, dtype=torch.float64)
-        for row, target in zip(sums, self.targets, strict=True):
-            weight = self.backend.shard(self.model, target).weight
-            keep = self.keep.get(target.name)
+        """The rms of each matrix's kept weights, over all shards."""
+        sums = torch.zeros(len(self.matrices), 2, dtype=torch.float64)
+        for row, matrix in zip(sums, self.matrices, strict=True):
+            weight = self.backend.shard(self.model, matrix).weight
+            keep = self.keep.get(matrix.name)
             row[0] = float((weight if keep is None else weight * keep).double().square().sum())
             row[1] = weight.numel() if keep is None else float(keep.sum())
         sums = self.backend.sum_over_shards(sums)
         rms = (sums[:, 0] / sums[:, 1].clamp(min=1)).sqrt().tolist()
-        return {target.name: value for target, value in zip(self.targets, rms, strict=True)}
+        return {matrix.name: value for matrix, value in zip(self.matrices, rms, strict=True)}
