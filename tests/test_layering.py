@@ -26,6 +26,7 @@ FLOORS = (
     ("prune.sparsity",),
     ("quantize",),
     ("evaluate",),
+    ("step",),
     ("estimate",),
     ("checkpoints",),
     ("data",),
