@@ -157,7 +157,7 @@ def peak_of(facts: dict[str, int], name: str, before: int) -> Iterator[None]:
         while not done.wait(0.002):
             highest[0] = max(highest[0], _anonymous_now())
 
-    watcher = threading.Thread(matrix=watch, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     yield
     done.set()

@@ -99,7 +99,7 @@ def measured(way: Callable[[], float | None]) -> tuple[float | None, float, int]
         while not done.wait(0.005):
             highest[0] = max(highest[0], anonymous())
 
-    watcher = threading.Thread(matrix=watch, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
     value = way()

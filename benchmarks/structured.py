@@ -31,7 +31,8 @@ from tinygn_dist.config import DataConfig, ModelConfig, load_config
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import objective_of
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes
+from tinygn_dist.prune.structured.layers_heads_channels import LayersHeadsChannels
+from tinygn_dist.prune.structured.removal import UnitGoal
 
 OURS = {  # row -> arguments of `tinygn compress`
     "channels": ["--pattern", "channels"],
@@ -121,8 +122,9 @@ def _prune_by_peer(fraction: float, importance: str, asked: argparse.Namespace, 
     splits = calibration.load_splits(data, source.task, processor, 0)
     given = dict(zip(asked.rest[::2], asked.rest[1::2], strict=True))
     given = {key.removeprefix("--"): value for key, value in given.items()}
-    options = load_config(None, given | {"model.name": asked.model, "prune.sparsity": fraction}).prune
-    gone = plan_mixes(anatomy, options.model_copy(update={"pattern": "channels"}))[0].channels
+    given |= {"model.name": asked.model, "prune.sparsity": fraction, "prune.pattern": "channels"}
+    plan = LayersHeadsChannels().plan(anatomy, load_config(None, given).prune, UnitGoal(fraction))
+    gone = plan.mixes[0].channels
     width = anatomy.of_kind("channels")[0].num_units
     start, example = time.monotonic(), splits.calibration[0]["input_ids"]
     pruner = torch_pruning.pruner.BasePruner(

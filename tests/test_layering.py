@@ -35,6 +35,7 @@ FLOORS = (
     ("config",),
     ("maths",),
     ("runtime",),
+    ("registry",),
     ("errors",),
 )
 """docs/map.md from top to bottom: a room imports rooms below it"""

@@ -21,15 +21,15 @@ from tinygn_dist.estimate.estimator import peak_gib
 from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.evaluate.lm_tasks import check_tasks
-from tinygn_dist.maths.counts import Mix, share_left
+from tinygn_dist.maths.counts import share_left
 from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.prune.sparsity import sparsify as weights
-from tinygn_dist.prune.structured import filters
 from tinygn_dist.prune.structured.latency import LatencyGoal
-from tinygn_dist.prune.structured.methods import cut_of
+from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 from tinygn_dist.run.recovery import TrainingStage
 from tinygn_dist.run.report import REPORT_FILE, Report, versions
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
@@ -121,14 +121,15 @@ class _Run(TrainingStage):
         self.source = load.find_model(config.model)
         skeleton = self.skeleton = load.skeleton(self.source)
         self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
-        self.mixes: list[Mix] = []
+        self.units, final = UnitPlan(), None
         self.matrices: tuple[Matrix, ...] = ()
         if config.prune.unit_kinds:
-            self.cut = cut_of(self.anatomy, config.prune)
-            asked = meet_goal(config.prune, self.anatomy, skeleton, self.cut.dense_params(self.anatomy))
-            self.config = config = config.model_copy(update={"prune": asked})
-            self.mixes = [] if asked.asks_latency else self.cut.plan_mixes(self.anatomy, asked)
-            self.dense_params = self.cut.dense_params(self.anatomy)
+            self.method = method_of(self.anatomy, config.prune)
+            self.dense_params = self.method.dense_params(self.anatomy)
+            final = sparsity_of(config.prune, self.anatomy, skeleton, self.dense_params)
+            self.goal = UnitGoal(final, config.prune.protect)
+            if not config.prune.asks_latency:
+                self.units = self.method.plan(self.anatomy, config.prune, self.goal)
         else:
             self.matrices = self.anatomy.choose_matrices(config.prune.matrices, config.prune.ignore)
             weights.check(self.anatomy, self.matrices, config.prune)
@@ -137,7 +138,8 @@ class _Run(TrainingStage):
             check_step(config.prune.probe_step, load.dtype_of(self.source))
         check_tasks(config.evaluate, self.source.task)
         check_training(config.recover, self.matrices or self.anatomy.matrices, self.backend)
-        self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds=bool(config.prune.unit_kinds))
+        rounds = bool(config.prune.unit_kinds)
+        self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds, final)
         if config.data.name == "self" and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
         self.destination = export.claim(config.output, self.source.path, load.stored_bytes(skeleton, self.source))
@@ -147,10 +149,10 @@ class _Run(TrainingStage):
         self.backend.start_trackers({"fingerprint": config.fingerprint()})
 
     def measure_costs(self) -> None:
-        """Where a latency is asked for: what layers cost on this device, and the mixes that meet the matrix by that."""
+        """Where a latency is asked for: what layers cost on this device, and the mixes that meet the goal by that."""
         if self.config.prune.asks_latency:
-            self.latency = LatencyGoal(self.source, self.config, self.anatomy, self.backend)
-            self.mixes = self.latency.mixes
+            self.latency = LatencyGoal(self.source, self.config, self.anatomy, self.backend, self.goal)
+            self.units = self.latency.plan
 
     def load(self) -> None:
         self.model, self.dtypes = placed(self.source, self.backend)
@@ -206,16 +208,17 @@ class _Run(TrainingStage):
 
     def remove_units(self, number: int = 0) -> None:
         """Choose, re-fit and take out the units of one round; the model is a smaller one afterwards."""
-        asked, mixes = self.config.prune.model_copy(update={"protect": self.protected}), self.mixes
+        options, units = self.config.prune, self.units
         if self.plan.updates:
-            here = self.cut.dense_params(self.anatomy)
+            here = self.method.dense_params(self.anatomy)
             left = share_left(self.plan.levels[number], self.dense_params, here)
-            mixes = self.cut.plan_mixes(self.anatomy, asked.model_copy(update={"sparsity": left})) if left else []
-        if not mixes:
+            goal = UnitGoal(left, self.protected)
+            units = self.method.plan(self.anatomy, options, goal) if left else UnitPlan()
+        if not units.mixes:
             return
-        closer = {"replan": self.latency.replanned} if self.latency else {}
-        problem = self.problem(self.model, self.splits.calibration)
-        kept, scores, trials, shifts = self.cut.remove_units(problem, mixes, asked, **closer)
+        found = self.method.remove(self.problem(self.model, self.splits.calibration), units, options)
+        kept, scores = found.kept, found.scores
+        self.report.notes += found.notes
         self.backend.agree(kept.fingerprint(), "the kept units")
         if self.report.selection:
             self.report.earlier_rounds.append(self.report.selection)
@@ -224,7 +227,7 @@ class _Run(TrainingStage):
             "kept": asdict(kept),
             "scores": scores.table,
             "pairs": scores.pairs,
-            "tried": [asdict(trial) for trial in trials],
+            "tried": [asdict(trial) for trial in found.trials],
             "probe_forwards": scores.forwards,
             "probe_forwards_exhaustive": scores.exhaustive,
             "open_contests": scores.open,
@@ -233,11 +236,11 @@ class _Run(TrainingStage):
         }
         config = smaller_config(self.backend.unwrap(self.model).config, self.anatomy, kept)
         build = functools.partial(load.rebuild, self.source, config, next(iter(self.dtypes.values())))
-        smaller = smaller_origin(build, self.model, self.anatomy, kept, self.backend, shifts)
+        smaller = smaller_origin(build, self.model, self.anatomy, kept, self.backend, found.shifts)
         self.model, self.dtypes = self.backend.place(smaller), smaller.dtypes
         self.anatomy = read_anatomy(load.skeleton(self.source, config), needs_units=True)
-        if self.cut is filters and self.config.prune.compensate:
-            filters.reestimate_norms(self.problem(self.model, self.splits.calibration))
+        if options.compensate:
+            self.method.recalibrate_(self.problem(self.model, self.splits.calibration))
         self.kept_layers = kept.layers
         self.protected = tuple(kept.layers.index(layer) for layer in self.protected)
         self.report.parameters = {

@@ -28,6 +28,7 @@ from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, problem, rows
 from tests.contract.unit_checks import stacks, to_a_latency
 from tests.one_card import share_cards
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
 from tinygn_dist.backends.pieces import tensors_of
@@ -44,7 +45,6 @@ from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.pipeline import compress
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.loop import Recovery, freeze, make_optimizer
 from tinygn_dist.train.state_io import saved_origin, write_weights
@@ -249,7 +249,7 @@ def units(backend: Backend) -> dict[str, str]:
     for case in UNIT_CASES:
         build = mixtral if case["pattern"] == "experts" else llama
         here, options = problem(backend, build()), PruneConfig(**case)
-        kept, _, trials, _ = remove_units(here, plan_mixes(here.anatomy, options), options)
+        kept, _, trials, _, _ = remove_units(here, plan_mixes(here.anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
     return found

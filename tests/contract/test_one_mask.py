@@ -11,6 +11,7 @@ import torch
 
 from tests import family_cases, plain, tiny
 from tests.ranks import Ranks
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
@@ -18,8 +19,6 @@ from tinygn_dist.estimate import hessians
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
-from tinygn_dist.prune.structured.methods import cut_of
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.loop import Course, Recovery
@@ -81,7 +80,7 @@ UNIT_CASES = [
 def _units(backend: Backend, family: str, pattern: str, criterion: str, estimator: str = "auto") -> dict[str, Any]:
     problem = tiny.problem(family, backend, count=5)
     options = PruneConfig(pattern=pattern, criterion=criterion, estimator=estimator, sparsity=0.15, multiple_of=8)
-    kept, scores, trials, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    kept, scores, trials, _, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     return {
         "fingerprint": kept.fingerprint(),
         "kept": kept,
@@ -134,7 +133,7 @@ TAKEN_OVER = [
 def _taken_over(backend: Backend, family: str, count: int, asked: dict[str, Any]) -> dict[str, Any]:
     problem = tiny.problem(family, backend, count=count)
     options = PruneConfig(**asked)
-    kept, scores, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    kept, scores, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     state, spent = plain.full_state(backend, problem.model), (scores.forwards, scores.exhaustive)
     return {"kept": kept, "order": scores.layer_order, "spent": spent, "shifts": shifts, "state": state}
 
@@ -158,8 +157,7 @@ def _uneven(backend: Backend, model_type: str) -> dict[str, Any]:
     one = family_cases.make_problem(model, backend)
     problem = replace(one, model=backend.prepare(model), batches=5 * one.batches)
     options = PruneConfig(pattern="channels", uneven=True, sparsity=0.2, multiple_of=8)
-    cut = cut_of(problem.anatomy, options)
-    kept, scores, trials, shifts = cut.remove_units(problem, cut.plan_mixes(problem.anatomy, options), options)
+    kept, scores, trials, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     state = plain.full_state(backend, problem.model)
     return {"kept": kept, "spent": scores.forwards, "tried": [t.mix for t in trials], "shifts": shifts, "state": state}
 

@@ -12,6 +12,7 @@ import transformers as hf
 from torch import nn
 
 from tests.contract.sharded_models import VOCAB, digest, rows, seeded
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends import Backend
 from tinygn_dist.config import Config, PruneConfig
 from tinygn_dist.estimate.problem import Problem
@@ -20,7 +21,6 @@ from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import continuation, objective_of
 from tinygn_dist.pipeline import compress
 from tinygn_dist.prune.structured import latency
-from tinygn_dist.prune.structured.methods import cut_of
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
 from tinygn_dist.runtime.progress import Progress
 
@@ -76,8 +76,7 @@ def stacks(backend: Backend) -> dict[str, list[object]]:
         config, anatomy = model.config, read_anatomy(model, needs_units=True)
         objective = objective_of({convnext: "image-classification", gemma3n: "causal-lm"}.get(build, "seq2seq-lm"))
         dense = Problem(backend.prepare(model), anatomy, objective, _batches(build), backend, Progress())
-        cut = cut_of(anatomy, options)
-        kept, _, _, shifts = cut.remove_units(dense, cut.plan_mixes(anatomy, options), options)
+        kept, _, _, shifts, _ = remove_units(dense, plan_mixes(anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         make = functools.partial(type(build())._from_config, smaller_config(config, anatomy, kept))
         smaller = backend.place(smaller_origin(make, dense.model, anatomy, kept, backend, shifts))
@@ -105,7 +104,7 @@ def to_a_latency(backend: Backend, folder: Path) -> dict[str, object]:
     config = Config(
         model={"name": str(folder / "model")},
         data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
-        prune={"pattern": "units", "matrix": "latency=0.6", "multiple_of": 7},
+        prune={"pattern": "units", "goal": "latency=0.6", "multiple_of": 7},
         evaluate={"latency": False},
         output={"dir": str(folder / "latency"), "overwrite": True},
     )

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_problem, on_meta, shrunk
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig, load_config
@@ -27,7 +28,7 @@ from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import mixes
 from tinygn_dist.prune.sparsity.mask_selection import keep_n_of_m
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units, unit_sizes
+from tinygn_dist.prune.structured.layers_heads_channels import unit_sizes
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +244,7 @@ def test_units_tries_mixes_with_experts(backend):
     options = PruneConfig(pattern="units", sparsity=0.4)
     plan = plan_mixes(moe.anatomy, options)
     assert any(mix.experts for mix in plan) and any(mix.layers for mix in plan)
-    kept, _, trials, _ = remove_units(moe, plan, options)
+    kept, _, trials, _, _ = remove_units(moe, plan, options)
     best = min(trials, key=lambda trial: trial.loss)
     small = shrunk(moe, kept)
     with torch.no_grad():

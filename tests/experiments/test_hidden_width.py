@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from tests.family_cases import CASES, HEADS, HIDDEN, auto_class, build, close, logits, make_problem, on_meta
 from tests.pipeline.conftest import report_of
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig, load_config
@@ -15,7 +16,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.experiments import hidden_width
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
@@ -53,7 +54,7 @@ def test_cut_dimensions_equal_zeroed_ones(model_type: str, tied: bool, backend, 
     never_read(model, UNREAD)
     problem = make_problem(model, backend)
     options = HALF.model_copy(update={"sparsity": len(UNREAD) / HIDDEN - 0.02})
-    kept, *_ = hidden_width.remove_units(problem, hidden_width.plan_mixes(problem.anatomy, options), options)
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert sorted(set(range(HIDDEN)) - set(kept.hidden[0])) == UNREAD
     before = [logits(model, batch) for batch in problem.batches]
     config = smaller_config(model.config, problem.anatomy, kept)
@@ -90,23 +91,23 @@ def test_a_run_ends_at_the_asked_share_of_all_parameters(saved_model, tmp_path):
 @pytest.mark.parametrize("model_type", [t for t in CASES if t not in FAMILIES])
 def test_other_norms_are_refused(model_type: str):
     with pytest.raises(UserError, match="hidden cannot be removed: its norms"):
-        hidden_width.plan_mixes(on_meta(model_type), HALF)
+        plan_mixes(on_meta(model_type), HALF)
 
 
 def test_widths_are_multiples_of_the_heads():
     anatomy = on_meta("llama")
     assert hidden_width.step_of(anatomy, 6) == 12 and hidden_width.step_of(anatomy, 64) == HEADS
-    assert hidden_width.plan_mixes(anatomy, HALF)[0].hidden % HEADS == 0
+    assert plan_mixes(anatomy, HALF)[0].hidden % HEADS == 0
     for asked, reason in (
         (dict(sparsity=0.97), "a multiple of 4 stays"),
         (dict(criterion="removal"), "does not score hidden dimensions"),
         (dict(protect=(1,)), "hidden dimensions go from all"),
     ):
         with pytest.raises(UserError, match=reason):
-            hidden_width.plan_mixes(anatomy, HALF.model_copy(update=asked))
-    for matrix in ("flops=0.8", "latency=0.8"):
+            plan_mixes(anatomy, HALF.model_copy(update=asked))
+    for goal in ("flops=0.8", "latency=0.8"):
         with pytest.raises(UserError, match="use params or bytes"):
-            meet_goal(PruneConfig(pattern="hidden", matrix=matrix), anatomy, None, 1)
+            sparsity_of(PruneConfig(pattern="hidden", goal=goal), anatomy, None, 1)
 
 
 def test_every_parameter_of_that_size_is_found():

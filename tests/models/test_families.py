@@ -25,6 +25,7 @@ from tests.family_cases import (
     removable,
     shrunk,
 )
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import UNIT_KINDS, Config, PruneConfig, load_config
@@ -37,7 +38,7 @@ from tinygn_dist.models.families import FAMILIES
 from tinygn_dist.models.kept import KeptUnits
 from tinygn_dist.models.objective import causal_lm, seq2seq_lm
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units, unit_sizes
+from tinygn_dist.prune.structured.layers_heads_channels import unit_sizes
 
 
 @pytest.fixture(scope="module")

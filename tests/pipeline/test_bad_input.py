@@ -421,14 +421,14 @@ def _told_on_other_files(backend: Backend, asked: dict[str, Any], folders: list[
 
 DYING = """
 import os, sys
-from tinygn_dist import units
-from tinygn_dist.cli import main
-real = units.remove_units
+from tinygn_dist.cli.main import main
+from tinygn_dist.prune.structured.layers_heads_channels import LayersHeadsChannels
+real = LayersHeadsChannels.remove
 def die(*a, **k):
     if os.environ["RANK"] == "1":
         raise MemoryError("as if out of memory")
     return real(*a, **k)
-units.remove_units = die
+LayersHeadsChannels.remove = die
 sys.exit(main())
 """
 

@@ -36,7 +36,7 @@ ALIASES = {
     "data": "data.name",
     "pattern": "prune.pattern",
     "sparsity": "prune.sparsity",
-    "matrix": "prune.goal",
+    "goal": "prune.goal",
     "criterion": "prune.criterion",
     "estimator": "prune.estimator",
     "output": "output.dir",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -23,10 +22,12 @@ from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.anatomy import Anatomy
-from tinygn_dist.models.kept import KeptUnits, Removal
-from tinygn_dist.prune.structured.scores import UnitScores
+from tinygn_dist.models.kept import KeptUnits
+from tinygn_dist.prune.structured.probing import UnitScores
+from tinygn_dist.prune.structured.removal import RemovedUnits, UnitGoal, UnitMethod, UnitPlan
 
 log = logging.getLogger(__name__)
+_NOT_FITTED = "hidden dimensions: norms are scaled to the smaller width, the weights that stay are not re-fitted"
 _CRITERIA = ("auto", "activation", "magnitude", "random")
 
 
@@ -37,12 +38,36 @@ def step_of(anatomy: Anatomy, multiple_of: int) -> int:
     return step if step <= full // 2 else heads
 
 
-def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
-    """One mix: the fewest dimensions that reach the sparsity of all parameters. UserError, before weights load, when none
-    does."""
+class HiddenWidth:
+    """Dimensions of the residual stream. See `UnitMethod`."""
+
+    def dense_params(self, anatomy: Anatomy) -> int:
+        """All parameters."""
+        return anatomy.total_params
+
+    def plan(self, anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> UnitPlan:
+        """One mix: the fewest dimensions that reach the sparsity."""
+        return UnitPlan((_mix(anatomy, options, goal),), goal.protect)
+
+    def remove(self, problem: Problem, plan: UnitPlan, options: PruneConfig) -> RemovedUnits:
+        """Choose the dimensions that go. Nothing is changed in the live model. What stays is not re-fitted."""
+        (mix,), group = plan.mixes, problem.anatomy.hidden
+        values = _scores(problem, options)
+        kept = values.argsort(stable=True, descending=True)[: group.num_units - mix.hidden]
+        log.info("hidden dimensions that stay: %d of %d", len(kept), group.num_units)
+        layers = tuple(range(problem.anatomy.num_layers))
+        units = KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))})
+        notes = (_NOT_FITTED,) if options.compensate else ()
+        return RemovedUnits(units, UnitScores(by_group={("hidden", 0): values}), notes=notes)
+
+    def recalibrate_(self, smaller: Problem) -> None:
+        """Nothing."""
+
+
+def _mix(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> Mix:
     if anatomy.hidden is None:
         raise UserError(f"hidden cannot be removed: {anatomy.fixed['hidden']}; use another --pattern")
-    if options.counts is not None or options.protect or options.uneven:
+    if options.counts is not None or goal.protect or options.uneven:
         raise UserError(
             "prune.counts, protect and uneven are about layers; hidden dimensions go from all: use prune.sparsity"
         )
@@ -50,30 +75,12 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
         raise UserError(f"criterion {options.criterion} does not score hidden dimensions; use {', '.join(_CRITERIA)}")
     full, step = anatomy.hidden.num_units, step_of(anatomy, options.multiple_of)
     for kept in range((full - 1) // step * step, 0, -step):
-        if (full - kept) * anatomy.hidden.unit_params >= round(options.sparsity * anatomy.total_params):
-            return [Mix(hidden=full - kept)]
+        if (full - kept) * anatomy.hidden.unit_params >= round(goal.sparsity * anatomy.total_params):
+            return Mix(hidden=full - kept)
     raise UserError(
-        f"hidden cannot lose {options.sparsity:.0%} of the {anatomy.total_params:,} parameters: of {full} dimensions a multiple "
+        f"hidden cannot lose {goal.sparsity:.0%} of the {anatomy.total_params:,} parameters: of {full} dimensions a multiple "
         f"of {step} stays; lower sparsity or prune.multiple_of ({options.multiple_of})"
     )
-
-
-def dense_params(anatomy: Anatomy) -> int:
-    """What a sparsity is a share of."""
-    return anatomy.total_params
-
-
-def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
-    """Choose the dimensions that go. Nothing is changed in the live model: `shrink` takes them out. What stays is not re-fitted."""
-    (mix,), group = candidates, problem.anatomy.hidden
-    values = _scores(problem, options)
-    kept = values.argsort(stable=True, descending=True)[: group.num_units - mix.hidden]
-    scores = UnitScores(by_group={("hidden", 0): values})
-    if options.compensate:
-        problem.notes.append("hidden dimensions: norms are scaled to their number, weights are not re-fitted")
-    log.info("hidden dimensions that stay: %d of %d", len(kept), group.num_units)
-    layers = tuple(range(problem.anatomy.num_layers))
-    return Removal(KeptUnits(layers, hidden={0: tuple(sorted(kept.tolist()))}), scores, [], {})
 
 
 def _scores(problem: Problem, options: PruneConfig) -> torch.Tensor:
@@ -95,3 +102,6 @@ def _scores(problem: Problem, options: PruneConfig) -> torch.Tensor:
         energy = criteria.column_energy(weight, square.float()).double().cpu()
         total += energy / energy.sum()
     return total
+
+
+METHODS: dict[str, UnitMethod] = {"hidden": HiddenWidth()}

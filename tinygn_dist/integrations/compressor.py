@@ -20,13 +20,13 @@ from tinygn_dist.config import Config, PruneConfig
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem, costs_of
-from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
 from tinygn_dist.prune.sparsity import sparsify
-from tinygn_dist.prune.structured.methods import cut_of
+from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks, Update, plan_of
@@ -88,13 +88,13 @@ class Compressor:
                 "smaller one"
             )
         _refuse_what_takes_a_run(prune)
-        mixes: list[Mix] = []
+        units = UnitPlan()
         if prune.unit_kinds:
-            cut = cut_of(self._anatomy, prune)
-            prune = meet_goal(prune, self._anatomy, skeleton, cut.dense_params(self._anatomy))
-            mixes = cut.plan_mixes(self._anatomy, prune)
+            method = method_of(self._anatomy, prune)
+            sparsity = sparsity_of(prune, self._anatomy, skeleton, method.dense_params(self._anatomy))
+            units = method.plan(self._anatomy, prune, UnitGoal(sparsity, prune.protect))
         self._matrices = ()
-        if not mixes:
+        if not units.mixes:
             self._matrices = self._anatomy.choose_matrices(prune.matrices, prune.ignore)
             sparsify.check(self._anatomy, self._matrices, prune)
         if self.config.data.name == "self":
@@ -107,17 +107,18 @@ class Compressor:
             )
         self.backend.agree(splits.fingerprint(), "the data")
         self._batches = splits.calibration
-        if not mixes:
+        if not units.mixes:
             return model
         training = model.training
         model = self.backend.prepare(model.eval())
         problem = self._problem(model, self._batches)
         with fast_matmul(self.backend.device):
-            kept, _, _, shifts = cut.remove_units(problem, mixes, prune)
+            found = method.remove(problem, units, prune)
+        kept = found.kept
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)
         build = functools.partial(type(model)._from_config, config, dtype=model.dtype)
-        smaller = smaller_origin(build, model, self._anatomy, kept, self.backend, shifts)
+        smaller = smaller_origin(build, model, self._anatomy, kept, self.backend, found.shifts)
         return smaller.take_whole().train(training)
 
     def attach(

@@ -1,4 +1,4 @@
-"""What a removal of units leaves, as the stages hand it on."""
+"""Which units a model keeps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import torch
 
 from tinygn_dist.config import UNIT_KINDS
-from tinygn_dist.maths.counts import Mix
-from tinygn_dist.prune.structured.probing import UnitScores
 
 INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
 
@@ -37,21 +32,3 @@ class KeptUnits:
         """16 hex digits, equal for equal choices."""
         told = [self.layers, *(sorted(self.of(kind).items()) for kind in INNER_KINDS)]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A mix that was applied to the live model, and the loss per token it left."""
-
-    mix: Mix
-    loss: float
-
-
-class Removal(NamedTuple):
-    """What stays; the scores with their standard errors; every mix that was tried; and what biases gain when the units are
-    taken out, which the live model lacks until then: (out,) fp32 by the bias's name."""
-
-    kept: KeptUnits
-    scores: UnitScores
-    trials: list[Trial]
-    shifts: dict[str, torch.Tensor]

@@ -94,10 +94,10 @@ class Report:
         return rows
 
     def asked(self) -> str:
-        """The pattern, with its matrix or sparsity where it has one."""
+        """The pattern, with its goal or sparsity where it has one."""
         prune = self.recipe["prune"]
-        if prune["matrix"]:
-            return f"{prune['pattern']} {prune['matrix']}"
+        if prune["goal"]:
+            return f"{prune['pattern']} {prune['goal']}"
         return prune["pattern"] if ":" in prune["pattern"] else f"{prune['pattern']} {prune['sparsity']:.0%}"
 
     def print(self, console: Console | None = None) -> None:

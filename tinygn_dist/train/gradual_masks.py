@@ -44,14 +44,19 @@ class Update:
     by_target: dict[str, float]
 
 
-def plan_of(schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bool = False) -> Plan:
-    """The plan of a training of `total` optimizer steps. UserError when no update fits into it."""
+def plan_of(
+    schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bool = False, final: float | None = None
+) -> Plan:
+    """The plan of a training of `total` optimizer steps. final: the sparsity at its end, by default the pattern's. UserError
+    when no update fits into it."""
+    if final is None:
+        final = 1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity
     return make_plan(
         schedule.kind,
         total=total,
         every=schedule.every,
         first=schedule.first,
-        final=1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity,
+        final=final,
         freeze=schedule.freeze,
         swaps=schedule.regrow != "none",
         rounds=rounds,

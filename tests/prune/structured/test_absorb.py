@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from tests import plain, tiny
 from tests.family_cases import CASES, build, logits, make_problem
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
@@ -21,7 +22,6 @@ from tinygn_dist.prune.structured import layer_order as depth
 from tinygn_dist.prune.structured import trials
 from tinygn_dist.prune.structured.absorb import left_to_nobody, segments_gone, takers_of
 from tinygn_dist.prune.structured.layer_order import worth_trying
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
 from tinygn_dist.prune.structured.probing import UnitScores, take_out
 from tinygn_dist.prune.structured.scores import score_units
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
@@ -140,7 +140,7 @@ def test_it_is_the_least_squares_fit(
 
     counts = {"layers": len(gone), "channels": channels}
     options = PruneConfig(pattern="units", counts=counts, damping=1e-6)
-    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    kept, _, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert kept.layers == tuple(layer for layer in range(5) if layer not in gone)
     stays = list(kept.channels[1]) if channels else list(range(48))
     assert len(stays) == 48 - channels
@@ -195,9 +195,9 @@ def test_a_constant_goes_into_the_bias(backend, monkeypatch, family: str, gone: 
     before = [plain.logits(problem.model, batch) for batch in problem.batches]
     lost = plain.without_layers(problem.model, family, list(gone))
     options = PruneConfig(pattern="layers", counts={"layers": len(gone)})
-    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    kept, _, _, shifts, notes = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert list(shifts) == [f"{problem.anatomy.of_kind('channels')[0 if 1 in gone else 1].output}.bias"]
-    assert kept.channels == {} and not problem.notes
+    assert kept.channels == {} and not notes
     config = smaller_config(problem.model.config, problem.anatomy, kept)
     origin = smaller_origin(
         lambda: type(problem.model)(config), problem.model, problem.anatomy, kept, problem.backend, shifts
@@ -240,9 +240,9 @@ def test_the_report_names_the_layers_that_nothing_takes_over(backend, monkeypatc
     problem = tiny.problem(family, backend)
     before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
     options = PruneConfig(pattern="layers", counts={"layers": len(gone)}, compensate=compensate)
-    remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    notes = [note for note in problem.notes if note.startswith("nothing takes over")]
-    assert [f"removed layers {told} gave" in note for note in notes] == [True] * bool(told and compensate)
+    found = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    notes = [note for note in found.notes if "is not reproduced" in note]
+    assert [f"removed layers {told} is not" in note for note in notes] == [True] * bool(told and compensate)
     changed = [name for name, tensor in problem.model.state_dict().items() if not torch.equal(before[name], tensor)]
     wanted = [f"model.layers.{gone[0] - 1}.mlp.down_proj.weight"] if compensate and not told else []
     assert changed == wanted
@@ -251,8 +251,8 @@ def test_the_report_names_the_layers_that_nothing_takes_over(backend, monkeypatc
 def test_experts_take_nothing_over(backend):
     problem = make_problem(build("mixtral"), backend)
     options = PruneConfig(pattern="layers", counts={"layers": 1})
-    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    assert len(kept.layers) == 3 and any("nothing takes over" in note for note in problem.notes)
+    kept, *_, notes = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert len(kept.layers) == 3 and any("is not reproduced" in note for note in notes)
 
 
 def test_a_linear_layer_leaves_nothing_behind(backend, monkeypatch):
@@ -295,7 +295,7 @@ def _left_loss(family: str, backend: Replicated, order: list[int], fitted: slice
     with pytest.MonkeyPatch.context() as patched:
         _goes(patched, tuple(order))
         here = replace(problem, batches=batches[fitted])
-        _, _, _, shifts = remove_units(here, plan_mixes(problem.anatomy, options), options)
+        _, _, _, shifts, _ = remove_units(here, plan_mixes(problem.anatomy, options), options)
     with torch.no_grad():
         for name, shift in shifts.items():
             problem.model.get_parameter(name).add_(shift)

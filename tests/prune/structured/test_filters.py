@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests import tiny
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
@@ -169,7 +170,7 @@ def test_what_the_walk_does_not_know_freezes_its_channels(changed, reason: str):
 @pytest.mark.parametrize("name", NETS)
 def test_removal_scores_are_the_loss_without_the_filter(name: str, backend):
     problem = problem_of(build(name), backend)
-    mix = filters.plan_mixes(problem.anatomy, PruneConfig(pattern="filters", sparsity=0.3, multiple_of=1))[0]
+    mix = plan_mixes(problem.anatomy, PruneConfig(pattern="filters", sparsity=0.3, multiple_of=1))[0]
     scores = score_units(problem, mix, PruneConfig(pattern="filters"), None)
     group = problem.anatomy.of_kind("filters")[-1]
     every = {g.layer: tuple(range(g.num_units)) for g in problem.anatomy.of_kind("filters")}
@@ -208,8 +209,8 @@ def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(name: s
     losses = {}
     for uneven in (False, True):
         options = asked.model_copy(update={"uneven": uneven})
-        mixes = filters.plan_mixes(problem.anatomy, options)
-        kept, scores, *_ = filters.remove_units(problem, mixes, options)
+        mixes = plan_mixes(problem.anatomy, options)
+        kept, scores, *_ = remove_units(problem, mixes, options)
         left = filters.params_left(problem.anatomy, {index: len(units) for index, units in kept.filters.items()})
         assert left <= round(0.6 * problem.anatomy.total_params)
         lost = [
@@ -247,7 +248,7 @@ def test_the_stage_that_does_nothing_goes_first(backend):
             parameter.data.mul_(1e-6)
     problem = problem_of(model, backend)
     options = PruneConfig(pattern="filters", sparsity=0.2, multiple_of=1, uneven=True, criterion="magnitude")
-    kept, *_ = filters.remove_units(problem, filters.plan_mixes(problem.anatomy, options), options)
+    kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     config = smaller_config(model.config, problem.anatomy, kept)
     assert config.hidden_sizes[0] == 16 and config.embedding_size == 16 and config.hidden_sizes[1] < 24
 
@@ -279,5 +280,5 @@ def test_refusals_come_before_weights(name: str, asked: dict, part: str):
     with torch.device("meta"):
         anatomy = read_anatomy(NETS[name](), needs_units=True)
     with pytest.raises(UserError) as caught:
-        filters.plan_mixes(anatomy, PruneConfig(**asked))
+        plan_mixes(anatomy, PruneConfig(**asked))
     assert part in str(caught.value)

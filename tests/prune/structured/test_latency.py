@@ -12,13 +12,14 @@ import torch
 
 from tests.family_cases import WIDTH, auto_class, build, on_meta
 from tests.pipeline.conftest import report_of
+from tests.removing import plan_mixes
 from tinygn_dist import compress
 from tinygn_dist.config import EvaluateConfig, PruneConfig, load_config
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.prune.structured import latency
-from tinygn_dist.prune.structured import layers_heads_channels as units
-from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 
 TABLE = Latency(layers=4, rest=20.0, layer=20.0, heads={1: 15.0, 2: 20.0}, channels={8: 10.0, 24: 16.0, 48: 20.0})
 """of a dense model that takes 100 seconds: 7/12 of a second per channel below 24, 1/6 above"""
@@ -196,8 +197,9 @@ def test_a_run_looks_until_the_best_mix_was_timed(
 def test_what_cannot_be_reached_is_refused_before_weights(model_type: str, asked: dict, reason: str):
     anatomy = on_meta(model_type)
     with pytest.raises(UserError, match=reason):
-        options = meet_goal(PruneConfig(**asked), anatomy, None, units.dense_params(anatomy))
-        units.plan_mixes(anatomy, options, TABLE)
+        options = PruneConfig(**asked)
+        dense = method_of(anatomy, options).dense_params(anatomy)
+        plan_mixes(anatomy, options, TABLE, sparsity_of(options, anatomy, None, dense))
 
 
 def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:

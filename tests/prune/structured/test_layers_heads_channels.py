@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from tests import plain, tiny
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.maths.solve import least_squares
 from tinygn_dist.models.anatomy import read_anatomy
-from tinygn_dist.models.kept import Trial
 from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 from tinygn_dist.prune.structured import layers_heads_channels as units
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
 from tinygn_dist.prune.structured.probing import UnitScores
+from tinygn_dist.prune.structured.removal import Trial
 from tinygn_dist.prune.structured.scores import score_units
 from tinygn_dist.prune.structured.shrink import smaller_config
 from tinygn_dist.prune.structured.trials import Trials
@@ -118,7 +118,7 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     problem = tiny.problem(family, backend, count=1, size=6)
     options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probe_samples=64)
     candidates = plan_mixes(problem.anatomy, options)
-    kept, _, trials, shifts = remove_units(problem, candidates, options)
+    kept, _, trials, shifts, _ = remove_units(problem, candidates, options)
     with torch.no_grad():  # what the live model lacks until it is cut
         for name, shift in shifts.items():
             problem.model.get_parameter(name).add_(shift)
@@ -146,7 +146,7 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
     def losses(candidates: list[Mix] | None = None) -> dict[Mix, float]:
         problem = tiny.problem("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
         options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probe_samples=64)
-        _, _, trials, _ = remove_units(problem, candidates or plan_mixes(problem.anatomy, options), options)
+        _, _, trials, _, _ = remove_units(problem, candidates or plan_mixes(problem.anatomy, options), options)
         return {trial.mix: trial.loss for trial in trials}
 
     everything = losses()
@@ -165,9 +165,9 @@ def test_the_report_says_how_many_mixes_were_left_out(backend, most: int):
     problem = tiny.problem("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
     options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, most_mixes=most)
     candidates = plan_mixes(problem.anatomy, options)
-    kept, _, trials, _ = remove_units(problem, candidates, options)
+    kept, _, trials, _, notes = remove_units(problem, candidates, options)
     assert len(trials) == most < len(candidates)
-    (note,) = [note for note in problem.notes if "left out" in note]
+    (note,) = [note for note in notes if "left out" in note]
     assert note.startswith(f"{len(trials)} of the mixes") and f"{len(candidates) - len(trials)} left out" in note
     assert 6 - len(kept.layers) == min(trials, key=lambda trial: trial.loss).mix.layers
 
@@ -212,7 +212,7 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
         with pytest.MonkeyPatch.context() as patched:
             if batches != slice(None):
                 patched.setattr(Trials, "in_two", lambda *_: False)
-            kept, _, trials, shifts = remove_units(problem, asked, options, later)
+            kept, _, trials, shifts, _ = remove_units(problem, asked, options, later)
         with torch.no_grad():
             for name, shift in shifts.items():
                 problem.model.get_parameter(name).add_(shift)
@@ -246,7 +246,7 @@ def test_heads_and_channels_are_fitted_to_the_shorter_model(backend, monkeypatch
     def run(problem, counts: dict[str, int]):
         """The smaller model, in the setting of its own."""
         options = PruneConfig(pattern="units", counts=counts)
-        kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+        kept, _, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         with torch.no_grad():
             for name, shift in shifts.items():
                 problem.model.get_parameter(name).add_(shift)

@@ -7,14 +7,15 @@ import torch
 from accelerate import Accelerator
 
 from tests import plain, tiny
+from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.unit_moments import _beside_one, unit_moments
 from tinygn_dist.maths.counts import Mix
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, remove_units
 from tinygn_dist.prune.structured.probing import UnitScores
 from tinygn_dist.prune.structured.refit import _about_mean, apply_mix, fit_jobs, with_bias
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
+from tinygn_dist.prune.structured.trials import losses_left
 
 CONSTANT = list(range(3, 48, 3))  # 15 of 48 channels of every layer
 READ_BY = {
@@ -70,7 +71,7 @@ def test_constant_channels_leave_nothing_behind(family: str, backend: Replicated
         near = 1e-5 * float(dense.abs().max())
         torch.testing.assert_close(plain.logits(with_shifts, batch), dense, rtol=1e-4, atol=near)
         assert float((plain.logits(without, batch) - dense).abs().max()) > 100 * near
-    assert not problem.notes
+    assert losses_left(problem, mix, kept) == []
 
 
 def test_large_constants_do_not_drown_what_varies():
@@ -107,7 +108,7 @@ def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Re
     weight, bias = layer.fc2.weight.detach().double(), layer.fc2.bias.detach().double()
 
     options = PruneConfig(pattern="channels", counts={"channels": 9}, damping=1e-6)
-    kept, _, _, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    kept, _, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     columns = torch.cat([inputs[:, list(kept.channels[0])], torch.ones(len(inputs), 1).double()], 1)
     share = 1 / stream.square().mean(1, keepdim=True).sqrt()
     alive = columns.abs().sum(0) > 0
@@ -129,5 +130,5 @@ def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Re
 def test_where_there_is_no_bias_the_report_says_so(backend: Replicated, compensate: bool):
     problem = tiny.problem("llama", backend)
     options = PruneConfig(pattern="channels", counts={"channels": 8}, compensate=compensate)
-    *_, shifts = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    assert shifts == {} and ("gave down_proj: it has none" in " ".join(problem.notes)) == compensate
+    *_, shifts, notes = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert shifts == {} and ("down_proj has no bias" in " ".join(notes)) == compensate

@@ -10,12 +10,13 @@ import transformers as hf
 from torch import nn
 
 from tests import plain, tiny
+from tests.removing import plan_mixes
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.anatomy import Anatomy, read_anatomy
 from tinygn_dist.models.kept import KeptUnits
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes, unit_sizes
+from tinygn_dist.prune.structured.layers_heads_channels import unit_sizes
 from tinygn_dist.prune.structured.shrink import smaller_config
 
 CHANNELS = {0: list(range(0, 16)), 1: list(range(20, 36)), 2: [0, *range(30, 45)]}  # what goes; layers differ

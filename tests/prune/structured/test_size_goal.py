@@ -5,17 +5,20 @@ from __future__ import annotations
 import pytest
 
 from tests.family_cases import build
+from tests.removing import plan_mixes
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.structured import layers_heads_channels
-from tinygn_dist.prune.structured.size_goal import meet_goal
+from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 
 
 def planned(model, **asked):
     anatomy = read_anatomy(model, needs_units=True)
-    options = meet_goal(PruneConfig(**asked), anatomy, model, layers_heads_channels.dense_params(anatomy))
-    return anatomy, layers_heads_channels.plan_mixes(anatomy, options)
+    options = PruneConfig(**asked)
+    dense = method_of(anatomy, options).dense_params(anatomy)
+    return anatomy, plan_mixes(anatomy, options, sparsity=sparsity_of(options, anatomy, model, dense))
 
 
 @pytest.mark.parametrize("measure", ["params", "bytes"])

@@ -7,16 +7,16 @@ import torch
 from accelerate import Accelerator
 
 from tests.family_cases import LAYERS, WIDTH, build, close, gated, logits, make_problem, on_meta, shrunk
+from tests.removing import Found, plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.counts import Mix
-from tinygn_dist.models.kept import KeptUnits, Removal
-from tinygn_dist.prune.structured.methods import cut_of
-from tinygn_dist.prune.structured.size_goal import meet_goal
-from tinygn_dist.prune.structured.uneven_channels import plan_mixes
+from tinygn_dist.models.kept import KeptUnits
+from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.size_goal import sparsity_of
 
 SPARSE = dict(activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0])
 
@@ -35,9 +35,8 @@ def share_of(anatomy, channels: int) -> float:
     return channels * anatomy.of_kind("channels")[0].unit_params / sum(anatomy.layer_params)
 
 
-def cut(problem: Problem, options: PruneConfig) -> Removal:
-    way = cut_of(problem.anatomy, options)
-    return way.remove_units(problem, way.plan_mixes(problem.anatomy, options), options)
+def cut(problem: Problem, options: PruneConfig) -> Found:
+    return remove_units(problem, plan_mixes(problem.anatomy, options), options)
 
 
 @pytest.mark.parametrize("gone", [{1: 32}, {1: 40, 2: 16}, {0: 8, 3: 40}])
@@ -131,9 +130,9 @@ def test_a_protected_layer_keeps_its_width(backend):
 def test_where_probes_run_out_the_cut_is_even(backend):
     problem = make_problem(build("gemma3n_text"), backend)
     options = asking(share_of(problem.anatomy, 64), probe_forwards=4)
-    kept, scores, trials, _ = cut(problem, options)
+    kept, scores, trials, _, notes = cut(problem, options)
     assert [len(units) for units in kept.channels.values()] == [32] * LAYERS and not trials
-    assert any("the cut is even" in note for note in problem.notes) and scores.forwards <= 4
+    assert any("every layer keeps the same share" in note for note in notes) and scores.forwards <= 4
 
 
 def test_one_micro_batch_serves_for_both(backend):
@@ -155,16 +154,16 @@ def test_one_micro_batch_serves_for_both(backend):
         ("gemma3n_text", {"protect": (4,)}, "names layer 4, the model has layers 0 to 3"),
         ("gemma3n_text", {"protect": (0, 1, 2, 3)}, "at most 0 of them are in channels that may go"),
         ("gemma3n_text", {"sparsity": 0.9}, "at most .* lower sparsity or prune.multiple_of"),
-        ("gemma3n_text", {"matrix": "latency=0.8"}, "cannot run by themselves; use params"),
-        ("gemma3n_text", {"matrix": "latency=0.8", "uneven": False}, "cannot run by themselves; use params"),
-        ("llama", {"matrix": "latency=0.8"}, "prune.uneven lets them differ; use params"),
+        ("gemma3n_text", {"goal": "latency=0.8"}, "cannot run by themselves; use params"),
+        ("gemma3n_text", {"goal": "latency=0.8", "uneven": False}, "cannot run by themselves; use params"),
+        ("llama", {"goal": "latency=0.8"}, "prune.uneven lets them differ; use params"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_weights_load(model_type: str, asked: dict, message: str):
     anatomy, options = on_meta(model_type), PruneConfig(**dict(pattern="channels", sparsity=0.1, uneven=True) | asked)
     with pytest.raises(UserError, match=message):
-        way = cut_of(anatomy, options)
-        way.plan_mixes(anatomy, meet_goal(options, anatomy, None, way.dense_params(anatomy)))
+        dense = method_of(anatomy, options).dense_params(anatomy)
+        plan_mixes(anatomy, options, sparsity=sparsity_of(options, anatomy, None, dense))
 
 
 @pytest.mark.parametrize(
@@ -175,9 +174,9 @@ def test_an_even_cut_of_uneven_layers_names_the_way_out(changes: dict):
     for pattern in ("channels", "units"):
         options = PruneConfig(pattern=pattern, sparsity=0.1)
         with pytest.raises(UserError, match="different numbers of channels that may go.* --prune.uneven true"):
-            cut_of(anatomy, options).plan_mixes(anatomy, options)
+            plan_mixes(anatomy, options)
     with pytest.raises(UserError, match="layers cannot be removed: its embeddings of each layer"):
-        cut_of(anatomy, options).plan_mixes(anatomy, PruneConfig(pattern="layers", sparsity=0.1))
+        plan_mixes(anatomy, PruneConfig(pattern="layers", sparsity=0.1))
 
 
 @pytest.mark.parametrize("uneven", [True, False])
@@ -185,7 +184,7 @@ def test_no_layer_whose_channels_may_go(uneven: bool):
     anatomy = on_meta("gemma3n_text", activation_sparsity_pattern=[0.5] * LAYERS)
     options = PruneConfig(pattern="channels", sparsity=0.1, uneven=uneven)
     with pytest.raises(UserError, match="depend on each other; mask weights" if uneven else "--prune.uneven true"):
-        cut_of(anatomy, options).plan_mixes(anatomy, options)
+        plan_mixes(anatomy, options)
 
 
 def test_any_widths_equal_the_gated_model(backend):

@@ -19,7 +19,8 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Mix, channel_cuts, evenly
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup
-from tinygn_dist.models.kept import KeptUnits, Removal
+from tinygn_dist.models.kept import KeptUnits
+from tinygn_dist.prune.structured.removal import RemovedUnits, UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.scores import score_units
 
 log = logging.getLogger(__name__)
@@ -53,58 +54,66 @@ def params_left(anatomy: Anatomy, kept: Mapping[int, int]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
-    """One mix: the fewest parts of every group, or with `uneven` the most even cut of the slots, that reach the sparsity of all
-    parameters. UserError, before weights load, when none does."""
+class Filters:
+    """Filters of convolutional nets. See `UnitMethod`."""
+
+    def dense_params(self, anatomy: Anatomy) -> int:
+        """All parameters."""
+        return anatomy.total_params
+
+    def plan(self, anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> UnitPlan:
+        """One mix: the fewest parts of every group, or with `uneven` the most even cut of the slots, that reach the sparsity."""
+        return UnitPlan((_mix(anatomy, options, goal),), goal.protect)
+
+    def remove(self, problem: Problem, plan: UnitPlan, options: PruneConfig) -> RemovedUnits:
+        """Choose the filters that go. Nothing is changed in the live model."""
+        (mix,), anatomy = plan.mixes, problem.anatomy
+        scores = score_units(problem.first(options.probe_samples), mix, options, None)
+        ranked = {group.layer: scores.by_group["filters", group.layer] for group in anatomy.of_kind("filters")}
+        if mix.uneven:
+            groups = anatomy.of_kind("filters")
+            even = {group.layer: group.num_units - n for group, n in zip(groups, mix.uneven, strict=True)}
+            kept = _by_loss_per_parameter(anatomy, ranked, params_left(anatomy, even), options)
+        else:
+            kept = _kept([anatomy.of_kind("filters")], [mix.filters])
+        log.info(
+            "filters that stay: %s", ", ".join(f"{kept[g.layer]} of {g.num_units}" for g in anatomy.of_kind("filters"))
+        )
+        chosen = {
+            index: tuple(sorted(value.argsort(stable=True, descending=True)[: kept[index]].tolist()))
+            for index, value in ranked.items()
+        }
+        return RemovedUnits(KeptUnits((), filters=chosen), scores)
+
+    def recalibrate_(self, smaller: Problem) -> None:
+        """Running means and variances of every BatchNorm, averaged over the calibration batches of all ranks: with forward
+        passes only, they make up for what the removed filters contributed."""
+        reestimate_norms(smaller)
+
+
+def _mix(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> Mix:
     if "filters" not in options.unit_kinds:
         raise UserError(f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern filters")
-    if options.counts is not None or options.protect:
+    if options.counts is not None or goal.protect:
         raise UserError("prune.counts and prune.protect name layers, heads or channels; filters are cut by sparsity")
     if options.criterion in ("obs", "activation"):
         raise UserError(
             f"criterion {options.criterion} does not score filters; use auto, removal, gate, magnitude or random"
         )
     total, slots = anatomy.total_params, slots_of(anatomy) if options.uneven else [anatomy.of_kind("filters")]
-    most = total - round(options.sparsity * total)
+    most = total - round(goal.sparsity * total)
     cuts = _cuts(slots, options)
     gone = evenly([parts(s) for s in slots], cuts, lambda gone: params_left(anatomy, _kept(slots, gone)) <= most)
     if gone is not None and not options.uneven:
-        return [Mix(filters=gone[0])]
+        return Mix(filters=gone[0])
     if gone is not None:
         each = [g.num_units - _kept(slots, gone)[g.layer] for g in anatomy.of_kind("filters")]
-        return [Mix(filters=max(each), uneven=tuple(each))]
+        return Mix(filters=max(each), uneven=tuple(each))
     raise UserError(
-        f"filters cannot lose {options.sparsity:.0%} of the {total:,} parameters: "
+        f"filters cannot lose {goal.sparsity:.0%} of the {total:,} parameters: "
         f"{params_left(anatomy, _kept(slots, [cut[-1] for cut in cuts])):,} stay at least; lower sparsity or prune.multiple_of "
         f"({options.multiple_of})"
     )
-
-
-def dense_params(anatomy: Anatomy) -> int:
-    """What a sparsity is a share of."""
-    return anatomy.total_params
-
-
-def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
-    """Choose the filters that go. Nothing is changed in the live model: `shrink` takes them out, and `reestimate_norms`
-    makes up for them."""
-    (mix,), anatomy = candidates, problem.anatomy
-    scores = score_units(problem.first(options.probe_samples), mix, options, None)
-    ranked = {group.layer: scores.by_group["filters", group.layer] for group in anatomy.of_kind("filters")}
-    if mix.uneven:
-        groups = anatomy.of_kind("filters")
-        even = {group.layer: group.num_units - n for group, n in zip(groups, mix.uneven, strict=True)}
-        kept = _by_loss_per_parameter(anatomy, ranked, params_left(anatomy, even), options)
-    else:
-        kept = _kept([anatomy.of_kind("filters")], [mix.filters])
-    log.info(
-        "filters that stay: %s", ", ".join(f"{kept[g.layer]} of {g.num_units}" for g in anatomy.of_kind("filters"))
-    )
-    chosen = {
-        index: tuple(sorted(value.argsort(stable=True, descending=True)[: kept[index]].tolist()))
-        for index, value in ranked.items()
-    }
-    return Removal(KeptUnits((), filters=chosen), scores, [], {})
 
 
 def reestimate_norms(problem: Problem) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,8 @@ from tinygn_dist.maths.counts import Latency, Mix, channel_step
 from tinygn_dist.models.anatomy import Anatomy
 from tinygn_dist.models.kept import KeptUnits
 from tinygn_dist.models.objective import Batch, last_logits_only
-from tinygn_dist.prune.structured.layers_heads_channels import plan_mixes
+from tinygn_dist.prune.structured.layers_heads_channels import LayersHeadsChannels
+from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.shrink import smaller_config
 from tinygn_dist.runtime.cpu_matmul import stock_matmul
 
@@ -42,12 +43,12 @@ _SHARES = (0.75, 0.5, 0.25)
 
 
 class LatencyGoal:
-    """mixes: those that meet the target by what layers cost on the main rank's device, the same on every rank. figures: what the
-    report says."""
+    """plan: the mixes that meet the goal by what layers cost on the main rank's device, the same on every rank. figures: for the
+    report."""
 
-    def __init__(self, source: load.Source, config: Config, anatomy: Anatomy, backend: Backend) -> None:
-        """A collective. UserError when no mix meets the target."""
-        self._backend, self._anatomy, self._options = backend, anatomy, config.prune
+    def __init__(self, source: load.Source, config: Config, anatomy: Anatomy, backend: Backend, goal: UnitGoal) -> None:
+        """A collective. UserError when no mix meets the goal."""
+        self._backend, self._anatomy, self._options, self._goal = backend, anatomy, config.prune, goal
         dtype = load.dtype_of(source)
         self._batch = inputs_of(source.config, source.task, config.evaluate)
         self._layers = Layers(
@@ -62,11 +63,15 @@ class LatencyGoal:
         self.figures = {"timed": told(self._batch), "table": asdict(self.table), "looked_at": []}
         self._timed: dict[Mix, float] = {}
         with backend.together("checking the request"):
-            self.mixes = plan_mixes(anatomy, config.prune, self.table)
+            self.plan = replace(self._plan(), replan=self.replanned)
+
+    def _plan(self) -> UnitPlan:
+        goal = replace(self._goal, latency=self.table)
+        return LayersHeadsChannels().plan(self._anatomy, self._options, goal)
 
     def replanned(self, mix: Mix) -> list[Mix]:
-        """The mixes that meet the target once this one was timed beside the dense model, the table corrected by what was found: it
-        is among them where it is still the least that does. What was timed and missed the target is not. A collective."""
+        """The mixes that meet the goal once this one was timed beside the dense model, the table corrected by what was found: it
+        is among them where it is still the least that does. What was timed and missed the goal is not. A collective."""
         whole, cut = self._on_main(lambda: self._layers.timed({}, self._layers.left_by(mix)))
         before = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
         self.table = self.table.corrected(mix, whole.rest, whole.layer, cut.layer)
@@ -76,11 +81,11 @@ class LatencyGoal:
         self.figures["corrected_table"] = asdict(self.table)
         log.info("without %s: expected %.3f of the latency, timed %.3f", mix, before, after)
         try:
-            met = plan_mixes(self._anatomy, self._options, self.table)
+            met = self._plan().mixes
         except UserError as error:  # nothing meets it any more: the mix that came nearest stays, and the report says so
             self.figures["missed"] = str(error)
             return [mix]
-        return [other for other in met if self._timed.get(other, 0.0) <= 1 - self._options.sparsity]
+        return [other for other in met if self._timed.get(other, 0.0) <= 1 - self._goal.sparsity]
 
     def time(self, which: str, model: nn.Module) -> None:
         """The latency of a model as the backend placed it. which: dense, then smaller, which runs beside a dense one where that is

@@ -33,15 +33,23 @@ _TOKENS_PER_INPUT = 4
 """of the widest feed-forward, that the fits of a trial see; not tuned"""
 
 
-def score_layers(probed: Problem, fitted: Problem, tried: Problem, removed: int, options: PruneConfig) -> UnitScores:
+def score_layers(
+    probed: Problem,
+    fitted: Problem,
+    tried: Problem,
+    removed: int,
+    options: PruneConfig,
+    protect: Sequence[int] = (),
+) -> UnitScores:
     """The order in which `removed` layers go. probed: sequences of plain probes, and of other criteria. fitted, tried: those of the
     fits, and of the losses that they leave."""
     scores, anatomy = UnitScores(), probed.anatomy
     by_removal = removed and options.criterion in ("auto", "obs", "removal")
     if by_removal and options.compensate and any(group.added for group in anatomy.groups):
-        order_layers(scores, probed, removable(probed, options), removed, options, _Judge(fitted, tried, options).again)
+        layers = removable(anatomy, protect)
+        order_layers(scores, probed, layers, removed, options, _Judge(fitted, tried, options).again)
     else:
-        score_units(probed, Mix(layers=removed), options, scores=scores)
+        score_units(probed, Mix(layers=removed), options, scores=scores, protect=protect)
     return scores
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from tinygn_dist.config import UNIT_KINDS, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem, batch_size
-from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
+from tinygn_dist.maths.counts import Mix, UnitSizes, mixes
 from tinygn_dist.models.anatomy import Anatomy
-from tinygn_dist.models.kept import Removal, Trial
 from tinygn_dist.prune.structured.absorb import takers_of
 from tinygn_dist.prune.structured.layer_order import score_layers
+from tinygn_dist.prune.structured.removal import RemovedUnits, Replan, Trial, UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.scores import reads_moments, score_units
 from tinygn_dist.prune.structured.trials import Fits, Trials
 
@@ -72,9 +72,48 @@ def _some_stay(anatomy: Anatomy) -> bool:
     return _may_differ(anatomy) and len(anatomy.of_kind("channels")) < anatomy.num_layers
 
 
-def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None = None) -> list[Mix]:
-    """The mixes that reach the asked sparsity, a share of the layers' parameters or of a measured latency. UserError,
-    before weights load, when none does."""
+class LayersHeadsChannels:
+    """The same number of heads, channels and experts out of every layer that stays, so that stock classes load. See `UnitMethod`."""
+
+    def dense_params(self, anatomy: Anatomy) -> int:
+        """The parameters of the layers."""
+        return unit_sizes(anatomy).total_params
+
+    def plan(self, anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> UnitPlan:
+        """The mixes that reach the goal, of the layers' parameters or of a measured latency."""
+        return UnitPlan(tuple(_mixes(anatomy, options, goal)), goal.protect)
+
+    def remove(self, problem: Problem, plan: UnitPlan, options: PruneConfig) -> RemovedUnits:
+        """Choose the units and zero them in the live model, with the rest re-fitted (layers and experts are only named: no
+        value of their weights is the same as their absence). Where there is a choice of mixes, they are compared on sequences
+        that they were not fitted on, and the best is fitted on all: heads and channels to what the shorter model gives."""
+        most = _most_of(plan.mixes)
+        probed = problem.first(options.probe_samples)
+        probed = _enough_to_rank(probed, options) if len(plan.mixes) > 1 else probed
+        fitted, held_out = apart(problem)
+        tried = held_out.first(options.probe_samples)
+        scores = score_layers(probed, fitted, held_out, most.layers, options, plan.protect)
+        anew = len(plan.mixes) > 1 or plan.replan is not None
+        order = [scores.layer_order[:count] for count in range(most.layers + 1)]
+        takers = takers_of(problem.anatomy, order if anew else order[-1:]) if options.compensate else {}
+        trials = Trials(tried, most, options, scores, [])
+        fits, moments = Fits(problem, most, takers, options), None
+        if anew or not trials.in_two(most) or reads_moments(problem, most, options):
+            moments = fits.moments(fitted if anew else problem)
+        score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
+        trials.jobs = fits.jobs(moments)
+        best = trials.best_of(plan.mixes)
+        if plan.replan is not None:
+            best = _closer(trials, best, most, plan.replan)
+        kept, shifts = trials.leave(best, problem, anew=anew)
+        tried_mixes = tuple(Trial(mix, loss) for mix, loss in trials.losses.items())
+        return RemovedUnits(kept, scores, tried_mixes, shifts, tuple(trials.notes))
+
+    def recalibrate_(self, smaller: Problem) -> None:
+        """Nothing."""
+
+
+def _mixes(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> list[Mix]:
     kinds, sizes = options.unit_kinds, unit_sizes(anatomy, options.unit_kinds)
     counted = options.counts is not None and len(anatomy.stacks) > 1
     if options.pattern in anatomy.fixed and not (
@@ -84,31 +123,26 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig, latency: Latency | None =
         raise UserError(
             f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
         )
-    bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
+    bad = [layer for layer in goal.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")
-    if options.protect and kinds != ("layers",):
+    if goal.protect and kinds != ("layers",):
         raise UserError("prune.protect keeps whole layers; other units are cut evenly in all, so use --pattern layers")
     if options.counts is not None:
         return [_fixed_mix(sizes, options, anatomy.num_layers - len(anatomy.lasting) if counted else 0)]
-    found = list(mixes(sizes, options.sparsity, kinds, options.multiple_of, latency))
-    found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(options.protect))]
-    if not found and latency:
+    found = list(mixes(sizes, goal.sparsity, kinds, options.multiple_of, goal.latency))
+    found = [mix for mix in found if mix.layers <= anatomy.num_layers - max(1, len(goal.protect))]
+    if not found and goal.latency:
         raise UserError(
-            f"{options.pattern} cannot reach {options.goal}: of {latency.total_seconds:.3g} s measured, "
-            f"{latency.rest / latency.total_seconds:.0%} lie outside the layers ({_told(sizes)}); ask for more"
+            f"{options.pattern} cannot reach {options.goal}: of {goal.latency.total_seconds:.3g} s measured, "
+            f"{goal.latency.rest / goal.latency.total_seconds:.0%} lie outside the layers ({_told(sizes)}); ask for more"
         )
     if not found:
         raise UserError(
-            f"{options.pattern} cannot remove {options.sparsity:.0%} of the layers' {sizes.total_params:,} parameters "
+            f"{options.pattern} cannot remove {goal.sparsity:.0%} of the layers' {sizes.total_params:,} parameters "
             f"({_told(sizes)}); lower sparsity or use --pattern units"
         )
     return found
-
-
-def dense_params(anatomy: Anatomy) -> int:
-    """What a sparsity is a share of: the parameters of the layers."""
-    return unit_sizes(anatomy).total_params
 
 
 def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
@@ -132,39 +166,6 @@ def _told(sizes: UnitSizes) -> str:
     if sizes.experts:
         told += f"; of {sizes.experts} experts {_ROUTED.format(sizes.least_experts)}"
     return told
-
-
-Replan = Callable[[Mix], Sequence[Mix]]
-"""what there is to choose from once a mix was looked at more closely"""
-
-
-def remove_units(
-    problem: Problem, candidates: Sequence[Mix], options: PruneConfig, replan: Replan | None = None
-) -> Removal:
-    """Choose the units and zero them in the live model, with the rest re-fitted; `shrink` then takes them out (layers
-    and experts are only named: no value of their weights is the same as their absence). Where there is a choice of mixes,
-    they are compared on sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the
-    shorter model gives."""
-    most = _most_of(candidates)
-    probed = problem.first(options.probe_samples)
-    probed = _enough_to_rank(probed, options) if len(candidates) > 1 else probed
-    fitted, held_out = apart(problem)
-    tried = held_out.first(options.probe_samples)
-    scores = score_layers(probed, fitted, held_out, most.layers, options)
-    anew = len(candidates) > 1 or replan is not None
-    order = [scores.layer_order[:count] for count in range(most.layers + 1)]
-    takers = takers_of(problem.anatomy, order if anew else order[-1:]) if options.compensate else {}
-    trials = Trials(tried, most, options, scores, [])
-    fits, moments = Fits(problem, most, takers, options), None
-    if anew or not trials.in_two(most) or reads_moments(problem, most, options):
-        moments = fits.moments(fitted if anew else problem)
-    score_units(probed, replace(most, layers=0), options, moments and moments.inputs, scores)
-    trials.jobs = fits.jobs(moments)
-    best = trials.best_of(candidates)
-    if replan is not None:
-        best = _closer(trials, best, most, replan)
-    kept, shifts = trials.leave(best, problem, anew=anew)
-    return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
 def apart(problem: Problem) -> tuple[Problem, Problem]:

@@ -22,7 +22,7 @@ from tinygn_dist.estimate.unit_statistics import column_energies, unit_magnitude
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.counts import Mix
-from tinygn_dist.models.anatomy import UnitGroup
+from tinygn_dist.models.anatomy import Anatomy, UnitGroup
 from tinygn_dist.prune.structured.probing import MANY, UnitScores, order_layers, row_of, unit_losses
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def score_units(
     options: PruneConfig,
     moments: InputMoments | None = None,
     scores: UnitScores | None = None,
+    protect: Sequence[int] = (),
 ) -> UnitScores:
     """Scores of every kind of which `most` removes some, beside the `scores` of other kinds.
 
@@ -46,9 +47,9 @@ def score_units(
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
         if criterion == "removal":
-            order_layers(scores, problem, removable(problem, options), most.layers, options)
+            order_layers(scores, problem, removable(problem.anatomy, protect), most.layers, options)
         else:
-            _order_by_score(scores, problem, criterion, options)
+            _order_by_score(scores, problem, criterion, options, protect)
     for kind in ("heads", "channels", "experts", "filters"):
         groups = problem.anatomy.of_kind(kind)
         criterion = _criterion(kind, groups, options)
@@ -79,7 +80,9 @@ def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> 
     return "removal" if unsolved or options.criterion == "auto" and kind != "channels" else "obs"
 
 
-def _order_by_score(scores: UnitScores, problem: Problem, criterion: str, options: PruneConfig) -> None:
+def _order_by_score(
+    scores: UnitScores, problem: Problem, criterion: str, options: PruneConfig, protect: Sequence[int]
+) -> None:
     num_layers = problem.anatomy.num_layers
     match criterion:
         case "gate":
@@ -98,14 +101,14 @@ def _order_by_score(scores: UnitScores, problem: Problem, criterion: str, option
             values = uniform(0, num_layers, key_of(options.seed, "layers"))
         case _:
             raise AssertionError(criterion)
-    scores.layer_order = sorted(removable(problem, options), key=lambda layer: (float(values[layer]), layer))
+    scores.layer_order = sorted(removable(problem.anatomy, protect), key=lambda layer: (float(values[layer]), layer))
     scores.table += [row_of("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
 
 
-def removable(problem: Problem, options: PruneConfig) -> list[int]:
+def removable(anatomy: Anatomy, protect: Sequence[int]) -> list[int]:
     """The layers that may go."""
-    stay = {*options.protect, *problem.anatomy.lasting}
-    return [layer for layer in range(problem.anatomy.num_layers) if layer not in stay]
+    stay = {*protect, *anatomy.lasting}
+    return [layer for layer in range(anatomy.num_layers) if layer not in stay]
 
 
 def _group_scores(

@@ -15,14 +15,14 @@ _UNEVEN_COST = {
 }
 
 
-def meet_goal(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> PruneConfig:
-    """The options with the sparsity that brings the whole model to `options.goal`; unchanged without one.
+def sparsity_of(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> float:
+    """The sparsity that brings the whole model to `options.goal`; `options.sparsity` without a goal.
 
     dense_params: what a sparsity is a share of. skeleton: the model on the meta device. Raises UserError, before weights
-    load, when what cannot be cut alone is more than the target.
+    load, when what cannot be cut alone is more than the goal.
     """
     if options.goal is None:
-        return options
+        return options.sparsity
     measure, _, share = options.goal.partition("=")
     if measure in ("flops", "latency"):
         for kind, reason in _UNEVEN_COST.items():
@@ -43,7 +43,7 @@ def meet_goal(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense
             "goal latency: layers are timed alike, prune.uneven lets them differ; use params, bytes or flops"
         )
     if measure == "latency":
-        return options.model_copy(update={"sparsity": 1 - float(share)})
+        return 1 - float(share)
     cost = _multiplied(anatomy, skeleton) if measure == "flops" else anatomy.total_params
     sparsity = (1 - float(share)) * cost / dense_params
     if sparsity >= 1:
@@ -51,7 +51,7 @@ def meet_goal(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense
             f"goal {options.goal}: {1 - dense_params / cost:.0%} of the model's {measure} lie outside its removable "
             f"layers (embeddings, head); ask for more than {measure}={1 - dense_params / cost:.2f}"
         )
-    return options.model_copy(update={"sparsity": sparsity})
+    return sparsity
 
 
 def _multiplied(anatomy: Anatomy, skeleton: nn.Module) -> int:

@@ -54,8 +54,9 @@ class Fits:
         return fit_jobs(self._problem, moments, self._groups, self._biased, self._takers) if moments else []
 
 
-def note_losses(problem: Problem, mix: Mix, kept: KeptUnits) -> None:
-    """Tells the report what is not made up for: means where there is no bias, layers before which nothing takes over."""
+def losses_left(problem: Problem, mix: Mix, kept: KeptUnits) -> list[str]:
+    """Notes on what is not made up for: means where there is no bias, layers before which nothing absorbs them."""
+    notes: list[str] = []
     anatomy, gone = problem.anatomy, set(range(problem.anatomy.num_layers)) - set(kept.layers)
     takers = takers_of(anatomy, [gone])
     reading = [g for g in anatomy.groups if g.layer in kept.layers and g.router is None and getattr(mix, g.kind)]
@@ -65,19 +66,20 @@ def note_losses(problem: Problem, mix: Mix, kept: KeptUnits) -> None:
             m.rpartition(".")[2] for m in modules if getattr(problem.bare.get_submodule(m), "bias", None) is None
         }
         if without:
-            told = f"no bias takes up the mean of what removed {what} gave {', '.join(sorted(without))}: it has none"
-            problem.notes.append(told)
+            names = ", ".join(sorted(without))
+            notes.append(f"{names} has no bias, so the average output of the removed {what} could not be added back")
     lost = left_to_nobody(takers, gone)
     if lost:
-        problem.notes.append(
-            f"nothing takes over what the removed layers {lost} gave: no feed-forward before them writes straight to the "
+        notes.append(
+            f"the output of the removed layers {lost} is not reproduced: no feed-forward before them writes straight to the "
             "residual stream"
         )
+    return notes
 
 
 class Trials:
     """Mixes applied to the live model, measured, and undone to the last bit. losses: per token, in the order tried. jobs: of the
-    weights that are re-fitted. most: of every kind the largest number in any mix."""
+    weights that are re-fitted. most: of every kind the largest number in any mix. notes: for the report."""
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Trials:
         self._problem, self._most, self._options, self._scores, self.jobs = problem, most, options, scores, list(jobs)
         self._dense: dict[str, torch.Tensor] | None = None
         self.losses: dict[Mix, float] = {}
+        self.notes: list[str] = []
 
     def best_of(self, candidates: Sequence[Mix]) -> Mix:
         """The only one, or the one that leaves the least loss."""
@@ -97,8 +100,8 @@ class Trials:
             return candidates[0]
         best, untried = search(candidates, self.told_loss_of, self._options.most_mixes, self.losses)
         if untried:
-            self._problem.notes.append(
-                f"{len(self.losses)} of the mixes that reach the matrix were tried (losses in the report) and {len(untried)} "
+            self.notes.append(
+                f"{len(self.losses)} of the mixes that reach the goal were tried (losses in the report) and {len(untried)} "
                 f"left out by the search or by prune.most_mixes={self._options.most_mixes}, such as {untried[0]}"
             )
         return best
@@ -123,7 +126,7 @@ class Trials:
             self._fit(problem, mix)
         kept, shifts = self.apply(mix)
         if self._options.compensate:
-            note_losses(problem, mix, kept)
+            self.notes += losses_left(problem, mix, kept)
         return kept, {name: gained.get(name, 0) + shifts.get(name, 0) for name in {**gained, **shifts}}
 
     def in_two(self, mix: Mix) -> bool:

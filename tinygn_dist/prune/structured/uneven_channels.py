@@ -20,9 +20,9 @@ from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Mix, between, channel_cuts, evenly
 from tinygn_dist.maths.solve.knapsack import cheapest
 from tinygn_dist.models.anatomy import Anatomy
-from tinygn_dist.models.kept import Removal, Trial
 from tinygn_dist.prune.structured.layers_heads_channels import apart
 from tinygn_dist.prune.structured.probing import Removals
+from tinygn_dist.prune.structured.removal import RemovedUnits, Trial, UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.scores import score_units
 from tinygn_dist.prune.structured.trials import Fits, Trials
 from tinygn_dist.runtime.progress import Progress
@@ -32,6 +32,9 @@ _LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """of the widths that a slot can have, those that are measured"""
 _WAY = (0.5, 1.0)
 """from the even cut to the one with the least sum"""
+_BUDGET_ENDED = (
+    "the budget of probes ended before every layer was tried at other widths: every layer keeps the same share"
+)
 Slot = tuple[int, ...]
 """groups of channels, by their place in `Anatomy.of_kind("channels")`, that must keep one width"""
 
@@ -47,9 +50,43 @@ def slots_of(anatomy: Anatomy, protect: Sequence[int] = ()) -> list[Slot]:
     return [tuple(slot) for slot in slots.values() if not {layers[place] for place in slot} & set(protect)]
 
 
-def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
-    """One mix: the most even cut that reaches the sparsity of the layers' parameters. UserError, before weights load, when
-    none does."""
+class UnevenChannels:
+    """FFN channels, another number out of each layer. See `UnitMethod`."""
+
+    def dense_params(self, anatomy: Anatomy) -> int:
+        """The parameters of the layers."""
+        return sum(anatomy.layer_params)
+
+    def plan(self, anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> UnitPlan:
+        """One mix: the most even cut that reaches the sparsity of the layers' parameters."""
+        return UnitPlan((_even_cut(anatomy, options, goal),), goal.protect)
+
+    def remove(self, problem: Problem, plan: UnitPlan, options: PruneConfig) -> RemovedUnits:
+        """The best of the even cut and of a few towards the widths that cost least, re-fitted on all sequences."""
+        (even,), anatomy = plan.mixes, problem.anatomy
+        slots = slots_of(anatomy, plan.protect)
+        cuts = _cuts(anatomy, slots, options)
+        most = _mix(anatomy, slots, [cut[-1] for cut in cuts])
+        fitted, held_out = apart(problem)
+        fits = Fits(problem, most, {}, options)
+        moments = fits.moments(fitted)
+        whole = Mix(channels=most.channels)
+        scores = score_units(problem.first(options.probe_samples), whole, options, moments and moments.inputs)
+        trials = Trials(held_out, most, options, scores, fits.jobs(moments))
+        costs = _costs(trials, Removals(scores, held_out, options), even, slots, cuts)
+        candidates = [even, *(_on_the_way(anatomy, slots, even, costs) if costs else [])]
+        best = min(candidates, key=trials.told_loss_of) if costs else even
+        log.info("channels that go from each layer: %s", ", ".join(map(str, best.uneven)))
+        kept, shifts = trials.leave(best, problem, anew=True)
+        tried = tuple(Trial(mix, loss) for mix, loss in trials.losses.items())
+        notes = [] if costs else [_BUDGET_ENDED]
+        return RemovedUnits(kept, scores, tried, shifts, (*notes, *trials.notes))
+
+    def recalibrate_(self, smaller: Problem) -> None:
+        """Nothing."""
+
+
+def _even_cut(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> Mix:
     ffn = next(iter(anatomy.family.feed_forwards), None)
     if ffn is not None and ffn.uneven and options.pattern != "channels":
         raise UserError(
@@ -64,16 +101,16 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
         raise UserError(
             "prune.counts says how many channels go from each layer, prune.uneven lets layers differ; use sparsity"
         )
-    bad = [layer for layer in options.protect if not 0 <= layer < anatomy.num_layers]
+    bad = [layer for layer in goal.protect if not 0 <= layer < anatomy.num_layers]
     if bad:
         raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {anatomy.num_layers - 1}")
-    groups, slots = anatomy.of_kind("channels"), slots_of(anatomy, options.protect)
+    groups, slots = anatomy.of_kind("channels"), slots_of(anatomy, goal.protect)
     if not groups:
         raise UserError(
             f"channels cannot be removed: those of every layer of this {anatomy.model_class} depend on each other; mask weights "
             "with --pattern unstructured"
         )
-    total = -(-round(options.sparsity * dense_params(anatomy)) // groups[0].unit_params)
+    total = -(-round(goal.sparsity * sum(anatomy.layer_params)) // groups[0].unit_params)
     cuts = _cuts(anatomy, slots, options)
 
     def removed(gone: Sequence[int]) -> int:
@@ -83,41 +120,16 @@ def plan_mixes(anatomy: Anatomy, options: PruneConfig) -> list[Mix]:
     if gone is None:
         most = removed([cut[-1] for cut in cuts]) * groups[0].unit_params
         raise UserError(
-            f"channels cannot remove {options.sparsity:.0%} of the layers' {dense_params(anatomy):,} parameters: at most "
+            f"channels cannot remove {goal.sparsity:.0%} of the layers' {sum(anatomy.layer_params):,} parameters: at most "
             f"{most:,} of them are in channels that may go; lower sparsity or prune.multiple_of ({options.multiple_of})"
         )
-    return [_mix(anatomy, slots, gone)]
+    return _mix(anatomy, slots, gone)
 
 
 def _cuts(anatomy: Anatomy, slots: Sequence[Slot], options: PruneConfig) -> list[list[int]]:
     """Of every slot, how many channels of each of its layers may go."""
     groups = anatomy.of_kind("channels")
     return [[0, *channel_cuts(groups[slot[0]].num_units, options.multiple_of)] for slot in slots]
-
-
-def dense_params(anatomy: Anatomy) -> int:
-    """What a sparsity is a share of: the parameters of the layers."""
-    return sum(anatomy.layer_params)
-
-
-def remove_units(problem: Problem, candidates: Sequence[Mix], options: PruneConfig) -> Removal:
-    """As `units.remove_units`."""
-    (even,), anatomy = candidates, problem.anatomy
-    slots = slots_of(anatomy, options.protect)
-    cuts = _cuts(anatomy, slots, options)
-    most = _mix(anatomy, slots, [cut[-1] for cut in cuts])
-    fitted, held_out = apart(problem)
-    fits = Fits(problem, most, {}, options)
-    moments = fits.moments(fitted)
-    whole = Mix(channels=most.channels)
-    scores = score_units(problem.first(options.probe_samples), whole, options, moments and moments.inputs)
-    trials = Trials(held_out, most, options, scores, fits.jobs(moments))
-    costs = _costs(trials, Removals(scores, held_out, options), even, slots, cuts)
-    candidates = [even, *(_on_the_way(anatomy, slots, even, costs) if costs else [])]
-    best = min(candidates, key=trials.told_loss_of) if costs else even
-    log.info("channels that go from each layer: %s", ", ".join(map(str, best.uneven)))
-    kept, shifts = trials.leave(best, problem, anew=True)
-    return Removal(kept, scores, [Trial(mix, loss) for mix, loss in trials.losses.items()], shifts)
 
 
 def _costs(
@@ -139,9 +151,6 @@ def _costs(
             here, seen = even.uneven[slot[0]], {}
             for count in sorted({here, *(cut[round(level * (len(cut) - 1))] for level in _LEVELS)}):
                 if removals.spent:
-                    few.notes.append(
-                        "the budget of probes ended before every layer was tried at other widths: the cut is even"
-                    )
                     return []
                 seen[count] = 0.0 if count == here else loss(_with(even, slot, count)) - base
             rising = dict(zip(seen, itertools.accumulate(seen.values(), max), strict=True))
