@@ -12,7 +12,7 @@ import torch
 from tests import plain, tiny
 from tests.ranks import RankFailed, Ranks
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.backends.pieces import Job
+from tinygn_dist.backends.pieces import Edited, Job
 from tinygn_dist.errors import UserError
 
 
@@ -103,20 +103,25 @@ def _solved(backend: Backend, family: str) -> dict[str, Any]:
     backend.sum_for_jobs(jobs)
     solved_here = []
 
-    def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def solve(job: Job, weights: list[torch.Tensor]) -> list[Edited]:
         solved_here.append([matrix.name for matrix in job.matrices])
         assert [tuple(w.shape) for w in weights] == [t.shape for t in job.matrices], "not the whole matrix"
         keeps = [weight > 0 for weight in weights]
         return [
-            ((weight * float(job.moments[0].sum())).masked_fill(~keep, 0), keep)
+            Edited(
+                (weight * float(job.moments[0].sum())).masked_fill(~keep, 0),
+                {"mask": keep, "largest": weight.max(1).values, "codes": keep.to(torch.int8)},
+            )
             for weight, keep in zip(weights, keeps, strict=True)
         ]
 
-    masks = backend.map_matrices(problem.model, jobs, solve)
+    extras = backend.map_matrices(problem.model, jobs, solve)
     return {
         "solved": solved_here,
         "state": plain.full_state(backend, problem.model),
-        "masks": masks,
+        "masks": {name: each["mask"] for name, each in extras.items()},
+        "codes": {name: each["codes"] for name, each in extras.items()},
+        "largest": {name: each["largest"].cpu() for name, each in extras.items()},
         "offsets": {t.name: backend.shard(problem.model, t).offset for t in matrices},
     }
 
@@ -134,6 +139,8 @@ def test_map_targets_gives_every_rank_the_solution_of_one(ranks: Ranks, family: 
         for matrix in dense.anatomy.matrices:
             weight = dense.model.get_parameter(matrix.name).detach()
             assert torch.equal(facts["masks"][matrix.name], weight > 0)
+            assert torch.equal(facts["codes"][matrix.name], (weight > 0).to(torch.int8))
+            assert torch.equal(facts["largest"][matrix.name], matrix.oriented(weight).max(1).values), "not whole"
             torch.testing.assert_close(facts["state"][matrix.name], (weight * factor[matrix.name]).clamp(min=0))
         untouched = [name for name in facts["state"] if name not in factor]
         assert all(

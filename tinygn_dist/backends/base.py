@@ -25,7 +25,7 @@ it `num_ranks` times, while a fact about a batch must be added exactly once.
 | sum_over_shards / max_over_shards   | combine facts about disjoint pieces of weights                              |
 | sum_over_data(tensors)              | combine facts about different batches                                       |
 | sum_for_jobs(jobs)                  | the moments of each job, summed over data, on the rank that will solve it    |
-| map_matrices(model, jobs, solve)     | whole-row work: each job solved by one rank, the pieces of its result kept  |
+| map_matrices(model, jobs, solve)     | whole-row work: each job solved by one rank; weights written, extras returned|
 | look_at_targets(model, jobs, look)  | the same without a result: the rank that will solve a job reads its weights |
 | write(model, matrix, piece)         | new values of this rank's piece, in the live weight and any master copy     |
 | write_mask(model, matrix, keep)     | zeros in the live weight and in any master copy behind it                   |
@@ -51,12 +51,18 @@ from torch import nn
 from tinygn_dist.backends import collectives
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.optimizer_state import Training
-from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of
+from tinygn_dist.backends.pieces import Edited, Extras, Job, Look, Origin, Shard, Solve, tensor_named, tensors_of
 from tinygn_dist.errors import UserError
 from tinygn_dist.models.anatomy import Matrix
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
+_Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _layout_of(result: Edited) -> _Layout:
+    """Shape and dtype of each extra, which other ranks need before it can be sent."""
+    return {name: (tuple(value.shape), value.dtype) for name, value in result.extras.items()}
 
 
 class Backend(Training):
@@ -201,26 +207,26 @@ class Backend(Training):
     @abstractmethod
     def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None: ...
 
-    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
-        """Writes the new weights; returns the keep masks by matrix name, shaped like this rank's shards.
+    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, Extras]:
+        """Writes the new weights; returns the extras of each matrix by its name (see `Edited`).
 
         Every weight is gathered in turn and kept by its owner alone; the owners solve at the same time; then every
         result is sent once and each rank keeps its piece.
         """
         owners = self.deal([job.cost for job in jobs])
-        mine, solved = self._owned_weights(model, jobs, owners), {}
+        mine, edited = self._owned_weights(model, jobs, owners), {}
         with self.together("solving the layers"):
             for index in list(mine):
-                solved[index] = solve(jobs[index], mine.pop(index))
-        masks = {}
+                edited[index] = solve(jobs[index], mine.pop(index))
+        layouts: dict[int, list[_Layout]] = {}
+        for of_rank in self.everyone({index: list(map(_layout_of, results)) for index, results in edited.items()}):
+            layouts |= of_rank
+        extras = {}
         for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
             for position, matrix in enumerate(job.matrices):
-                results = solved[index][position] if owner == self.rank else None
-                masks[matrix.name] = self._spread_result(model, matrix, results, owner)
-        told = self.everyone({index: jobs[index].outcome for index in solved})
-        for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-            job.outcome = told[owner][index]
-        return masks
+                result = edited[index][position] if owner == self.rank else None
+                extras[matrix.name] = self._spread_result(model, matrix, result, layouts[index][position], owner)
+        return extras
 
     def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
         mine = self._owned_weights(model, jobs, self.deal([job.cost for job in jobs]))
@@ -241,17 +247,29 @@ class Backend(Training):
         return mine
 
     def _spread_result(
-        self, model: nn.Module, matrix: Matrix, result: tuple[torch.Tensor, torch.Tensor] | None, owner: int
-    ) -> torch.Tensor:
-        """Write the owner's new (out, in) weight everywhere; returns this rank's piece of its keep mask."""
+        self, model: nn.Module, matrix: Matrix, result: Edited | None, layout: _Layout, owner: int
+    ) -> Extras:
+        """Write the owner's new (out, in) weight everywhere; returns the extras, in pieces where they are shaped like it."""
+
+        def stored(whole: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+            sent = torch.empty(matrix.stored_shape, dtype=dtype, device=self.device)
+            if whole is not None:
+                sent.copy_(matrix.oriented(whole))
+            return self.cut(model, matrix, collectives.broadcast_(sent, owner))
+
         dtype = self.shard(model, matrix).weight.dtype
-        weight = torch.empty(matrix.stored_shape, dtype=dtype, device=self.device)
-        keep = torch.empty(matrix.stored_shape, dtype=torch.bool, device=self.device)
-        if result is not None:
-            weight.copy_(matrix.oriented(result[0]))
-            keep.copy_(matrix.oriented(result[1]))
-        self.write(model, matrix, self.cut(model, matrix, collectives.broadcast_(weight, owner)))
-        return self.cut(model, matrix, collectives.broadcast_(keep, owner))
+        self.write(model, matrix, stored(result and result.weight, dtype))
+        extras: Extras = {}
+        for name, (shape, dtype) in layout.items():
+            value = result and result.extras[name]
+            if shape == matrix.shape:
+                extras[name] = stored(value, dtype)
+            else:
+                sent = torch.empty(shape, dtype=dtype, device=self.device)
+                if value is not None:
+                    sent.copy_(value)
+                extras[name] = collectives.broadcast_(sent, owner)
+        return extras
 
     # -- the same on every backend -----------------------------------------------------------------------------------
     def barrier(self) -> None:

@@ -20,7 +20,17 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.offload_hooks import are_settled, homes_of, settle
 from tinygn_dist.backends.optimizer_state import Held
-from tinygn_dist.backends.pieces import Job, Look, Origin, Shard, Solve, tensor_named, tensors_of, without_storage
+from tinygn_dist.backends.pieces import (
+    Extras,
+    Job,
+    Look,
+    Origin,
+    Shard,
+    Solve,
+    tensor_named,
+    tensors_of,
+    without_storage,
+)
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.bit_zeros import keep_only_
@@ -141,14 +151,19 @@ class Offloaded(Backend):
     def write_mask(self, model: nn.Module, matrix: Matrix, keep: torch.Tensor) -> None:
         keep_only_(self.shard(model, matrix).weight, keep)
 
-    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, torch.Tensor]:
+    def map_matrices(self, model: nn.Module, jobs: Sequence[Job], solve: Solve) -> dict[str, Extras]:
         """One job after the other: no more weights are on the device than one job has."""
-        masks = {}
+        extras = {}
         for job in jobs:
-            for matrix, (weight, keep) in zip(job.matrices, solve(job, self._matrices(model, job)), strict=True):
-                self.write(model, matrix, self.cut(model, matrix, matrix.oriented(weight)))
-                masks[matrix.name] = self.cut(model, matrix, matrix.oriented(keep).contiguous())
-        return masks
+            for matrix, result in zip(job.matrices, solve(job, self._matrices(model, job)), strict=True):
+                self.write(model, matrix, self.cut(model, matrix, matrix.oriented(result.weight)))
+                extras[matrix.name] = {
+                    name: self.cut(model, matrix, matrix.oriented(value).contiguous())
+                    if tuple(value.shape) == matrix.shape
+                    else value
+                    for name, value in result.extras.items()
+                }
+        return extras
 
     def look_at_targets(self, model: nn.Module, jobs: Sequence[Job], look: Look) -> None:
         for job in jobs:

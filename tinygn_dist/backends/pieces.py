@@ -114,17 +114,31 @@ def filled(model: nn.Module, run: Run) -> nn.Module:
 
 @dataclass
 class Job:
-    """Row work on matrices that share one input. moments: this rank's partial sums over its data, until
-    `sum_for_jobs` completes them on the rank that solves the job and empties them elsewhere. outcome: a small fact
-    that `solve` may leave; `map_matrices` brings it to every rank."""
+    """Row work on matrices that share one input. moments: this rank's partial sums over its data, until `sum_for_jobs`
+    completes them on the rank that solves the job and empties them elsewhere."""
 
     matrices: tuple[Matrix, ...]
     moments: list[torch.Tensor]
     cost: float
     extra: dict[str, Any] = field(default_factory=dict)
-    outcome: Any = None
 
 
-# solve(job, whole (out, in) weights) -> for each matrix (new weight, keep mask), both (out, in)
-Solve = Callable[[Job, list[torch.Tensor]], list[tuple[torch.Tensor, torch.Tensor]]]
+Extras = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What a solver makes of one matrix. weight: (out, in), any float dtype. extras: by name, whatever else the format or
+    the caller needs: a mask, codes, scales, zero points, units that stay.
+
+    An extra shaped like the weight belongs to it, entry by entry: each rank gets its piece, shaped and placed like its
+    shard. Any other arrives whole on every rank.
+    """
+
+    weight: torch.Tensor
+    extras: Extras = field(default_factory=dict)
+
+
+# solve(job, whole (out, in) weights) -> for each matrix what becomes of it
+Solve = Callable[[Job, list[torch.Tensor]], list[Edited]]
 Look = Callable[[Job, list[torch.Tensor]], None]

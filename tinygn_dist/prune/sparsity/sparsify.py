@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from tinygn_dist.backends.pieces import Job, Shard
+from tinygn_dist.backends.pieces import Edited, Job, Shard
 from tinygn_dist.config import DEFAULT_SHARE, NM, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
@@ -219,7 +219,7 @@ def _solved(
 ) -> dict[str, torch.Tensor]:
     """Whole rows of each matrix are solved by one rank. pruned: how many entries of each matrix go."""
 
-    def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def solve(job: Job, weights: list[torch.Tensor]) -> list[Edited]:
         results, hessian = [], job.moments[0].float()
         if _is_unreached(job):  # with the identity the solver keeps the largest
             hessian = torch.eye(len(hessian), device=hessian.device)
@@ -238,17 +238,16 @@ def _solved(
             )
             if solved.damping > options.damping:
                 log.warning("%s: damping raised to %g to factorise its Hessian", matrix.name, solved.damping)
-            results.append((solved.weight, solved.keep))
-            job.outcome = (job.outcome or 0) + (solved.solver == "admm")
+            by_admm = torch.tensor(solved.solver == "admm")
+            results.append(Edited(solved.weight, {"mask": solved.keep, "by_admm": by_admm}))
         return results
 
     masks: dict[str, torch.Tensor] = {}
     better = 0
     for jobs in measured.jobs(solving=True):
-        for job in jobs:
-            job.outcome = None
-        masks |= problem.backend.map_matrices(problem.model, jobs, solve)
-        better += sum(job.outcome for job in jobs)
+        for name, extras in problem.backend.map_matrices(problem.model, jobs, solve).items():
+            masks[name] = extras["mask"]
+            better += int(extras["by_admm"])
     if options.solver == "admm":
         problem.notes.append(
             f"ADMM's mask had the smaller error on {better} of {len(masks)} weights, the sweep's on the rest"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from tinygn_dist.backends.pieces import Job
+from tinygn_dist.backends.pieces import Edited, Job
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.unit_moments import UnitMoments, taken_by
@@ -69,19 +69,19 @@ def apply_mix(
         job.extra["removed"] = widths.get(group, getattr(mix, group.kind)) if stays else 0
         job.extra["run"] = segments_gone(job.extra["behind"], gone) if stays else 0
 
-    def solve(job: Job, weights: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def solve(job: Job, weights: list[torch.Tensor]) -> list[Edited]:
         return [_solve_columns(job, weights[0], most, scores, options)]
 
-    problem.backend.map_matrices(problem.model, jobs, solve)
+    edits = problem.backend.map_matrices(problem.model, jobs, solve)
     kept: dict[str, dict[int, tuple[int, ...]]] = {kind: {} for kind in INNER_KINDS}
     shifts = {}
     for job in jobs:
-        (units, shift), group, matrix = job.outcome, job.extra["group"], job.matrices[0]
+        group, matrix = job.extra["group"], job.matrices[0]
         if matrix.layer not in gone:
             if getattr(most, group.kind):
-                kept[group.kind][group.layer] = units
-            if shift is not None:
-                shifts[f"{matrix.module}.bias"] = shift
+                kept[group.kind][group.layer] = tuple(edits[matrix.name]["units"].tolist())
+            if "shift" in edits[matrix.name]:
+                shifts[f"{matrix.module}.bias"] = edits[matrix.name]["shift"].cpu()
     for group in problem.anatomy.of_kind("experts"):
         if mix.experts and group.layer not in gone:
             order = scores.by_group["experts", group.layer].argsort(stable=True)
@@ -112,14 +112,11 @@ def _fit_of(job: Job) -> _Fit:
     return _Fit(gram, mean, (taken[:, :-1] - torch.outer(taken[:, -1], mean)).float(), gain)
 
 
-def _solve_columns(
-    job: Job, weight: torch.Tensor, most: Mix, scores: UnitScores, options: PruneConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """New weight and keep mask; leaves the units that stay, and the gain of the bias, as the job's outcome."""
+def _solve_columns(job: Job, weight: torch.Tensor, most: Mix, scores: UnitScores, options: PruneConfig) -> Edited:
+    """The new weight. Extras: the units that stay, int64, and the gain of the bias, fp32, where it takes part."""
     group, removed = job.extra["group"], job.extra["removed"]
-    job.outcome = tuple(range(group.num_units)), None
     if removed == 0 and job.extra["run"] == 0:
-        return weight.clone(), torch.ones_like(weight, dtype=torch.bool)
+        return Edited(weight.clone(), {"units": torch.arange(group.num_units)})
     fit = _fit_of(job)
     keep_unit = torch.ones(group.num_units, dtype=torch.bool, device=weight.device)
     if removed:
@@ -132,13 +129,11 @@ def _solve_columns(
         fitted[:, columns] = solved.to(weight.dtype)
     else:
         fitted[:, columns] = weight[:, columns]
-    keep = torch.zeros_like(weight, dtype=torch.bool)
-    keep[:, columns] = True
-    shift = None
+    extras = {"units": units}
     if fit.mean is not None:
         shift = (weight - fitted).double() @ fit.mean + (0 if fit.gain is None else fit.gain)
-    job.outcome = tuple(units.tolist()), None if shift is None else shift.float().cpu()
-    return fitted, keep
+        extras["shift"] = shift.float()
+    return Edited(fitted, extras)
 
 
 def _order(
