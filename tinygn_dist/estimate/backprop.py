@@ -59,16 +59,14 @@ def weight_gradients(problem: Problem, matrices: Sequence[Matrix], *, squares: b
     """Per matrix name, the sum over micro-batches of g (or of g^2 with `squares`), g the gradient of the micro-batch's
     mean loss per token; shaped like this rank's shard. Summed over the data of all ranks."""
     parameters = [problem.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in matrices)]
-    mine = problem.backend.share(problem.batches)
+    function = torch.square if squares else _itself
     with (
         gradients_of(problem.bare, parameters),
-        problem.backend.gradient_sums(problem.model, matrices, torch.square if squares else _itself) as sums,
-        problem.progress.bar("gradients", len(mine)) as advance,
+        problem.backend.gradient_sums(problem.model, matrices, function) as sums,
     ):
-        for batch, real in mine:
-            with sums.micro_batch(counts=real):
-                problem.objective(problem.model, problem.on_device(batch)).mean().backward()
-            advance()
+        for micro_batch in problem.micro_batches("gradients"):
+            with sums.micro_batch(counts=micro_batch.counts):
+                problem.losses(micro_batch.batch).mean().backward()
     return sums.moments
 
 
@@ -84,16 +82,14 @@ def gate_gradients(
     One gate per sequence and unit, so one backward gives every derivative of a micro-batch. Returns per group
     (units, sequences) fp64, for the layers (layers, sequences), and (sequences,) token counts.
     """
-    backend, sizes = problem.backend, [batch_size(batch) for batch in problem.batches]
-    results = [torch.zeros(group.num_units, sum(sizes), dtype=torch.float64) for group in groups]
-    by_layer = torch.zeros(len(layers), sum(sizes), dtype=torch.float64)
-    counts = torch.zeros(sum(sizes), dtype=torch.float64)
+    backend, num_sequences = problem.backend, problem.num_sequences
+    results = [torch.zeros(group.num_units, num_sequences, dtype=torch.float64) for group in groups]
+    by_layer = torch.zeros(len(layers), num_sequences, dtype=torch.float64)
+    counts = torch.zeros(num_sequences, dtype=torch.float64)
     layer_modules = [problem.bare.get_submodule(problem.anatomy.path_of(layer)) for layer in layers]
-    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(problem.batches)])
-    with gradients_of(problem.bare, ()), problem.progress.bar("gate gradients", len(mine)) as advance:
-        for (batch, start), real in mine:
-            span = slice(start, start + batch_size(batch))
-            size = span.stop - span.start
+    with gradients_of(problem.bare, ()):
+        for micro_batch in problem.micro_batches("gate gradients"):
+            size = batch_size(micro_batch.batch)
             gates = [torch.ones(size, g.num_units, device=backend.device, requires_grad=True) for g in groups]
             layer_gates = [torch.ones(size, device=backend.device, requires_grad=True) for _ in layers]
             hooks = [
@@ -103,14 +99,14 @@ def gate_gradients(
             ]
             hooks += [(m, LayerGate(gate)) for m, gate in zip(layer_modules, layer_gates, strict=True)]
             with attached(hooks):
-                losses = problem.objective(problem.model, problem.on_device(batch))
+                losses = problem.losses(micro_batch.batch)
                 losses.total.sum().backward()
-            if real:
+            if micro_batch.counts:
+                span = micro_batch.sequences
                 counts[span] = losses.count.double().cpu()
                 for result, gate in zip(results, gates, strict=True):
                     result[:, span] = gate.grad.double().t().cpu()
                 for row, gate in zip(by_layer, layer_gates, strict=True):
                     row[span] = gate.grad.double().cpu()
-            advance()
     backend.sum_over_data([*results, by_layer, counts])
     return results, by_layer, counts

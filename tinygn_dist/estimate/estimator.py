@@ -82,7 +82,7 @@ def backward_bytes(problem: Problem) -> int:
     own = {p.untyped_storage().data_ptr() for p in problem.bare.parameters()}
     learning = [p for p in problem.bare.parameters() if p.is_floating_point()]
     with gradients_of(problem.bare, learning), saved_sizes(own) as sizes:
-        problem.objective(problem.model, problem.on_device(batch))
+        problem.losses(problem.on_device(batch))
     give_back()  # what is free is asked next
     return sum(sizes) + 2 * max(sizes, default=0)
 

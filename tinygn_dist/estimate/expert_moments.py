@@ -13,11 +13,9 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import UnitGroup
 from tinygn_dist.models.matrices import expert_weights
-from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
 
 
 class Routed(NamedTuple):
@@ -101,7 +99,6 @@ def output_mass(problem: Problem, groups: Sequence[UnitGroup]) -> tuple[list[tor
     """Per group of experts, (experts,) fp64: the mean over all tokens of routing weight times the norm of the expert's
     output (0 where not routed; REAP, Lasby et al. 2025, averages over the routed tokens only), and the number of tokens
     routed to each."""
-    backend = problem.backend
     mass, reached = ([torch.zeros(g.num_units, dtype=torch.float64) for g in groups] for _ in range(2))
     total = torch.zeros(1, dtype=torch.float64)
     added: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []  # group, expert, its tokens, what it adds to each
@@ -114,20 +111,15 @@ def output_mass(problem: Problem, groups: Sequence[UnitGroup]) -> tuple[list[tor
         return ExpertObserver(seen)
 
     modules = [problem.bare.get_submodule(group.output) for group in groups]
-    mine = backend.share(problem.batches)
     hooks = [(module, observer(module, index)) for index, module in enumerate(modules)]
-    with torch.no_grad(), attached(hooks), problem.progress.bar("expert outputs", len(mine)) as advance:
-        for batch, real in mine:
-            batch = problem.on_device(batch)
-            added.clear()
-            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
-            if real:
-                mask = real_tokens(batch)
-                mask = torch.ones_like(batch["input_ids"], dtype=torch.bool).flatten() if mask is None else mask
-                total += int(mask.sum())
-                for index, expert, tokens, sizes in added:
-                    mass[index][expert] += sizes[mask[tokens]].double().sum().cpu()
-                    reached[index][expert] += int(mask[tokens].sum())
-            advance()
-    backend.sum_over_data([*mass, *reached, total])
+    for micro_batch, _ in problem.forwards(problem.layers_alone, hooks, "expert outputs"):
+        if micro_batch.counts:
+            mask, ids = micro_batch.real_tokens, micro_batch.batch["input_ids"]
+            mask = torch.ones_like(ids, dtype=torch.bool).flatten() if mask is None else mask
+            total += int(mask.sum())
+            for index, expert, tokens, sizes in added:
+                mass[index][expert] += sizes[mask[tokens]].double().sum().cpu()
+                reached[index][expert] += int(mask[tokens].sum())
+        added.clear()
+    problem.backend.sum_over_data([*mass, *reached, total])
     return [m / total for m in mass], reached

@@ -24,7 +24,6 @@ from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments, Shelf
 from tinygn_dist.models.anatomy import Matrix
-from tinygn_dist.models.objective import real_tokens
 
 
 @dataclass
@@ -186,15 +185,11 @@ def _each_gradient(
     ]
     starts = [problem.bare.get_submodule(problem.anatomy.path_of(stack.first)) for stack in problem.anatomy.stacks]
     hooks += [(module, _StartOfGraph()) for module in starts or [problem.bare.get_input_embeddings()]]
-    mine = problem.backend.share(problem.batches)
-    with gradients_of(problem.bare, ()), attached(hooks), problem.progress.bar("gradient energy", len(mine)) as step:
-        for place, (batch, real) in enumerate(mine):
-            number, counts = place, real
-            batch = problem.on_device(batch)
-            mask = real_tokens(batch)
-            problem.objective(problem.model, batch).total.sum().backward()
+    with gradients_of(problem.bare, ()), attached(hooks):
+        for turn, micro_batch in enumerate(problem.micro_batches("gradient energy")):
+            number, counts, mask = turn, micro_batch.counts, micro_batch.real_tokens
+            problem.losses(micro_batch.batch).total.sum().backward()
             calls.clear()
-            step()
 
 
 def _lengths(hidden: torch.Tensor) -> torch.Tensor:

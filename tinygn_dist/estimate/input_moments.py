@@ -16,12 +16,11 @@ from accelerate.hooks import ModelHook
 from torch import nn
 
 from tinygn_dist.estimate.expert_moments import ExpertObserver, Routed
-from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.hooks import Observer, first
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.matrices import expert_weights
-from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
 
 
 class Read(NamedTuple):
@@ -59,15 +58,10 @@ def input_moments(problem: Problem, matrices: Sequence[Matrix], *, full: bool) -
     found = InputMoments()
     inputs: Inputs = {}
     hooks = input_hooks(problem.bare, matrices, inputs)
-    mine = problem.backend.share(problem.batches)
-    with torch.no_grad(), attached(hooks), problem.progress.bar("input statistics", len(mine)) as advance:
-        for batch, real in mine:
-            batch = problem.on_device(batch)
-            inputs.clear()
-            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
-            if real:
-                add_inputs(found, inputs, real_tokens(batch), full)
-            advance()
+    for micro_batch, _ in problem.forwards(problem.layers_alone, hooks, "input statistics"):
+        if micro_batch.counts:
+            add_inputs(found, inputs, micro_batch.real_tokens, full)
+        inputs.clear()
     complete(found, problem)
     return found
 
@@ -91,18 +85,12 @@ def block_influence(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     cosines: dict[int, torch.Tensor] = {}
     layers = [problem.bare.get_submodule(problem.anatomy.path_of(layer)) for layer in range(len(sums))]
     hooks = [(layer, Observer(_cosine_in(cosines, index), output=True)) for index, layer in enumerate(layers)]
-    mine = problem.backend.share(problem.batches)
-    with torch.no_grad(), attached(hooks), problem.progress.bar("block influence", len(mine)) as advance:
-        for batch, real in mine:
-            batch = problem.on_device(batch)
-            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
-            mask = real_tokens(batch)
-            if real:
-                for index, cosine in cosines.items():
-                    cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
-                    sums[index] += cosine.double().sum().cpu()
-                    tokens[index] += len(cosine)
-            advance()
+    for micro_batch, _ in problem.forwards(problem.layers_alone, hooks, "block influence"):
+        mask = micro_batch.real_tokens
+        for index, cosine in cosines.items() if micro_batch.counts else ():
+            cosine = cosine.flatten() if mask is None else cosine.flatten()[mask]
+            sums[index] += cosine.double().sum().cpu()
+            tokens[index] += len(cosine)
     problem.backend.sum_over_data([sums, tokens])
     return sums, tokens
 

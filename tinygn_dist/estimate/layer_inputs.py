@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
@@ -32,18 +31,18 @@ def run_layers(
     starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this rank's,
     micro-batch on the device): called after each forward that counts.
     """
-    mine, ends = problem.backend.share(problem.batches), []
-    room = problem.costs.cache_bytes / len(mine) if mine else 0
-    doing = f"layers {layers[0]} to {layers[-1]}"
-    with torch.no_grad(), attached(hooks), problem.progress.bar(doing, len(mine)) as advance:
-        for number, (batch, real) in enumerate(mine):
-            batch, end = problem.on_device(batch), PrefixCache(0, room)
-            output = output_of(problem, layers, batch, starts[number] if starts else None)
-            end.keep(layers.stop, first(output), output)
-            if real:
-                seen(number, batch)
-            ends.append(end)
-            advance()
+    ends: list[PrefixCache] = []
+    room = problem.costs.cache_bytes / max(1, problem.num_turns)
+
+    def run(batch: Batch) -> Any:
+        return output_of(problem, layers, batch, starts[len(ends)] if starts else None)
+
+    for micro_batch, output in problem.forwards(run, hooks, f"layers {layers[0]} to {layers[-1]}"):
+        end = PrefixCache(0, room)
+        end.keep(layers.stop, first(output), output)
+        if micro_batch.counts:
+            seen(len(ends), micro_batch.batch)
+        ends.append(end)
     return ends
 
 

@@ -37,18 +37,18 @@ def output_energies(problem: Problem, matrices: Sequence[Matrix], seed: int = 0)
     """
     energies = torch.zeros(len(matrices), len(problem.batches), dtype=torch.float64)
     layers = range(problem.anatomy.num_layers)
-    mine = problem.backend.share(list(enumerate(problem.batches)))
-    with torch.no_grad(), problem.progress.bar("output probes", len(mine) * len(matrices)) as advance:
-        for (number, batch), real in mine:
-            batch, cache = problem.on_device(batch), PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes)
+    with torch.no_grad(), problem.progress.bar("output probes", problem.num_turns * len(matrices)) as advance:
+        for micro_batch in problem.micro_batches():
+            batch, cache = micro_batch.batch, PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes)
             with cache.recording(problem.bare, problem.anatomy, layers):
-                plain = problem.objective(problem.model, batch).each
+                plain = problem.losses(batch).each
             for index, matrix in enumerate(matrices):
                 if matrix.index is None:
-                    nudge = _Nudge(key_of(seed, f"{matrix.name}/{number}"))
+                    nudge = _Nudge(key_of(seed, f"{matrix.name}/{micro_batch.number}"))
                     moved = _moved(problem, batch, cache, matrix, nudge)
-                    if real and nudge.scale > 0 and plain.any():
-                        energies[index, number] = float((moved - plain).double().square().sum()) / nudge.scale**2
+                    if micro_batch.counts and nudge.scale > 0 and plain.any():
+                        energy = float((moved - plain).double().square().sum()) / nudge.scale**2
+                        energies[index, micro_batch.number] = energy
                 advance()
     problem.backend.sum_over_data([energies])
     return energies.sum(1)
@@ -61,7 +61,7 @@ def _moved(problem: Problem, batch: dict, cache: PrefixCache, matrix: Matrix, nu
         left = range(layer, problem.anatomy.num_layers)
         later = running_layers(problem.bare, problem.anatomy, left, (cache, layer))
     with attached([(problem.bare.get_submodule(matrix.module), nudge)]), later:
-        return problem.objective(problem.model, batch).each
+        return problem.losses(batch).each
 
 
 def _layer_of(problem: Problem, matrix: Matrix) -> int | None:

@@ -76,30 +76,28 @@ def measure(
     layer, or without `reuse`, or where a forward cannot start there, runs the layers before it too.
     """
     reuse = reuse and problem.anatomy.starts_anywhere
-    sizes = [batch_size(batch) for batch in problem.batches]
-    differences = torch.zeros(len(probes), sum(sizes), dtype=torch.float64)
-    base, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
+    differences = torch.zeros(len(probes), problem.num_sequences, dtype=torch.float64)
+    base, counts = torch.zeros(2, problem.num_sequences, dtype=torch.float64)
     out = {probe.layer for probe in without if probe.removes_layer}
     gone = [probe for probe in without if not probe.removes_layer]
     layers = [layer for layer in range(problem.anatomy.num_layers) if layer not in out]
     mine = problem.backend.share(_dealt(problem, probes))
     with torch.no_grad(), problem.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
-        for work, real in mine:
-            batch = problem.on_device(problem.batches[work.batch])
+        for work, counted in mine:
+            micro_batch = problem.micro_batch(work.batch, counted)
+            batch, span = micro_batch.batch, micro_batch.sequences
             cache = PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes) if reuse else None
             with (
                 _gated(problem, [[probe] for probe in gone], batch_size(batch)),
                 cache.recording(problem.bare, problem.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(problem.bare, problem.anatomy, layers),
             ):
-                plain = problem.objective(problem.model, batch)
-            start = sum(sizes[: work.batch])
-            span = slice(start, start + len(plain.total))
-            if real and work.first:
+                plain = problem.losses(batch)
+            if counted and work.first:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
             for indices in work.shared:
                 total = _probed(problem, batch, layers, cache, [probes[index] for index in indices], gone)
-                if real:
+                if counted:
                     differences[indices, span] = (total - plain.total).cpu()
                 advance()
     problem.backend.sum_over_data([differences, base, counts])
@@ -179,7 +177,7 @@ def _probed(
         _gated(problem, gated, batch_size(batch) // times),
         running_layers(problem.bare, problem.anatomy, left, start, times),
     ):
-        return problem.objective(problem.model, batch).total.view(times, -1)
+        return problem.losses(batch).total.view(times, -1)
 
 
 @contextlib.contextmanager

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
+from accelerate.hooks import ModelHook
 from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.models.anatomy import Anatomy
-from tinygn_dist.models.objective import Batch, Objective
+from tinygn_dist.models.objective import Batch, Losses, Objective, last_logits_only, model_inputs, real_tokens
 from tinygn_dist.runtime.progress import Progress
+
+Output = TypeVar("Output")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch that this rank works on.
+
+    batch: its tensors, on the device. number: its place among the problem's micro-batches. sequences: the places of its
+    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every rank;
+    nothing of it may be added to a sum.
+    """
+
+    batch: Batch
+    number: int
+    sequences: slice
+    counts: bool
+
+    @property
+    def real_tokens(self) -> torch.Tensor | None:
+        """(tokens,) bool of the flattened micro-batch, False at padding; None where there is none."""
+        return real_tokens(self.batch)
 
 
 @dataclass(frozen=True)
@@ -46,8 +71,51 @@ class Problem:
         """The model without wrappers: names and modules as in its checkpoint."""
         return self.backend.unwrap(self.model)
 
+    @property
+    def num_sequences(self) -> int:
+        return sum(map(batch_size, self.batches))
+
+    @property
+    def num_turns(self) -> int:
+        """How many micro-batches this rank runs."""
+        return len(self.backend.share(self.batches))
+
     def on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.backend.device) for name, value in batch.items()}
+
+    def micro_batches(self, doing: str | None = None) -> Iterator[MicroBatch]:
+        """This rank's share of the micro-batches, one after the other. doing: what the progress bar says; None for no bar."""
+        mine = self.backend.share(range(len(self.batches)))
+        with (self.progress if doing else Progress()).bar(doing or "", len(mine)) as advance:
+            for number, counts in mine:
+                yield self.micro_batch(number, counts)
+                advance()
+
+    def micro_batch(self, number: int, counts: bool) -> MicroBatch:
+        first = sum(map(batch_size, self.batches[:number]))
+        sequences = slice(first, first + batch_size(self.batches[number]))
+        return MicroBatch(self.on_device(self.batches[number]), number, sequences, counts)
+
+    def forwards(
+        self,
+        run: Callable[[Batch], Output],
+        hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
+        doing: str | None = None,
+    ) -> Iterator[tuple[MicroBatch, Output]]:
+        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients. Hooks
+        are attached while it runs, and only then."""
+        hooks = list(hooks)
+        for micro_batch in self.micro_batches(doing):
+            with torch.no_grad(), attached(hooks):
+                output = run(micro_batch.batch)
+            yield micro_batch, output
+
+    def losses(self, batch: Batch) -> Losses:
+        return self.objective(self.model, batch)
+
+    def layers_alone(self, batch: Batch) -> None:
+        """A forward whose hooks see everything, and whose logits nobody needs."""
+        self.model(**model_inputs(batch), **last_logits_only(self.bare))
 
     def first(self, num_sequences: int) -> Problem:
         """The same on the first micro-batches that hold at least `num_sequences` sequences."""

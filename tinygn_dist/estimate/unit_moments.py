@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.hooks import Observer, first
 from tinygn_dist.estimate.input_moments import InputMoments, Inputs, complete, input_hooks
 from tinygn_dist.estimate.partial_forward import running_layers
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.sums import Moments, add_gram, fill_below
 from tinygn_dist.models.matrices import Matrix
-from tinygn_dist.models.objective import last_logits_only, model_inputs, real_tokens
 
 _FLOOR = 1e-6
 """of a mean square, as in norms"""
@@ -70,15 +69,11 @@ def unit_moments(
         for layer in sorted(which)
     ]
     running = running_layers(problem.bare, problem.anatomy, layers) if layers is not None else contextlib.nullcontext()
-    hooks, mine = input_hooks(problem.bare, matrices, inputs), problem.backend.share(problem.batches)
-    bar = problem.progress.bar("input statistics", len(mine))
-    with torch.no_grad(), attached([*hooks, *watched]), running, bar as advance:
-        for batch, real in mine:
-            batch = problem.on_device(batch)
-            inputs.clear()
-            problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
-            mask = real_tokens(batch)
-            for matrix in matrices if real else ():
+    hooks = [*input_hooks(problem.bare, matrices, inputs), *watched]
+    with running:
+        for micro_batch, _ in problem.forwards(problem.layers_alone, hooks, "input statistics"):
+            mask = micro_batch.real_tokens
+            for matrix in matrices if micro_batch.counts else ():
                 ((hidden, _),) = inputs[matrix.name]
                 rows = hidden.flatten(0, -2).float()
                 weights = 1 / sizes[matrix.layer].view(-1, len(rows)).mean(0)  # of several streams (Gemma 3n) the mean
@@ -91,7 +86,7 @@ def unit_moments(
                     weighted = (gain if mask is None else gain[mask]) * weights[:, None]
                     product = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
                     found.taken.add(taken_by(matrix.name, segment), product)
-            advance()
+            inputs.clear()
     complete(found.inputs, problem)
     return found
 

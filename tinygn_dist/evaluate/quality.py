@@ -14,7 +14,7 @@ from torch import nn
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import EvaluateConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Problem, batch_size
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.objective import Batch, model_inputs
 from tinygn_dist.runtime.cpu_matmul import stock_matmul
 
@@ -30,17 +30,12 @@ def sequence_losses(problem: Problem, doing: str) -> tuple[torch.Tensor, torch.T
 
     Raises UserError naming the first sequence whose loss is NaN or inf.
     """
-    backend, sizes = problem.backend, [batch_size(batch) for batch in problem.batches]
-    totals, counts = torch.zeros(2, sum(sizes), dtype=torch.float64)
-    mine = backend.share([(batch, sum(sizes[:i])) for i, batch in enumerate(problem.batches)])
-    with torch.no_grad(), problem.progress.bar(doing, len(mine)) as advance:
-        for (batch, start), real in mine:
-            losses = problem.objective(problem.model, problem.on_device(batch))
-            if real:
-                span = slice(start, start + len(losses.total))
-                totals[span], counts[span] = losses.total.cpu(), losses.count.double().cpu()
-            advance()
-    backend.sum_over_data([totals, counts])
+    totals, counts = torch.zeros(2, problem.num_sequences, dtype=torch.float64)
+    for micro_batch, losses in problem.forwards(problem.losses, doing=doing):
+        if micro_batch.counts:
+            totals[micro_batch.sequences] = losses.total.cpu()
+            counts[micro_batch.sequences] = losses.count.double().cpu()
+    problem.backend.sum_over_data([totals, counts])
     if not totals.isfinite().all():
         bad = int((~totals.isfinite()).nonzero()[0])
         raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
@@ -55,12 +50,10 @@ def quality(problem: Problem, task: str, doing: str) -> dict[str, float]:
     if task == "feature-extraction":
         return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(problem)}
     right = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for batch, real in problem.backend.share(problem.batches):
-            batch = problem.on_device(batch)
-            guessed = problem.model(**model_inputs(batch)).logits.argmax(-1)
-            if real:
-                right += torch.tensor([int((guessed == batch["labels"]).sum()), len(guessed)], dtype=torch.float64)
+    for micro_batch, logits in problem.forwards(lambda batch: problem.model(**model_inputs(batch)).logits):
+        if micro_batch.counts:
+            hits = logits.argmax(-1) == micro_batch.batch["labels"]
+            right += torch.tensor([int(hits.sum()), len(hits)], dtype=torch.float64)
     problem.backend.sum_over_data([right])
     return {"loss": loss, "accuracy": float(right[0] / right[1])}
 
@@ -68,14 +61,12 @@ def quality(problem: Problem, task: str, doing: str) -> dict[str, float]:
 def _embedding_similarity(problem: Problem) -> float:
     """Mean cosine between the dense model's and this model's sentence embeddings (means over real tokens)."""
     total = torch.zeros(2, dtype=torch.float64)
-    with torch.no_grad():
-        for batch, real in problem.backend.share(problem.batches):
-            batch = problem.on_device(batch)
-            features = problem.model(**model_inputs(batch)).last_hidden_state.float()
-            counts = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
-            own, dense = ((each * counts).sum(1) for each in (features, batch["reference"].float()))
-            if real:
-                total += torch.tensor([float(F.cosine_similarity(own, dense).double().sum()), len(own)])
+    for micro_batch, output in problem.forwards(lambda batch: problem.model(**model_inputs(batch))):
+        if micro_batch.counts:
+            batch, features = micro_batch.batch, output.last_hidden_state.float()
+            tokens = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
+            own, dense = ((each * tokens).sum(1) for each in (features, batch["reference"].float()))
+            total += torch.tensor([float(F.cosine_similarity(own, dense).double().sum()), len(own)])
     problem.backend.sum_over_data([total])
     return float(total[0] / total[1])
 

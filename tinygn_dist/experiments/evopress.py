@@ -159,10 +159,8 @@ def from_dense(problem: Problem) -> Problem:
         return problem
     numbered = [{**batch, "sequence": torch.tensor([i])} for i, batch in enumerate(problem.batches)]
     problem, held = replace(problem, batches=numbered), {}
-    with torch.no_grad():
-        for batch, _ in problem.backend.share(problem.batches):
-            logits, _ = _predictions(problem.model, problem.on_device(batch))
-            held[int(batch["sequence"])] = logits.bfloat16().cpu()
+    for micro_batch, (logits, _) in problem.forwards(lambda batch: _predictions(problem.model, batch)):
+        held[micro_batch.number] = logits.bfloat16().cpu()
 
     def divergence(model: nn.Module, batch: Batch) -> Losses:
         logits, counts = _predictions(model, batch)

@@ -21,9 +21,9 @@ from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.hooks import first
 from tinygn_dist.estimate.layer_inputs import output_of, run_layers
 from tinygn_dist.estimate.partial_forward import PrefixCache
-from tinygn_dist.estimate.problem import Problem, batch_size
+from tinygn_dist.estimate.problem import MicroBatch, Problem, batch_size
 from tinygn_dist.models.anatomy import Anatomy, Matrix
-from tinygn_dist.models.objective import Batch, real_tokens
+from tinygn_dist.models.objective import Batch
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.forward_only.update_rules import BETAS
 
@@ -145,12 +145,12 @@ class _Part:
         """Mean per token, over all ranks; the same on each, whatever their number."""
         backend = self.problem.backend
         found = torch.zeros(2, len(self.problem.batches), dtype=torch.float64)
-        mine = backend.share(list(enumerate(self.problem.batches)))
         with torch.no_grad():
-            for number, ((place, batch), real) in enumerate(mine):
-                errors = self._errors(block, number, batch)
-                if real:
-                    found[:, place] = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)])
+            for turn, micro_batch in enumerate(self.problem.micro_batches()):
+                errors = self._errors(block, turn, micro_batch)
+                if micro_batch.counts:
+                    each = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)])
+                    found[:, micro_batch.number] = each
         backend.sum_over_data([found])
         return float(found[0].sum() / found[1].sum())
 
@@ -158,18 +158,19 @@ class _Part:
         """fp32, shaped like this rank's shards, of the sum of the errors."""
         problem = self.problem
         with problem.backend.gradient_sums(problem.model, matrices, lambda grad: grad) as sums:
-            for number, (batch, real) in enumerate(problem.backend.share(problem.batches)):
-                with sums.micro_batch(counts=real):
-                    self._errors(block, number, batch).sum().backward()
+            for turn, micro_batch in enumerate(problem.micro_batches()):
+                with sums.micro_batch(counts=micro_batch.counts):
+                    self._errors(block, turn, micro_batch).sum().backward()
         return {matrix.name: sums.moments.rounded(matrix.name) for matrix in matrices}
 
-    def _errors(self, block: Block, number: int, batch: Batch) -> torch.Tensor:
-        """(real tokens,) fp32 squared errors, relative to the dense output's square, of this rank's micro-batch `number`."""
-        batch = self.problem.on_device(batch)
-        output = output_of(self.problem, _only(block), batch, self.starts[number] if self.starts else None)
-        wanted = self.dense_ends[number].at(block.dense.stop).float()
+    def _errors(self, block: Block, turn: int, micro_batch: MicroBatch) -> torch.Tensor:
+        """(real tokens,) fp32 squared errors, relative to the dense output's square. turn: which of this rank's
+        micro-batches it is."""
+        start = self.starts[turn] if self.starts else None
+        output = output_of(self.problem, _only(block), micro_batch.batch, start)
+        wanted = self.dense_ends[turn].at(block.dense.stop).float()
         away = (first(output).float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-20)
-        real = real_tokens(batch)
+        real = micro_batch.real_tokens
         return away.flatten() if real is None else away.flatten()[real]
 
 

@@ -122,16 +122,14 @@ def reestimate_norms(problem: Problem) -> None:
     norms = [
         module for module in problem.bare.modules() if isinstance(module, nn.BatchNorm2d) and module.track_running_stats
     ]
-    mine = problem.backend.share(problem.batches)
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
     with torch.no_grad():
         usual = [norm.momentum for norm in norms]
         for norm in norms:
             norm.train()
             norm.momentum = 1.0  # the statistics of each batch alone
-        for batch, real in mine:
-            problem.objective(problem.model, problem.on_device(batch))
-            for total, norm in zip(sums, norms, strict=True) if real else ():
+        for micro_batch, _ in problem.forwards(problem.losses):
+            for total, norm in zip(sums, norms, strict=True) if micro_batch.counts else ():
                 total += torch.stack([norm.running_mean, norm.running_var]).double().cpu()
         problem.backend.sum_over_data(sums)
         for total, norm, momentum in zip(sums, norms, usual, strict=True):
