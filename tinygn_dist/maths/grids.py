@@ -1,8 +1,9 @@
-"""Which values may a quantised weight take? Grids of integers and of fp8, with a scale (and a zero point) for each group.
+"""Which values may a quantised weight take? Grids of integers and of fp8, with a scale (and a zero point) for each
+group.
 
-A value is (code - zero point) * scale. Codes of `bits` bits are signed, from -2^(bits-1) to 2^(bits-1) - 1; those of fp8 are the
-numbers of float8_e4m3fn. A group is so many consecutive inputs of one row. Zero points are integers within the codes, so zero
-is a value of every grid: a pruned weight stays zero.
+A value is (code - zero point) * scale. Codes of `bits` bits are signed, from -2^(bits-1) to 2^(bits-1) - 1; those of
+fp8 are the numbers of float8_e4m3fn. A group is so many consecutive inputs of one row. Zero points are integers within
+the codes, so zero is a value of every grid: a pruned weight stays zero.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def to_nearest(weight: torch.Tensor, scales: Scales, grid: Grid) -> torch.Tensor
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp32 scales as they come back from a file in `dtype`, none so small that it would be zero or divide badly there."""
+    """fp32 scales as they come back from a file in `dtype`, none so small that it would be zero or divide badly
+    there."""
     return scale.clamp(min=torch.finfo(dtype).tiny, max=torch.finfo(dtype).max).to(dtype).float()
 
 
@@ -111,8 +113,8 @@ def find_scales(
     """Scales and zero points of a weight (out, in): of the ranges tried for each group the one with the least
     sum_j h_j (w_j - w'_j)^2 at the nearest codes.
 
-    importance: h, (in,), the diagonal of a Hessian; 1 by default. dtype: that scales are stored in. search: else the range
-    that clips nothing. Groups of zeros get scale 1. Raises ValueError for NaN or inf.
+    importance: h, (in,), the diagonal of a Hessian; 1 by default. dtype: that scales are stored in. search: else the
+    range that clips nothing. Groups of zeros get scale 1. Raises ValueError for NaN or inf.
     """
     weight = weight.float()
     if not weight.isfinite().all():

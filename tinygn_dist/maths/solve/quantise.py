@@ -1,10 +1,11 @@
-"""The codes of one linear layer: a sweep over its columns, then exact coordinate descent and the best scales for the codes.
+"""The codes of one linear layer: a sweep over its columns, then exact coordinate descent and the best scales for the
+codes.
 
 Minimise tr((W - V) H (W - V)^T) over V on a grid, with zeros where a mask has them. Columns are visited in order of the
-Hessian's diagonal; what rounding (or the mask) does wrong in one is pushed onto those still to come (GPTQ, Frantar et al. 2023; with
-a mask SparseGPT, section 3.5). Coordinate descent then takes for every code in turn the best there is while the others stay,
-and for fixed codes the best scales of a row are a small least-squares problem: both only lower the error (as LNQ of
-GuidedQuant, Kim et al. 2025, for tables of values).
+Hessian's diagonal; what rounding (or the mask) does wrong in one is pushed onto those still to come (GPTQ, Frantar et
+al. 2023; with a mask SparseGPT, section 3.5). Coordinate descent then takes for every code in turn the best there is
+while the others stay, and for fixed codes the best scales of a row are a small least-squares problem: both only lower
+the error (as LNQ of GuidedQuant, Kim et al. 2025, for tables of values).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ PANEL = 32
 
 @dataclass(frozen=True)
 class Effort:
-    """How codes are sought. damping: added to the Hessian's diagonal, as a fraction of its mean. rounds: times that scales
-    are fitted to codes and codes to scales after the sweep. descents: passes of coordinate descent over all codes each time. refine:
-    conjugate gradient iterations on the weights that a mask leaves, before the sweep."""
+    """How codes are sought. damping: added to the Hessian's diagonal, as a fraction of its mean. rounds: times that
+    scales are fitted to codes and codes to scales after the sweep. descents: passes of coordinate descent over all
+    codes each time. refine: conjugate gradient iterations on the weights that a mask leaves, before the sweep."""
 
     damping: float = 0.01
     rounds: int = 2
@@ -34,7 +35,8 @@ class Effort:
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, dtype: torch.dtype) -> Quantised:
-    """Without a Hessian: ranges that clip nothing, nearest codes. weight (out, in). dtype: that scales are stored in."""
+    """Without a Hessian: ranges that clip nothing, nearest codes. weight (out, in). dtype: that scales are stored
+    in."""
     scales = find_scales(weight, None, grid, dtype, search=False)
     return quantised(to_nearest(weight, scales, grid), scales, grid)
 
@@ -50,8 +52,8 @@ def solve(
 ) -> Quantised:
     """The codes of a weight (out, in) whose Hessian (in, in) is the sum over tokens of x x^T, weighted or not.
 
-    dtype: that scales are stored in. keep: (out, in) bool, False where the value has to be exactly 0. Raises ValueError for NaN
-    or inf in either, and where groups do not fill the rows.
+    dtype: that scales are stored in. keep: (out, in) bool, False where the value has to be exactly 0. Raises ValueError
+    for NaN or inf in either, and where groups do not fill the rows.
     """
     weight, hessian = weight.float(), hessian.float()
     if not hessian.isfinite().all():
