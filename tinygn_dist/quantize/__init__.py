@@ -1,0 +1,1 @@
+"""Which grid, which codes?"""
