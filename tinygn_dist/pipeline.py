@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tinygn_dist.backends import Backend, make_backend
-from tinygn_dist.checkpoints import export, load
+from tinygn_dist.checkpoints import export, load, output_folder, verification
 from tinygn_dist.checkpoints.run_checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
@@ -54,7 +54,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     with backend.together("checking the request"):
         run.check()
     run.measure_costs()
-    with export.only_writer(run.destination, backend), fast_matmul(backend.device):
+    with output_folder.only_writer(run.destination, backend), fast_matmul(backend.device):
         run.every_stage()
     return run.report
 
@@ -142,7 +142,9 @@ class _Run(TrainingStage):
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds, final)
         if config.data.name == "self" and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
-        self.destination = export.claim(config.output, self.source.path, load.stored_bytes(skeleton, self.source))
+        self.destination = output_folder.claim(
+            config.output, self.source.path, load.stored_bytes(skeleton, self.source)
+        )
         if config.checkpoint.resume == "never" and not config.output.overwrite:
             refuse_unfinished(self.checkpoint_folder)
         self.objective = objective_of(self.source.task)
@@ -276,23 +278,23 @@ class _Run(TrainingStage):
     def export(self) -> None:
         """Write beside the destination, reload from there on every rank, measure, add the report, publish."""
         backend, output = self.backend, self.config.output
-        with export.draft(self.destination, backend) as draft:
+        with output_folder.draft(self.destination, backend) as draft:
             with backend.together("writing the checkpoint"):
                 written = export.write_checkpoint(
                     draft, self.model, self.dtypes, self.processor, output.max_shard_gib, backend
                 )
-            held = export.digests(self.model, self.dtypes, backend)
+            held = verification.digests(self.model, self.dtypes, backend)
             self.let_go()
             backend.barrier()
             with backend.together("reading the checkpoint back (every rank must see the output folder)"):
-                disk = export.read_back(draft, written)
+                disk = verification.read_back(draft, written)
                 asked = {"name": str(draft), "task": self.source.task, "revision": None}
                 source = load.find_model(self.config.model.model_copy(update=asked))
             disk = backend.everyone(disk)[0]  # of the rank that wrote it
             reloaded, _ = placed(source, backend)
             with backend.together("comparing what was reloaded"):
-                export.check_reloaded(reloaded, held, self.dtypes, backend)
-            self.report.sparsity = export.sparsity_figures(disk, self.matrices, reloaded, backend)
+                verification.check_reloaded(reloaded, held, self.dtypes, backend)
+            self.report.sparsity = verification.sparsity_figures(disk, self.matrices, reloaded, backend)
             size = {"num_params": disk.num_params, "bytes": disk.bytes}
             self.report.after = self.all_figures(reloaded) | size
             if self.latency:

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.pipeline.test_end_to_end import PATTERNS, check, overrides, stored
 from tests.ranks import Ranks
 from tinygn_dist import pipeline
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.checkpoints import export, load
+from tinygn_dist.checkpoints import export, load, output_folder, verification
 from tinygn_dist.config import load_config
 from tinygn_dist.errors import UserError
 
@@ -235,6 +236,29 @@ def test_the_output_is_readable_by_others(compress, saved_model, tmp_path: Path)
     assert out.stat().st_mode & 0o777 == 0o755 and all(f.stat().st_mode & 0o044 == 0o044 for f in out.iterdir())
 
 
+@pytest.mark.parametrize("umask, folders, files", [(0o022, 0o755, 0o644), (0o002, 0o775, 0o664), (0o077, 0o700, 0o600)])
+def test_modes_follow_the_umask_and_the_group_of_the_folder(
+    backend, tmp_path: Path, umask: int, folders: int, files: int
+):
+    """Subfolders can be entered (`additional_chat_templates/`), a team's shared folder stays the team's, and what is
+    private stays so."""
+    tmp_path.chmod(0o2775)
+    before = os.umask(umask)
+    try:
+        with output_folder.draft(tmp_path / "out", backend) as draft:
+            (draft / "deep" / "deeper").mkdir(parents=True, mode=0o700)
+            for file in (draft / "one", draft / "deep" / "deeper" / "two"):
+                file.write_text("text", encoding="utf-8")
+                file.chmod(0o600)
+    finally:
+        os.umask(before)
+    made = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    assert len(made) == 5
+    for path in made:
+        assert path.stat().st_mode & 0o777 == (folders if path.is_dir() else files), path
+        assert bool(path.stat().st_mode & stat.S_ISGID) == path.is_dir(), path
+
+
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 def test_exporting_onto_the_source(compress, no_loading, saved_model, tmp_path: Path, overwrite: tuple[str, ...]):
     model, link = changed(saved_model("llama"), tmp_path / "model"), tmp_path / "link"
@@ -262,7 +286,9 @@ def test_an_output_that_is_a_file_or_cannot_be_written(compress, no_loading, sav
 
 
 def test_a_disk_without_room_is_refused_before_loading(compress, no_loading, saved_model, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    monkeypatch.setattr(
+        output_folder.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000)
+    )
     done = compress(saved_model("llama"), tmp_path / "out", *CHANNELS)
     assert done.code == 2 and "5,000 free" in done.told and str(tmp_path / "out") in done.told
 
@@ -289,9 +315,13 @@ def test_a_disk_that_fills_up_while_writing(cli: Cli, compress, saved_model, tmp
     assert files_of(out) == before and [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("where", ["write_checkpoint", "read_back", "sparsity_figures"])
-def test_a_crash_during_export_leaves_the_old_folder(compress, saved_model, tmp_path: Path, monkeypatch, where: str):
-    out, real = tmp_path / "out", getattr(export, where)
+@pytest.mark.parametrize(
+    "module, where", [(export, "write_checkpoint"), (verification, "read_back"), (verification, "sparsity_figures")]
+)
+def test_a_crash_during_export_leaves_the_old_folder(
+    compress, saved_model, tmp_path: Path, monkeypatch, module: ModuleType, where: str
+):
+    out, real = tmp_path / "out", getattr(module, where)
     assert compress(saved_model("llama"), out, *CHANNELS).code == 0
     before = files_of(out)
 
@@ -299,7 +329,7 @@ def test_a_crash_during_export_leaves_the_old_folder(compress, saved_model, tmp_
         real(*arguments)
         raise RuntimeError("as if the machine had died")
 
-    monkeypatch.setattr(export, where, crash)
+    monkeypatch.setattr(module, where, crash)
     with pytest.raises(RuntimeError, match="machine had died"):
         compress(saved_model("llama"), out, *PATTERNS["layers"], "--overwrite")
     with pytest.raises(RuntimeError, match="machine had died"):
@@ -317,7 +347,7 @@ def test_a_failed_rename_puts_the_old_folder_back(compress, saved_model, tmp_pat
             raise OSError(errno.EIO, "Input/output error")
         real(source, target)
 
-    monkeypatch.setattr(export.os, "rename", rename)
+    monkeypatch.setattr(output_folder.os, "rename", rename)
     with pytest.raises((OSError, UserError)):
         done = compress(saved_model("llama"), out, *PATTERNS["layers"], "--overwrite")
         raise UserError(done.told)
@@ -387,8 +417,8 @@ def test_ranks_that_disagree_about_the_config(process_groups, saved_model, tmp_p
     [
         "tinygn_dist.checkpoints.load.load_model",
         "tinygn_dist.data.splits.load_splits",
-        "tinygn_dist.checkpoints.export.claim",
-        "tinygn_dist.checkpoints.export.read_back",
+        "tinygn_dist.checkpoints.output_folder.claim",
+        "tinygn_dist.checkpoints.verification.read_back",
     ],
 )
 def test_one_rank_that_fails_ends_all_with_one_line(process_groups, saved_model, tmp_path: Path, broken: str):

@@ -19,7 +19,7 @@ from tests.pipeline.conftest import SMALL, report_of
 from tinygn_dist import pipeline
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.checkpoints import export
+from tinygn_dist.checkpoints import verification
 from tinygn_dist.config import DistributedConfig, load_config
 from tinygn_dist.data import splits
 from tinygn_dist.evaluate import quality
@@ -371,13 +371,13 @@ def test_the_compressed_model_is_gone_before_its_files_are_read_back(
 def test_one_other_bit_in_what_was_reloaded_is_refused(dtype: torch.dtype):
     backend, model = make_backend(DistributedConfig()), tiny.build("llama").to(dtype)
     dtypes = {name: dtype for name, _ in model.named_parameters()}
-    written = export.digests(model, dtypes, backend)
-    export.check_reloaded(model, written, dtypes, backend)
+    written = verification.digests(model, dtypes, backend)
+    verification.check_reloaded(model, written, dtypes, backend)
     name, weight = next(iter(model.named_parameters()))
     bits = weight.data.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
     bits[-1, -1] ^= 1
     with pytest.raises(RuntimeError, match=f"{name} was reloaded with other values"):
-        export.check_reloaded(model, written, dtypes, backend)
+        verification.check_reloaded(model, written, dtypes, backend)
 
 
 def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_model, text_file, tmp_path, monkeypatch):

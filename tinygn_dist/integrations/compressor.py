@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tinygn_dist.backends import make_backend
-from tinygn_dist.checkpoints import export
+from tinygn_dist.checkpoints import export, output_folder
 from tinygn_dist.checkpoints.load import task_of
 from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
 from tinygn_dist.config import Config, PruneConfig
@@ -180,10 +180,10 @@ class Compressor:
         held = sum(piece.numel() * piece.element_size() for piece in self.backend.pieces(model).values())
         size = int(self.backend.sum_over_shards(torch.tensor([held])))
         with self.backend.together("checking the output folder"):
-            destination = export.claim(output, self.config.model.name, size)
+            destination = output_folder.claim(output, self.config.model.name, size)
         with (
-            export.only_writer(destination, self.backend),
-            export.draft(destination, self.backend) as draft,
+            output_folder.only_writer(destination, self.backend),
+            output_folder.draft(destination, self.backend) as draft,
             self.backend.together("writing the checkpoint"),
         ):
             export.write_checkpoint(draft, model, {}, processor, output.max_shard_gib, self.backend)
