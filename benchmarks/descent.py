@@ -20,7 +20,7 @@ from prepared import add_arguments, problem_of
 
 from tinygn_dist.config import RecoverConfig
 from tinygn_dist.estimate.probes import measure
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence
 from tinygn_dist.train.forward_only.loop import ForwardOnly
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         training.step(problem.batches[steps * asked.batch :][: asked.batch], steps, 1.0)
         steps += 1
     after = measure(held_out, [])
-    change, error = criteria.ratio_mean((after.base - before.base)[None], before.counts)
+    change, error = confidence.ratio_mean((after.base - before.base)[None], before.counts)
     losses = (float(seen.base.sum() / seen.counts.sum()) for seen in (before, after))
     print("{} steps, rate {}, held-out loss {:.4f} -> {:.4f}, ".format(steps, training.rate, *losses), end="")
     print(f"change {float(change):+.5f} +- {float(error):.5f}")

@@ -29,7 +29,7 @@ from tinygn_dist.estimate.hooks import LayerGate, attached, unit_gates
 from tinygn_dist.estimate.input_moments import block_influence, input_moments
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence, criteria
 from tinygn_dist.maths.counter_rng import key_of, signs
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
@@ -85,7 +85,7 @@ def measured(asked: argparse.Namespace) -> dict:
         "counts": truth.counts,
         "removed": contests_of(probes, asked.kind),
         "estimates": {
-            "removal": (criteria.ratio_mean(early.differences, early.counts)[0], early.forwards),
+            "removal": (confidence.ratio_mean(early.differences, early.counts)[0], early.forwards),
             **by_gates(few, on(held_out, asked.few // 2), probes),
             **by_random_directions(few, probes),
             **by_backprop(backwards, probes),
@@ -251,7 +251,7 @@ def raced(seen: dict, order: torch.Tensor) -> tuple[float, float, float, float]:
     batches = [{"number": torch.tensor([number])} for number in range(len(counts))]
     problem = Problem(None, None, None, batches, None, None)
     found = successive_elimination(problem, [Probe(row) for row in range(len(truth))], contests, look=look)
-    exact, wrong, lost = criteria.ratio_mean(truth, counts)[0], 0, 0.0
+    exact, wrong, lost = confidence.ratio_mean(truth, counts)[0], 0, 0.0
     for contest in contests:
         members = torch.tensor(contest.probes)
         best = members[exact[members].argsort(stable=True)[: contest.removed]]

@@ -29,7 +29,7 @@ MORE = {"owl": {"allocation": "owl"}, "admm": {"solver": "admm"}}
 MORE["search"] = {"allocation": "search", "search_generations": 2, "search_samples": 4}
 IN_GROUPS = {"in groups": ("unstructured", "auto"), "2:4 in groups": ("2:4", "auto")}
 CASES = [("obs", pattern) for pattern in (*IN_GROUPS, *MORE)]
-CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "obs", "random") for p in PATTERNS]
+CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "kfac", "obs", "random") for p in PATTERNS]
 
 
 def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tests import tiny
 from tinygn_dist.estimate import elimination
 from tinygn_dist.estimate.elimination import Contest, Limit, decided, successive_elimination
 from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence
 
 
 def alike(effects: list[float], noise: float, own: float = 0.0, number: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +129,7 @@ def test_a_race_chooses_like_exhaustive_probing_with_fewer_forwards(backend, see
     problem = replace(tiny.problem("llama", backend), batches=batches)
     contests = [Contest(tuple(range(9 * g, 9 * g + 9)), 3) for g in range(20)]
     found = successive_elimination(problem, [Probe(i) for i in range(180)], contests, look=replaying(noisy))
-    exact, _ = criteria.ratio_mean(noisy, torch.ones(32, dtype=torch.float64))
+    exact, _ = confidence.ratio_mean(noisy, torch.ones(32, dtype=torch.float64))
 
     alike_ = (found.place < 3).view(20, 9) == (exact.view(20, 9).argsort(1).argsort(1) < 3)
     assert alike_.double().mean() >= 0.95
@@ -140,7 +140,7 @@ def test_without_contests_or_when_nothing_is_ever_clear_everything_is_measured(b
     problem = tiny.problem("llama", backend, count=4)
     asked = list(single_units(problem.anatomy.of_kind("heads")))
     seen = measure(problem, asked)
-    mean, error = criteria.ratio_mean(seen.differences, seen.counts)
+    mean, error = confidence.ratio_mean(seen.differences, seen.counts)
     found = successive_elimination(problem, asked, [])
     torch.testing.assert_close(found.mean, mean)
     torch.testing.assert_close(found.error, error)

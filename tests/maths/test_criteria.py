@@ -1,10 +1,13 @@
 """Every criterion against its formula written a second time, in plain loops or numpy."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from tinygn_dist.maths import criteria
+from tinygn_dist.maths.criteria import CRITERIA, STATISTICS
 from tinygn_dist.maths.schedules import warmup_linear
 
 
@@ -62,35 +65,6 @@ def test_second_order_is_exact_for_a_quadratic_with_that_curvature():
     assert criteria.second_order(slopes, counts).item() == pytest.approx(wanted, abs=1e-12)
 
 
-def test_ratio_mean_against_numpy_and_a_known_case():
-    draw = np.random.default_rng(0)
-    differences, counts = draw.normal(size=(4, 9)), draw.integers(1, 30, 9).astype(float)
-    mean, error = criteria.ratio_mean(torch.tensor(differences), torch.tensor(counts))
-    ratio = differences.sum(1) / counts.sum()
-    residual = differences - ratio[:, None] * counts
-    wanted = np.sqrt(9 * (residual**2).sum(1) / 8) / counts.sum()
-    np.testing.assert_allclose(mean.numpy(), ratio)
-    np.testing.assert_allclose(error.numpy(), wanted)
-    equal, error = criteria.ratio_mean(torch.tensor([[1.0, 3.0]]).double(), torch.tensor([1.0, 1.0]).double())
-    assert equal.item() == 2 and error.item() == pytest.approx(np.std([1, 3], ddof=1) / np.sqrt(2))
-
-
-def test_ratio_mean_error_is_what_resampling_shows():
-    draw = np.random.default_rng(1)
-    counts = draw.integers(5, 50, (2000, 40)).astype(float)
-    differences = 0.3 * counts + draw.normal(size=counts.shape) * 4
-    found = [
-        criteria.ratio_mean(torch.tensor(d)[None], torch.tensor(c)) for d, c in zip(differences, counts, strict=True)
-    ]
-    spread = np.std([m.item() for m, _ in found])
-    assert np.mean([e.item() for _, e in found]) == pytest.approx(spread, rel=0.1)
-
-
-def test_one_sequence_has_no_known_error():
-    mean, error = criteria.ratio_mean(torch.tensor([[6.0]]).double(), torch.tensor([3.0]).double())
-    assert mean.item() == 2 and error.item() == float("inf")
-
-
 def test_warmup_then_decay():
     factors = [warmup_linear(step, 20) for step in range(20)]
     assert factors[:3] == [0.5, 1.0, 1.0]
@@ -98,20 +72,21 @@ def test_warmup_then_decay():
     assert warmup_linear(0, 1) > 0 and all(0 < f <= 1 for f in factors)
 
 
-def test_paired_differences_are_those_of_the_differences():
-    draw = torch.Generator().manual_seed(0)
-    seen, counts = torch.randn(4, 9, generator=draw).double(), torch.randint(1, 20, (9,), generator=draw).double()
-    apart, error = criteria.paired(seen, counts)
-    for a in range(4):
-        mean, deviation = criteria.ratio_mean(seen - seen[a], counts)
-        torch.testing.assert_close(apart[a], mean)
-        torch.testing.assert_close(error[a], deviation)
-    assert criteria.paired(seen[:, :1], counts[:1])[1].isinf().all()
+def test_kfac_is_the_fisher_of_inputs_and_gradients_that_do_not_know_of_each_other(weight: torch.Tensor):
+    """Over all pairs of an input and a gradient the mean of (dy x)^2 is what the factors say."""
+    generator = torch.Generator().manual_seed(3)
+    inputs, grads = torch.randn(4, 5, generator=generator), torch.randn(6, 3, generator=generator)
+    pairs = torch.stack([(torch.outer(dy, x) * weight).square() for dy in grads for x in inputs])
+    found = criteria.kfac(weight, inputs.square().sum(0), grads.square().sum(0)[:, None])
+    torch.testing.assert_close(found, pairs.sum(0) / 2)
 
 
-@pytest.mark.parametrize(
-    "freedom, t, normal, error", [(1, 6.3138, 1.6449, 0.05), (4, 2.7764, 1.96, 0.005), (9, -1.8331, -1.6449, 0.002)]
-)
-def test_t_as_a_normal_deviate_is_that_of_the_tables(freedom: int, t: float, normal: float, error: float):
-    assert float(criteria.normal_of_t(torch.tensor(t), freedom)) == pytest.approx(normal, rel=error)
-    assert criteria.normal_of_t(torch.tensor(t), 0) == 0 and criteria.normal_of_t(torch.tensor(torch.inf), 3).isinf()
+@pytest.mark.parametrize("name", [name for name, row in CRITERIA.items() if row.formula])
+def test_a_row_asks_for_the_arguments_of_its_formula(name: str, weight: torch.Tensor):
+    row = CRITERIA[name]
+    asked = {need: torch.rand(3, 5) if STATISTICS[need].per == "weight" else torch.rand(5) for need in row.needs}
+    asked |= {need: torch.rand(3, 1) for need in row.needs if STATISTICS[need].per == "output"}
+    assert list(inspect.signature(row.formula).parameters)[1 : 1 + len(asked)] == list(asked)
+    found = row.formula(weight.bfloat16(), **asked)
+    assert found.shape == weight.shape and found.dtype == torch.float32 and bool((found >= 0).all())
+    assert (found == 0).sum() < found.numel() and row.scope in ("row", "layer")

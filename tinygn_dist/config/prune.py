@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from tinygn_dist.config.section import Section
+from tinygn_dist.config.section import Section, one_of
+from tinygn_dist.maths.criteria import CRITERIA
 
 UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters", "hidden")
-WEIGHT_CRITERIA = ("magnitude", "wanda", "ria", "gblm", "taylor", "fisher", "obs", "random")
+WEIGHT_CRITERIA = tuple(name for name, row in CRITERIA.items() if row.one_shot)
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
 
@@ -34,27 +35,17 @@ class PruneConfig(Section):
     """of units, instead of sparsity: params=0.8, bytes=0.8, flops=0.8 or latency=0.8, the share of the whole model that stays
     (flops: per token, without attention scores; latency: measured on this device before weights load, one forward of
     evaluate.batch_size x evaluate.prefill_tokens)"""
-    criterion: Literal[
+    criterion: str = Field(
         "auto",
-        "magnitude",
-        "wanda",
-        "ria",
-        "gblm",
-        "taylor",
-        "fisher",
-        "obs",
-        "removal",
-        "gate",
-        "activation",
-        "random",
-    ] = "auto"
-    """what is scored; auto: obs for weights and channels, removal for heads, layers and experts (activation where a
-    layer has more than 64 experts)"""
+        description=f"""what is scored; of weights: {", ".join(WEIGHT_CRITERIA)}; of units: {", ".join(UNIT_CRITERIA)}; auto:
+        obs for weights and channels, removal for heads, layers and experts (activation where a layer has more than 64
+        experts)""",
+    )
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in memory, else
-    forward only (the report says which and why); criteria taylor, fisher and gblm always backpropagate, removal never"""
+    forward only (the report says which and why); criteria made of gradients always backpropagate, removal never"""
     allocation: float | Literal["auto", "owl", "search"] = DEFAULT_SHARE
     """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
     of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; search: from
@@ -165,6 +156,12 @@ class PruneConfig(Section):
             raise ValueError(f"got {value!r}, N:M keeps N of every M weights, so 0 < N < M; try 2:4")
         return value
 
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, value: str) -> str:
+        known = ("auto", *dict.fromkeys((*WEIGHT_CRITERIA, *UNIT_CRITERIA)))
+        return one_of(known, value)
+
     @field_validator("sparsity")
     @classmethod
     def _fraction(cls, value: float) -> float:
@@ -205,7 +202,7 @@ class PruneConfig(Section):
                 + ("has counts" if self.counts is not None else "stores zeros densely, give sparsity")
             )
         allowed = UNIT_CRITERIA if self.unit_kinds else WEIGHT_CRITERIA
-        if self.criterion != "auto" and self.criterion not in allowed:
+        if self.criterion not in ("auto", *allowed):
             raise ValueError(
                 f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
                 + ", ".join(allowed)
@@ -230,7 +227,8 @@ class PruneConfig(Section):
             raise ValueError(
                 f"solver admm solves weights of criterion obs, got pattern {self.pattern} and criterion {self.criterion}"
             )
-        if self.criterion in ("taylor", "fisher", "gblm") and self.estimator == "finite-difference":
+        row = None if self.unit_kinds else CRITERIA.get(self.criterion)
+        if row and row.needs_backprop and self.estimator == "finite-difference":
             raise ValueError(
                 f"criterion {self.criterion!r} ranks single weights, which finite differences cannot resolve (relative "
                 "error about d/K for K probes of d weights); use estimator backprop, or criterion obs"

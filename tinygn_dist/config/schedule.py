@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from tinygn_dist.config.section import Section
+from tinygn_dist.config.section import Section, one_of
+from tinygn_dist.maths.criteria import CRITERIA
+
+CRITERIA_OF_UPDATES = (*(name for name, row in CRITERIA.items() if row.in_schedule), "movement")
 
 
 class ScheduleConfig(Section):
@@ -21,9 +24,11 @@ class ScheduleConfig(Section):
     """sparsity before the first training step; by default half of prune.sparsity, a large first jump"""
     freeze: float = Field(0.25, ge=0, lt=1)
     """last share of the training in which nothing changes any more"""
-    criterion: Literal["auto", "magnitude", "wanda", "taylor", "fisher", "obs", "random", "movement"] = "auto"
-    """what scores the weights at an update; auto: as prune.criterion; movement: weights that training moved towards zero go,
-    by the sum of weight times gradient over all steps so far"""
+    criterion: str = Field(
+        "auto",
+        description=f"""what scores the weights at an update: {", ".join(CRITERIA_OF_UPDATES)}; auto: as prune.criterion; movement:
+        weights that training moved towards zero go, by the sum of weight times gradient over all steps so far""",
+    )
     penalty: float = Field(0.01, gt=0)
     """of kind admm: strength of the pull, added to the clipped gradient"""
     regrow: Literal["none", "gradient", "random", "top-kast"] = "none"
@@ -34,6 +39,11 @@ class ScheduleConfig(Section):
     """share of the kept weights that an update swaps when regrowing; gradient: decays to 0 at the last update"""
     explore: float = Field(0.1, gt=0, lt=1)
     """of regrow top-kast: share of all weights, the largest of the zeroed ones, that train on beside the model"""
+
+    @field_validator("criterion")
+    @classmethod
+    def _known_criterion(cls, value: str) -> str:
+        return one_of(("auto", *CRITERIA_OF_UPDATES), value)
 
     @model_validator(mode="after")
     def _fits(self) -> ScheduleConfig:

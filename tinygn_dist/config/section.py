@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +13,14 @@ from tinygn_dist.errors import UserError
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def one_of(known: Sequence[str], value: str) -> str:
+    """The value. Raises ValueError where it is not one of these, with the nearest of them."""
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+        raise ValueError(f"got {value!r}, accepted: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return value
 
 
 SectionType = TypeVar("SectionType", bound=Section)

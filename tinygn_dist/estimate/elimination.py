@@ -19,7 +19,7 @@ import torch
 
 from tinygn_dist.estimate.probes import Measured, Probe, measure
 from tinygn_dist.estimate.problem import Problem, batch_size
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence
 
 LEVEL = 1.55
 """standard normal deviates (6 % of pairs that are alike): on KV groups of SmolLM2-135M the least with which 95 % of the units are
@@ -93,7 +93,7 @@ def successive_elimination(
     mean, error = torch.empty(2, count, dtype=torch.float64)
     for number in sequences.unique().tolist():
         own = sequences == number
-        mean[own], error[own] = criteria.ratio_mean(differences[own, :number], counts[:number])
+        mean[own], error[own] = confidence.ratio_mean(differences[own, :number], counts[:number])
     place = torch.arange(count)
     sides = torch.zeros(count)
     for one in running:
@@ -114,11 +114,11 @@ def decided(
 
     differences: (units, sequences) fp64 on the sequences seen so far. counts: (sequences,).
     """
-    apart, error = criteria.paired(differences, counts)
+    apart, error = confidence.paired(differences, counts)
     seen = len(counts)
     larger = apart > 0
     if seen < total:
-        larger &= criteria.normal_of_t(apart / (error * math.sqrt(1 - seen / total)), seen - 1) > LEVEL
+        larger &= confidence.normal_of_t(apart / (error * math.sqrt(1 - seen / total)), seen - 1) > LEVEL
     return larger.sum(1) >= len(apart) - removed, larger.sum(0) >= removed
 
 
@@ -154,7 +154,7 @@ def _is_open(
     members = torch.tensor(contest.probes)
     for number in sequences[members].unique().tolist():
         seen = members[sequences[members] >= number]
-        apart, error = criteria.paired(differences[seen, :number], counts[:number])
+        apart, error = confidence.paired(differences[seen, :number], counts[:number])
         goes = place[seen] < contest.removed
         both = torch.minimum(sequences[seen][:, None], sequences[seen][None]) == number
         if bool(((apart <= CLEAR * error) & both & goes[:, None] & ~goes[None]).any()):

@@ -68,6 +68,20 @@ def loss_moments(problem: Problem, matrices: Sequence[Matrix], plain: float) -> 
     return found
 
 
+def output_energy(problem: Problem, matrices: Sequence[Matrix]) -> Moments:
+    """(out,) sums of dy_to^2 over this rank's tokens, by matrix name, not yet reduced. One backward pass per micro-batch,
+    without any weight gradient."""
+    sums = Moments()
+    for matrix in matrices:
+        sums.reserve(matrix.name, (matrix.shape[0],), problem.backend.device)
+
+    def arrived(name: str, gone: Arrived) -> None:
+        sums.add(name, gone.rows_energy)
+
+    _each_gradient(problem, matrices, arrived, of_rows=_ones, of_expert_rows=_ones)
+    return sums
+
+
 class TokenWeights:
     """What every token of this rank's micro-batches weighs in the Hessian of every matrix, kept from the model that it was
     measured on until the Gram matrices of a matrix's layer are summed: two bytes for each, on the CPU.
@@ -148,9 +162,11 @@ def _each_gradient(
     matrices: Sequence[Matrix],
     seen: Callable[[str, Arrived], None],
     of_rows: Callable[[torch.Tensor], torch.Tensor],
+    of_expert_rows: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """`seen(matrix's name, what arrived)` for every matrix and each of this rank's micro-batches that counts. of_rows: what
-    of a matrix's inputs waits for the gradient, which may be all that keeps them in memory."""
+    of a matrix's inputs waits for the gradient, which may be all that keeps them in memory. of_expert_rows: what is made of
+    those of experts, which wait anyway."""
     calls: Counter[str] = Counter()
     mask: torch.Tensor | None = None
     number, counts, wanted = 0, True, {matrix.name for matrix in matrices}
@@ -166,7 +182,7 @@ def _each_gradient(
     def fused(module: str) -> ExpertGradients:
         def backward(leaf: str, expert: int, x: torch.Tensor, dy: torch.Tensor, tokens: torch.Tensor) -> None:
             if (name := f"{module}.{leaf}[{expert}]") in wanted:
-                arrived(name, x, dy, tokens)
+                arrived(name, of_expert_rows(x) if of_expert_rows else x, dy, tokens)
 
         return ExpertGradients(backward)
 
@@ -190,6 +206,11 @@ def _each_gradient(
             number, counts, mask = turn, micro_batch.counts, micro_batch.real_tokens
             problem.losses(micro_batch.batch).total.sum().backward()
             calls.clear()
+
+
+def _ones(hidden: torch.Tensor) -> torch.Tensor:
+    """(..., 1), beside which the energies of rows are those of their gradients alone."""
+    return hidden.new_ones((*hidden.shape[:-1], 1), dtype=torch.float32)
 
 
 def _lengths(hidden: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from tinygn_dist.estimate.elimination import Contest
 from tinygn_dist.estimate.probes import Measured, Probe, measure, together
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence
 from tinygn_dist.maths.counter_rng import key_of, uniform
 
 PENALTIES = tuple(4.0**k for k in range(-6, 9))
@@ -42,7 +42,7 @@ def interactions(problem: Problem, pairs: Sequence[tuple[Probe, Probe]]) -> Effe
         both - alone[one] - alone[other]
         for both, (one, other) in zip(seen.differences[len(singles) :], pairs, strict=True)
     ]
-    return Effects(*criteria.ratio_mean(torch.stack(beyond), seen.counts), seen.forwards)
+    return Effects(*confidence.ratio_mean(torch.stack(beyond), seen.counts), seen.forwards)
 
 
 def pairs_of(contests: Sequence[Contest], losses: torch.Tensor, most: int) -> list[tuple[int, int]]:

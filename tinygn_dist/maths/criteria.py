@@ -1,9 +1,15 @@
-"""One plain function per criterion: fp32 tensors in, fp32 scores of the same shape out, larger = more important.
+"""Criteria: one plain function each, fp32 tensors in, fp32 scores of the same shape out, larger = more important.
 
-W is (out, in); X the (tokens, in) inputs of the layer; g the gradient of the mean loss per token.
+W is (out, in); X the (tokens, in) inputs of the layer; g the gradient of the mean loss per token; dy the (tokens, out)
+gradient of the summed loss at the layer's output. `CRITERIA` is the table of those that score single weights: config
+choices, help, checks and the statistics that are gathered all come from it. A new one is a function and a row.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -46,6 +52,18 @@ def fisher(weight: torch.Tensor, grad_sq_sum: torch.Tensor) -> torch.Tensor:
     return weight.float().square() * grad_sq_sum / 2
 
 
+def kfac(weight: torch.Tensor, input_sq_sum: torch.Tensor, output_grad_sq_sum: torch.Tensor) -> torch.Tensor:
+    """w_oi^2 * sum x_i^2 * sum dy_o^2 / 2 over tokens: second-order change under the diagonal of the Kronecker-factored
+    Fisher, up to one factor for the whole model (Martens & Grosse 2015; for pruning EigenDamage, Wang et al. 2019, and the
+    LLM Surgeon, van der Ouderaa et al. 2024). Both sums broadcast against the weight; no gradient of a weight is needed."""
+    return weight.float().square() * input_sq_sum.clamp(min=0) * output_grad_sq_sum / 2
+
+
+def random(weight: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """uniform: numbers in [0, 1) by seed and global index, whatever the sharding."""
+    return uniform
+
+
 def second_order(gate_grads: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Loss change when a gate goes from 1 to 0: -g + F/2, in units of loss per token.
 
@@ -53,43 +71,6 @@ def second_order(gate_grads: torch.Tensor, counts: torch.Tensor) -> torch.Tensor
     The curvature F is the empirical Fisher over sequences.
     """
     return (-gate_grads.sum(1) + gate_grads.square().sum(1) / 2) / counts.sum()
-
-
-def ratio_mean(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean difference per token and its standard error over sequences (ratio estimator).
-
-    differences: (probes, sequences) fp64 differences of summed losses. counts: (sequences,).
-    The error is inf with one sequence, where it cannot be known.
-    """
-    num, total = differences.shape[1], counts.sum()
-    mean = differences.sum(1) / total
-    if num < 2:
-        return mean, torch.full_like(mean, torch.inf)
-    residual = differences - mean[:, None] * counts
-    return mean, (residual.square().sum(1) * num / (num - 1)).sqrt() / total
-
-
-def paired(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much probe b's mean difference per token is larger than probe a's, at [a, b], and the standard error over the
-    sequences that both saw (inf with one).
-
-    differences: (probes, sequences) fp64 differences of summed losses. counts: (sequences,).
-    """
-    num, total = differences.shape[1], counts.sum()
-    mean = differences.sum(1) / total
-    if num < 2:
-        return mean[None] - mean[:, None], torch.full((len(mean), len(mean)), torch.inf, dtype=mean.dtype)
-    residual = differences - mean[:, None] * counts
-    products = residual @ residual.t()
-    squares = products.diag()[:, None] + products.diag()[None] - 2 * products
-    return mean[None] - mean[:, None], (squares.clamp(min=0) * num / (num - 1)).sqrt() / total
-
-
-def normal_of_t(t: torch.Tensor, freedom: int) -> torch.Tensor:
-    """The standard normal deviate that is as rare as Student's t (Wallace 1959: within 5 % with one degree of freedom, 0.5 %
-    with four). 0 where there is no degree of freedom."""
-    far = (freedom * torch.log1p(t.square() / max(freedom, 1))).sqrt()
-    return (8 * freedom + 1) / (8 * freedom + 3) * far * t.sign()
 
 
 def column_energy(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
@@ -105,3 +86,62 @@ def block_influence(cosine_sum: torch.Tensor, num_tokens: torch.Tensor) -> torch
 def unit_sums(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Sum of consecutive blocks of `width` features: (units * width,) -> (units,)."""
     return scores.view(-1, width).sum(1)
+
+
+class Statistic(NamedTuple):
+    """What a criterion may ask for. per: one number for each input, each output, or each weight."""
+
+    per: Literal["input", "output", "weight"]
+    needs_data: bool = True
+    needs_backprop: bool = False
+
+
+STATISTICS = {
+    "uniform": Statistic("weight", needs_data=False),
+    "input_sq_sum": Statistic("input"),
+    "grad_sum": Statistic("weight", needs_backprop=True),
+    "grad_sq_sum": Statistic("weight", needs_backprop=True),
+    "output_grad_sq_sum": Statistic("output", needs_backprop=True),
+}
+"""by the name of the argument under which a formula takes it"""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A row of `CRITERIA`.
+
+    formula: (weight, **needed statistics) -> scores; None where the layer solver chooses and updates at once, or where the
+    scores are gathered while the model trains. needs: names in `STATISTICS`. whole: the formula sees whole matrices, not
+    pieces of them. scope: where weights compete by default, as published. one_shot, in_schedule: where it may be asked for.
+    """
+
+    formula: Callable[..., torch.Tensor] | None
+    needs: tuple[str, ...] = ()
+    whole: bool = False
+    scope: Literal["row", "layer"] = "layer"
+    one_shot: bool = True
+    in_schedule: bool = True
+
+    @property
+    def needs_data(self) -> bool:
+        return self.formula is None or any(STATISTICS[name].needs_data for name in self.needs)
+
+    @property
+    def needs_backprop(self) -> bool:
+        return any(STATISTICS[name].needs_backprop for name in self.needs)
+
+
+SOLVER = "obs"
+"""the criterion of the layer solver (maths/solve/obs.py), which updates what it keeps"""
+
+CRITERIA = {
+    "magnitude": Criterion(magnitude),
+    "wanda": Criterion(wanda, ("input_sq_sum",), scope="row"),
+    "ria": Criterion(ria, ("input_sq_sum",), whole=True, scope="row"),
+    "gblm": Criterion(gblm, ("input_sq_sum", "grad_sq_sum"), scope="row"),
+    "taylor": Criterion(taylor, ("grad_sum",)),
+    "fisher": Criterion(fisher, ("grad_sq_sum",)),
+    "kfac": Criterion(kfac, ("input_sq_sum", "output_grad_sq_sum")),
+    SOLVER: Criterion(None),
+    "random": Criterion(random, ("uniform",)),
+}

@@ -57,12 +57,20 @@ class Matrix:
 
     def per_input(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
         """values (in,), one per input feature, laid out like `piece`: a run of the stored elements from `offset` on."""
+        return self._laid_out(self.input_dim, values, piece, offset)
+
+    def per_output(self, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
+        """The same of values (out,), one per output feature."""
+        return self._laid_out(1 - self.input_dim, values, piece, offset)
+
+    def _laid_out(self, dim: int, values: torch.Tensor, piece: torch.Tensor, offset: int) -> torch.Tensor:
+        """dim: of the stored matrix, along which the values lie."""
         values = values.to(piece.device)
-        if self.input_dim == 1 and piece.dim() == 2:
+        if dim == 1 and piece.dim() == 2:
             return values.expand(piece.shape)
         width = self.stored_shape[1]
         first, last = offset // width, -(-(offset + piece.numel()) // width)
-        one_each = values.repeat(last - first) if self.input_dim == 1 else values[first:last].repeat_interleave(width)
+        one_each = values.repeat(last - first) if dim == 1 else values[first:last].repeat_interleave(width)
         start = offset - first * width
         return one_each[start : start + piece.numel()].view(piece.shape)
 

@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from tinygn_dist.backends.pieces import Edited, Job, Shard
+from tinygn_dist.backends.pieces import Edited, Job
 from tinygn_dist.config import DEFAULT_SHARE, NM, PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.estimator import resolve_estimator
 from tinygn_dist.estimate.hessians import LayerStatistics, gram_gib, layer_groups, measure
-from tinygn_dist.estimate.input_moments import InputMoments, input_moments
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.estimate.saved_moments import in_parts
 from tinygn_dist.experiments import evopress
 from tinygn_dist.experiments.evopress import HeldOut
 from tinygn_dist.maths import criteria
-from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.counts import num_kept
+from tinygn_dist.maths.criteria import CRITERIA
 from tinygn_dist.maths.schedules import sparsity_between
 from tinygn_dist.maths.solve import layer
-from tinygn_dist.maths.sums import Moments
 from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.prune.sparsity import budgets as layer_budgets
 from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.weight_scores import scores
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 log = logging.getLogger(__name__)
-DEFAULT_SCOPE = {"wanda": "row", "gblm": "row", "ria": "row"}  # as published; elsewhere a weight matrix is the group
-WITHOUT_DATA = ("magnitude", "random")
 
 
 def check(anatomy: Anatomy, matrices: Sequence[Matrix], options: PruneConfig) -> None:
@@ -56,7 +51,7 @@ def sparsify(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig)
         if criterion == "obs":
             masks = _solve_in_passes(problem, matrices, options)
         else:
-            masks = _choose(problem, matrices, _scores(problem, matrices, criterion, options.seed), criterion, options)
+            masks = _choose(problem, matrices, scores(problem, matrices, criterion, options.seed), criterion, options)
     chosen = Masks(matrices, masks)
     chosen.apply_(problem.model, problem.backend)
     return chosen
@@ -94,7 +89,7 @@ def at_sparsity(options: PruneConfig, sparsity: float) -> PruneConfig | None:
 
 
 def _choose(
-    problem: Problem, matrices: Sequence[Matrix], scores: dict[str, torch.Tensor], criterion: str, options: PruneConfig
+    problem: Problem, matrices: Sequence[Matrix], scored: dict[str, torch.Tensor], criterion: str, options: PruneConfig
 ) -> dict[str, torch.Tensor]:
     """Masks by scores; experts without any are pruned by magnitude, each to the same sparsity on its own: where the
     whole model competes, scores of another scale would empty them or spare them."""
@@ -103,67 +98,25 @@ def _choose(
         return choose_masks(
             problem.model,
             among,
-            scores,
+            scored,
             sparsity=sparsity,
             scope=within,
             nm=options.nm,
             backend=problem.backend,
         )
 
-    scope = DEFAULT_SCOPE.get(criterion, "layer") if options.scope == "auto" else options.scope
-    alone = {} if criterion in WITHOUT_DATA else {t.name: t for t in _unreached(problem, matrices, scores)}
+    scope = CRITERIA[criterion].scope if options.scope == "auto" else options.scope
+    reached = not CRITERIA[criterion].needs_data
+    alone = {} if reached else {t.name: t for t in _unreached(problem, matrices, scored)}
     _warn_unreached(alone.values())
     for name, matrix in alone.items():
-        scores[name] = criteria.magnitude(problem.backend.shard(problem.model, matrix).weight)
+        scored[name] = criteria.magnitude(problem.backend.shard(problem.model, matrix).weight)
     if options.allocation == "owl":
         going = _outlier_budgets(problem, matrices, options)
         return {n: m for t in matrices for n, m in masks([t], scope, going[t.name] / t.numel).items()}
     together = [matrix for matrix in matrices if scope != "global" or matrix.name not in alone]
     apart = list(alone.values()) if scope == "global" else []
     return {k: m for among, s in ((together, scope), (apart, "layer")) if among for k, m in masks(among, s).items()}
-
-
-def _scores(problem: Problem, matrices: Sequence[Matrix], criterion: str, seed: int) -> dict[str, torch.Tensor]:
-    """fp32 scores shaped like this rank's shards."""
-    shards = {matrix.name: problem.backend.shard(problem.model, matrix) for matrix in matrices}
-    match criterion:
-        case "magnitude":
-            return {name: criteria.magnitude(shard.weight) for name, shard in shards.items()}
-        case "random":
-            return {name: _random(shard, key_of(seed, name)) for name, shard in shards.items()}
-        case "wanda" | "gblm":
-            energy = _input_energy(problem, matrices)
-            pieces = {t.name: t.per_input(energy(t), shards[t.name].weight, shards[t.name].offset) for t in matrices}
-            if criterion == "wanda":
-                return {name: criteria.wanda(shard.weight, pieces[name]) for name, shard in shards.items()}
-            grads = _gradients(problem, matrices, squares=True)
-            return {n: criteria.gblm(shard.weight, pieces[n], grads.rounded(n)) for n, shard in shards.items()}
-        case "ria":
-            energy = _input_energy(problem, matrices)
-            return {t.name: _ria(problem, t, shards[t.name], energy(t)) for t in matrices}
-        case "taylor" | "fisher":
-            grads = _gradients(problem, matrices, squares=criterion == "fisher")
-            rule = criteria.fisher if criterion == "fisher" else criteria.taylor
-            return {name: rule(shard.weight, grads.rounded(name)) for name, shard in shards.items()}
-    raise AssertionError(criterion)
-
-
-def _gradients(problem: Problem, matrices: Sequence[Matrix], *, squares: bool) -> Moments:
-    return in_parts(problem, "gradients", lambda some: weight_gradients(some, matrices, squares=squares), Moments())
-
-
-def _input_energy(problem: Problem, matrices: Sequence[Matrix]) -> Callable[[Matrix], torch.Tensor]:
-    """(in,) fp32 sums of squares of what a matrix reads, over the data of all ranks."""
-    found = in_parts(problem, "inputs", lambda some: input_moments(some, matrices, full=False), InputMoments())
-    problem.backend.sum_over_data(found.moments.tensors())
-    return lambda matrix: found.moments.rounded(found.of(matrix))
-
-
-def _ria(problem: Problem, matrix: Matrix, shard: Shard, energy: torch.Tensor) -> torch.Tensor:
-    """Sums of rows and of columns need the whole matrix: one at a time."""
-    whole = matrix.oriented(problem.backend.gather(problem.model, matrix, shard.weight))
-    scores = matrix.oriented(criteria.ria(whole, energy)).contiguous()
-    return problem.backend.cut(problem.model, matrix, scores)
 
 
 def _unreached(problem: Problem, matrices: Sequence[Matrix], scores: dict[str, torch.Tensor]) -> list[Matrix]:
@@ -211,7 +164,7 @@ def _solve(
 
 
 def _outlier_budgets(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> dict[str, int]:
-    return layer_budgets.by_outliers(problem, matrices, _scores(problem, matrices, "wanda", options.seed), options)
+    return layer_budgets.by_outliers(problem, matrices, scores(problem, matrices, "wanda"), options)
 
 
 def _solved(
@@ -262,8 +215,3 @@ def _is_unreached(job: Job) -> bool:
 def _num_pruned(matrix: Matrix, options: PruneConfig) -> int:
     rows, size = matrix.shape if options.scope == "row" else (1, matrix.numel)
     return rows * (size - num_kept(size, options.sparsity))
-
-
-def _random(shard: Shard, key: int) -> torch.Tensor:
-    weight = shard.weight
-    return uniform(shard.offset, shard.offset + weight.numel(), key).view(weight.shape).to(weight.device)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tinygn_dist.maths import criteria
+from tinygn_dist.maths import confidence
 from tinygn_dist.models.objective import Batch, Objective
 from tinygn_dist.train.forward_only.weight_probes import WeightProbes
 
@@ -95,7 +95,7 @@ class RateSearch:
         totals, counts = torch.cat([t for t, _ in self.seen], 1), torch.cat([c for _, c in self.seen])
         down, here, up = totals
         sides = torch.stack([(up - down) / (2 * step), (up - 2 * here + down) / step**2])
-        (slope, bend), (error, unsure) = (values.tolist() for values in criteria.ratio_mean(sides, counts))
+        (slope, bend), (error, unsure) = (values.tolist() for values in confidence.ratio_mean(sides, counts))
         log.info("%d directions together: slope %.3g +- %.2g, curvature %.3g", self.gathered, slope, error, bend)
         self.seen = []
         if slope <= error:  # the sum is mostly noise yet
