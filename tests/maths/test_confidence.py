@@ -52,4 +52,6 @@ def test_paired_differences_are_those_of_the_differences():
 )
 def test_t_as_a_normal_deviate_is_that_of_the_tables(freedom: int, t: float, normal: float, error: float):
     assert float(confidence.normal_of_t(torch.tensor(t), freedom)) == pytest.approx(normal, rel=error)
-    assert confidence.normal_of_t(torch.tensor(t), 0) == 0 and confidence.normal_of_t(torch.tensor(torch.inf), 3).isinf()
+    assert (
+        confidence.normal_of_t(torch.tensor(t), 0) == 0 and confidence.normal_of_t(torch.tensor(torch.inf), 3).isinf()
+    )

@@ -19,7 +19,9 @@ def one_of(known: Sequence[str], value: str) -> str:
     """The value. Raises ValueError where it is not one of these, with the nearest of them."""
     if value not in known:
         near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
-        raise ValueError(f"got {value!r}, accepted: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise ValueError(
+            f"got {value!r}, accepted: {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
     return value
 
 
