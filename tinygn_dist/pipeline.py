@@ -11,6 +11,7 @@ from torch import nn
 
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.checkpoints import export, load, output_folder, verification
+from tinygn_dist.checkpoints.companions import Companions, companions_of, write_card
 from tinygn_dist.checkpoints.run_checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
@@ -120,6 +121,7 @@ class _Run(TrainingStage):
         config = self.config
         self.source = load.find_model(config.model)
         skeleton = self.skeleton = load.skeleton(self.source)
+        self.beside = Companions() if self.source.gguf_file else companions_of(self.source.path, config.model.revision)
         self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
         self.units, final = UnitPlan(), None
         self.matrices: tuple[Matrix, ...] = ()
@@ -166,6 +168,7 @@ class _Run(TrainingStage):
         }
         with self.backend.together("loading the tokenizer or processor"):
             self.processor = load.load_processor(self.source)
+        self.beside = replace(self.beside, processor=self.processor)
         if self.config.recover.taught and self.source.task != "feature-extraction" and not self.caches_teacher:
             self.teacher, _ = placed(self.source, self.backend)
 
@@ -197,6 +200,7 @@ class _Run(TrainingStage):
             },
             seconds=self.stage.seconds,
             versions=versions(),
+            notes=self.beside.notes,
         )
         if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
             for name in ("calibration", "evaluation", "training", "validation"):
@@ -281,7 +285,7 @@ class _Run(TrainingStage):
         with output_folder.draft(self.destination, backend) as draft:
             with backend.together("writing the checkpoint"):
                 written = export.write_checkpoint(
-                    draft, self.model, self.dtypes, self.processor, output.max_shard_gib, backend
+                    draft, self.model, self.dtypes, self.beside, output.max_shard_gib, backend
                 )
             held = verification.digests(self.model, self.dtypes, backend)
             self.let_go()
@@ -305,7 +309,7 @@ class _Run(TrainingStage):
             self.report.cpu_seconds = {name: round(sum(rank[name] for rank in cpu), 1) for name in cpu[0]}
             if self.backend.is_main:
                 (draft / REPORT_FILE).write_text(self.report.to_json(), encoding="utf-8")
-                (draft / "README.md").write_text(self.report.to_markdown(), encoding="utf-8")
+                write_card(draft, self.report.to_markdown())
         self.remove_checkpoints()
         if isinstance(self.teacher, TeacherCache):
             self.teacher.remove(self.backend)

@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from tinygn_dist.backends.wrappers import plain_names
+from tinygn_dist.backends.wrappers import plain_module, plain_names
 from tinygn_dist.models.anatomy import Matrix
 
 
@@ -69,9 +69,12 @@ def tensors_of(bare: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def tensor_named(bare: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer itself."""
-    module, _, leaf = name.rpartition(".")
-    return getattr(bare.get_submodule(module), leaf)
+    """The parameter or buffer itself, by its name in the checkpoint."""
+    *path, leaf = name.split(".")
+    module = plain_module(bare)
+    for word in path:
+        module = plain_module(getattr(module, word))
+    return getattr(module, leaf)
 
 
 def hollow(build: Callable[[], nn.Module]) -> nn.Module:

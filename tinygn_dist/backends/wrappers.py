@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from tinygn_dist.errors import Refused
 
-_PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+_PREFIXES = ("_orig_mod", "_checkpoint_wrapped_module")
+_ADAPTED = ("token_adapter", "original_module", "base_layer")
+"""under these names PEFT keeps what it wraps: token rows, modules that train whole, layers and bare parameters"""
 
 
 def without(model: nn.Module, *kinds: type[nn.Module]) -> nn.Module:
@@ -34,15 +37,34 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def plain_class(bare: nn.Module) -> type[nn.Module]:
+    """The class that wrote the model's code: FSDP2 gives the live object another one."""
+    return next(kind for kind in type(bare).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _base_of(module: nn.Module) -> str | None:
+    """The child that is the module of the checkpoint, where PEFT has wrapped it."""
+    return next((name for name in _ADAPTED if module._modules.get(name) is not None), None)
+
+
+def plain_module(module: nn.Module) -> nn.Module:
+    """The module of the checkpoint under what PEFT put around it."""
+    while (name := _base_of(module)) is not None:
+        module = module._modules[name]
+    return module
+
+
 def plain_names(bare: nn.Module, names: list[str]) -> dict[str, str]:
-    """{name: name in the checkpoint} of parameters and buffers; those of adapters are left out."""
-    adapted = {name for name, module in bare.named_modules() if hasattr(module, "base_layer")}
+    """{name: name in the checkpoint} of parameters and buffers; those of adapters are left out: low-rank pairs, trained
+    copies of whole modules, trained token rows."""
+    bases = {name: base for name, module in bare.named_modules() if (base := _base_of(module)) is not None}
     found = {}
     for name in names:
         path = name.split(".")
-        inside = [i for i in range(1, len(path)) if ".".join(path[:i]) in adapted]
-        if all(path[i] == "base_layer" for i in inside if path[i] != "_orig_mod"):
-            found[name] = ".".join(part for part in path if part not in _PREFIXES)
+        inside = {i: bases[parent] for i in range(1, len(path)) if (parent := ".".join(path[:i])) in bases}
+        if all(path[i] == base for i, base in inside.items()):
+            kept = [word for i, word in enumerate(path) if i not in inside and word not in _PREFIXES]
+            found[name] = ".".join(kept)
     return found
 
 

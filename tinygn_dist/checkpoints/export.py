@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -14,23 +15,27 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import tensors_of
+from tinygn_dist.backends.wrappers import plain_class
+from tinygn_dist.checkpoints.companions import Companions
+from tinygn_dist.checkpoints.config_files import write_config_files
 from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, Written
-from tinygn_dist.errors import UserError
+from tinygn_dist.errors import Refused, UserError
 
 
 def write_checkpoint(
     folder: Path,
     model: nn.Module,
     dtypes: Mapping[str, torch.dtype],
-    processor: Any,
+    beside: Companions,
     max_shard_gib: float,
     backend: Backend,
 ) -> dict[str, Written]:
-    """safetensors shards, config, generation config, tokenizer and custom code, as plain `from_pretrained` reads them.
+    """safetensors shards, config, generation config, and what lies beside the weights of the source.
 
     A collective; the main rank writes, and holds one whole tensor at a time. model: as the backend prepared it. dtypes:
     of the tensors to write, by name; others keep theirs. Returns what was written, by name on disk, on the main rank.
-    Raises UserError when the disk fills up while writing.
+    Raises UserError when the disk fills up while writing, Refused when the model's class has no place for a tensor or
+    lacks one.
     """
     failure: Exception | None = None
     checkpoint: _Checkpoint | None = None
@@ -38,7 +43,7 @@ def write_checkpoint(
         if not backend.is_main or failure is not None:
             continue
         try:
-            checkpoint = checkpoint or _Checkpoint(folder, model, backend, dtypes, processor, max_shard_gib)
+            checkpoint = checkpoint or _Checkpoint(folder, model, backend, dtypes, max_shard_gib, beside)
             checkpoint.add(name, tensor)
         except Exception as error:
             failure = error
@@ -51,6 +56,40 @@ def write_checkpoint(
     return checkpoint.finish() if checkpoint else {}
 
 
+def skeleton_of(bare: nn.Module) -> nn.Module:
+    """A model of the plain class and config of a live one, on the meta device."""
+    with torch.device("meta"):
+        plain = plain_class(bare)._from_config(copy.deepcopy(bare.config))
+    plain.tie_weights()
+    return plain
+
+
+def refuse_misfits(bare: nn.Module, plain: nn.Module, backend: Backend) -> None:
+    """Refused when a stock load of the live model's tensors would drop one, miss one, or find another shape. plain: as
+    `skeleton_of` makes it."""
+    held = {name: backend.shape(tensor) for name, tensor in tensors_of(bare).items()}
+    asked = plain.state_dict(keep_vars=True)
+    what = type(plain).__name__
+    extra = sorted(held.keys() - asked.keys())
+    if extra:
+        raise Refused(
+            f"{what} has no place for {len(extra)} tensors of the model, such as {extra[0]}: no stock engine would load "
+            "them; give the class a module for them, or take them out before saving"
+        )
+    for name, shape in held.items():
+        if tuple(shape) != tuple(asked[name].shape):
+            raise Refused(
+                f"{name} has shape {tuple(shape)}, {what} asks for {tuple(asked[name].shape)} by its config; set the "
+                "config to the model's sizes before saving"
+            )
+    filled = {id(asked[name]) for name in held}
+    ignored = [re.compile(pattern) for pattern in getattr(plain, "_keys_to_ignore_on_load_missing", None) or ()]
+    missing = [name for name, tensor in asked.items() if id(tensor) not in filled]
+    missing = [name for name in missing if not any(pattern.search(name) for pattern in ignored)]
+    if missing:
+        raise Refused(f"the model lacks {len(missing)} tensors that {what} loads, such as {missing[0]}")
+
+
 class _Checkpoint:
     """A checkpoint that is being written. transformers stores some weights in other shapes than it runs (fused experts
     one by one): each tensor is converted alone, and those that can only be converted together wait for each other."""
@@ -61,10 +100,12 @@ class _Checkpoint:
         model: nn.Module,
         backend: Backend,
         dtypes: Mapping[str, torch.dtype],
-        processor: Any,
         max_shard_gib: float,
+        beside: Companions,
     ) -> None:
         bare = backend.unwrap(model)
+        plain = skeleton_of(bare)
+        refuse_misfits(bare, plain, backend)
         self._bare, self._dtypes, self._waiting = bare, dtypes, {}
         state = {
             name: torch.empty(backend.shape(tensor), dtype=dtypes.get(name, tensor.dtype), device="meta")
@@ -76,10 +117,9 @@ class _Checkpoint:
         self._together = {
             name for name, made in alone.items() if any(layout.get(n) != _kind(t) for n, t in made.items())
         }
-        bare.save_pretrained(folder, state_dict={})  # all but the weights
-        bare.config.dtype = next((k.dtype for k in layout.values() if k.dtype.is_floating_point), bare.dtype)
-        bare.config.save_pretrained(folder)  # again: the running model may be in another dtype
-        processor.save_pretrained(folder)
+        beside.copy(folder)
+        dtype = next((k.dtype for k in layout.values() if k.dtype.is_floating_point), bare.dtype)
+        write_config_files(folder, bare, plain, dtype, beside)
         self._writer = ShardWriter(folder, layout, max_shard_gib * 1e9)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """The output folder: checked before any work, written by one job at a time, complete or not there.
 
-Everything goes into a sibling folder that is renamed into place at the very end. A crash leaves either the old folder or
-none.
+Everything goes into a sibling folder that is renamed into place at the very end. A crash leaves either the old folder
+or none.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def claim(options: OutputConfig, source_path: str, needed_bytes: int) -> Path:
 
 @contextlib.contextmanager
 def only_writer(destination: Path, backend: Backend) -> Iterator[None]:
-    """Inside, no other job writes this output: UserError on every rank when one does. Clears away what crashed runs left
-    beside it. The system drops the lock of a killed process."""
+    """Inside, no other job writes this output: UserError on every rank when one does. Clears away what crashed runs
+    left beside it. The system drops the lock of a killed process."""
     lock = destination.with_name(f"{_LEFTOVER}{destination.name}.lock")
     with contextlib.ExitStack() as locks:
         with backend.together("claiming the output folder"):

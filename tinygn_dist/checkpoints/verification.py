@@ -1,4 +1,4 @@
-"""Read a written checkpoint back: its bits are those that were written, and the report's sizes and zeros are its own."""
+"""Read a written checkpoint back: its bits are those that were written, the report's sizes and zeros are its own."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from tinygn_dist.backends import make_backend
 from tinygn_dist.checkpoints import export, output_folder
+from tinygn_dist.checkpoints.companions import Companions, companions_of
 from tinygn_dist.checkpoints.load import task_of
 from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
 from tinygn_dist.config import Config, PruneConfig
@@ -74,8 +75,8 @@ class Compressor:
         self.backend.refuse_spread(model)
         self._task = task_of(self.config.model, bare.config)
         self.backend.agree(self.config.fingerprint(), "the config")
-        with torch.device("meta"):  # the model itself may be in pieces already (Trainer under ZeRO-3)
-            skeleton = type(bare)._from_config(copy.deepcopy(bare.config))
+        skeleton = export.skeleton_of(bare)  # the model itself may be in pieces already (Trainer under ZeRO-3)
+        export.refuse_misfits(bare, skeleton, self.backend)
         self._anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(prune.unit_kinds))
         if prune.unit_kinds and self.config.schedule.changes:
             raise UserError(
@@ -179,14 +180,16 @@ class Compressor:
         output = self.config.output.model_copy(update={"dir": str(folder)})
         held = sum(piece.numel() * piece.element_size() for piece in self.backend.pieces(model).values())
         size = int(self.backend.sum_over_shards(torch.tensor([held])))
+        source = getattr(self.backend.unwrap(model).config, "_name_or_path", "")
         with self.backend.together("checking the output folder"):
+            beside = replace(companions_of(source) if source else Companions(), processor=processor)
             destination = output_folder.claim(output, self.config.model.name, size)
         with (
             output_folder.only_writer(destination, self.backend),
             output_folder.draft(destination, self.backend) as draft,
             self.backend.together("writing the checkpoint"),
         ):
-            export.write_checkpoint(draft, model, {}, processor, output.max_shard_gib, self.backend)
+            export.write_checkpoint(draft, model, {}, beside, output.max_shard_gib, self.backend)
 
     def _need_compressed(self) -> None:
         if self._matrices is None:
