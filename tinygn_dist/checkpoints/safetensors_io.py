@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 _NAMED = {name: dtype for dtype, name in _DTYPES.items()}
 
@@ -78,7 +79,8 @@ class Written:
 
 def written(name: str, tensor: torch.Tensor) -> Written:
     """The facts of one tensor, from its bits."""
-    zeros = tensor.numel() - int(torch.count_nonzero(tensor))
+    counted = tensor.half() if tensor.dtype == torch.float8_e4m3fn else tensor  # torch does not count in fp8
+    zeros = tensor.numel() - int(torch.count_nonzero(counted))
     digest = hashlib.sha256(_bytes(tensor)).hexdigest()
     return Written(digest, tensor.numel(), zeros, tensor.dim() > 1 and not name.endswith("bias"))
 

@@ -83,6 +83,9 @@ class Quantised(NamedTuple):
     zero_point: torch.Tensor
     """(out, groups) int8"""
 
+    def scales(self) -> Scales:
+        return Scales(self.scale, self.zero_point.float())
+
     def values(self) -> torch.Tensor:
         """(out, in) fp32."""
         codes, groups = self.codes.float(), self.scale.shape[1]
