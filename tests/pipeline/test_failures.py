@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.pipeline.conftest import SMALL
-from tinygn_dist.backends import extension_builds
+from tinygn_dist.backends import launcher
 
 WORDS = [*SMALL, "--pattern=unstructured", "--sparsity=0.5", "--recover-steps=40", "--recover.batch_size=4"]
 WORDS += ["--distributed.timeout_seconds=30"]
@@ -177,7 +177,7 @@ def test_the_lock_of_a_killed_build_is_deleted_but_no_other(monkeypatch: pytest.
             lock.touch()
         os.utime(old, (0, 0))
         descriptor = os.open(held, os.O_RDONLY)  # as torch's FileBaton keeps it
-        extension_builds.clear_stale_builds()
+        launcher.clear_stale_builds()
         os.close(descriptor)
         assert held.exists() and not old.exists()
         assert stale.exists() is not other  # with other machines it may be one of theirs

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 
 from tests.conftest import ROOT
 from tests.pipeline.conftest import SMALL
-from tinygn_dist import backends
+from tinygn_dist.backends import launch_checks
 from tinygn_dist.errors import Refused
 
 WORDS = ["compress", *SMALL, "--pattern=2:4", "--criterion=magnitude", "--distributed.timeout_seconds=15"]
@@ -46,7 +46,7 @@ def two_nodes(words: list[list[str]], homes: list[Path]) -> list[tuple[int, list
 def test_ranks_with_other_code_are_stopped(saved_model, tmp_path: Path):
     """One comment in one file is enough."""
     shutil.copytree(ROOT / "tinygn_dist", tmp_path / "tinygn_dist", ignore=shutil.ignore_patterns("__pycache__"))
-    with (tmp_path / "tinygn_dist" / "score.py").open("a") as file:
+    with (tmp_path / "tinygn_dist" / "errors.py").open("a") as file:
         file.write("# left behind\n")
     words = [*WORDS, f"--model={saved_model('llama')}", f"--output={tmp_path / 'out'}"]
     (code, told), other = two_nodes([words, words], [ROOT, tmp_path])
@@ -75,11 +75,12 @@ def test_a_node_with_a_typo_says_so_and_the_other_does_not_wait_for_ever(saved_m
 )
 def test_processes_that_are_not_those_asked_for(monkeypatch, launched, connected, seen, asked, kind, part):
     monkeypatch.setenv("WORLD_SIZE", str(launched))
-    monkeypatch.setattr(backends, "world_size", lambda: connected)
+    monkeypatch.setattr(launch_checks, "world_size", lambda: connected)
     for name in ("FSDP", "DEEPSPEED"):
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", str(kind == name).lower())
     found = SimpleNamespace(num_processes=seen, distributed_type=DistributedType.MULTI_CPU)
     with pytest.raises(Refused) as refused:
-        backends._check_processes(found, asked)
+        launch_checks.check_processes(found, asked, callers_own=False)
     assert part in str(refused.value) and "\n" not in str(refused.value)
-    assert "launch with" in str(refused.value) or "start at least" in str(refused.value)
+    advice = ("launch with", "use `accelerate launch", "start at least")
+    assert any(words in str(refused.value) for words in advice)

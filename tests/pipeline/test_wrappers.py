@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tests.conftest import ROOT
 from tests.pipeline.conftest import launch_file
 from tinygn_dist import Compressor, load_config
-from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # these tests have no GPU
+from tinygn_dist.backends.launcher import sharding_asked, sharding_on_cpu  # these tests have no GPU
 from tinygn_dist.cli.main import leave
 from tinygn_dist.errors import Refused, UserError
 

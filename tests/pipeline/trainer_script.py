@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from tinygn_dist import load_config  # +
-from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # this test has no GPU
+from tinygn_dist.backends.launcher import sharding_asked, sharding_on_cpu  # this test has no GPU
 from tinygn_dist.cli.main import leave
 from tinygn_dist.integrations.trainer import TinyGNCallback  # +
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tinygn_dist import Compressor, load_config  # +
-from tinygn_dist.backends.cpu_launch import sharding_asked, sharding_on_cpu  # this test has no GPU
+from tinygn_dist.backends.launcher import sharding_asked, sharding_on_cpu  # this test has no GPU
 from tinygn_dist.cli.main import leave
 
 EPOCHS, STEPS = 4, 8

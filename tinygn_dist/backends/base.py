@@ -95,7 +95,8 @@ class Backend(Training):
         return self.prepare(model)
 
     def spread_buffers(self, model: nn.Module) -> None:
-        """The main rank's buffers everywhere: running statistics of norms differ, because each rank saw its own data."""
+        """The main rank's buffers everywhere: running statistics of norms differ, because each rank saw its own
+        data."""
         for buffer in self.unwrap(model).buffers():
             collectives.broadcast_(buffer.data, 0)
 
@@ -154,7 +155,8 @@ class Backend(Training):
     def by_rows(
         self, model: nn.Module, matrix: Matrix, piece: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """`work` maps (rows, in) to the same shape, row by row. Moves nothing where the pieces are made of whole rows."""
+        """`work` maps (rows, in) to the same shape, row by row. Moves nothing where the pieces are made of whole
+        rows."""
         if piece.dim() == 2 and matrix.input_dim == 1:
             return work(piece)
         whole = matrix.oriented(work(matrix.oriented(self.gather(model, matrix, piece))))
@@ -249,7 +251,8 @@ class Backend(Training):
     def _spread_result(
         self, model: nn.Module, matrix: Matrix, result: Edited | None, layout: _Layout, owner: int
     ) -> Extras:
-        """Write the owner's new (out, in) weight everywhere; returns the extras, in pieces where they are shaped like it."""
+        """Write the owner's new (out, in) weight everywhere; returns the extras, in pieces where they are shaped like
+        it."""
 
         def stored(whole: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
             sent = torch.empty(matrix.stored_shape, dtype=dtype, device=self.device)

@@ -1,7 +1,7 @@
 """The few collectives the backends are made of. Without a process group every one of them is the identity.
 
-Nothing outside `backends/` calls these: a sum must say whether it adds disjoint pieces of weights or different
-batches (see `base.Backend`). Counts and losses are made on the CPU as often as on the device, and a group of NCCL carries
+Nothing outside `backends/` calls these: a sum must say whether it adds disjoint pieces of weights or different batches
+(see `base.Backend`). Counts and losses are made on the CPU as often as on the device, and a group of NCCL carries
 device tensors only: they travel through a copy there.
 """
 

@@ -3,7 +3,8 @@
 Traps that shape this file (torch 2.13, Accelerate 1.15):
 - Modules that stay unsharded after a forward hide their DTensors behind plain copies; edits of the one are not seen by
   the other. So everything is resharded after every forward, at the price of one more all-gather of embeddings and head.
-- With the CPU offload policy shards lie in CPU memory. Whole weights that are gathered to be worked on are on the device.
+- With the CPU offload policy shards lie in CPU memory. Whole weights that are gathered to be worked on are on the
+  device.
 - Edits inside an `unshard()` are thrown away: weights are written through the local shards only.
 """
 
@@ -257,9 +258,9 @@ class FSDP2(Backend):
 
 @contextlib.contextmanager
 def _embeddings_in_one_group(model: nn.Module) -> Iterator[None]:
-    """Accelerate gives the input embedding, with a head tied to it, a group of its own, and torch refuses a weight that two groups
-    see. Where other modules have the weight too (both stacks of an encoder-decoder), or a model has no input embedding, it is
-    kept from looking: all of them then lie in the root's group."""
+    """Accelerate gives the input embedding, with a head tied to it, a group of its own, and torch refuses a weight that
+    two groups see. Where other modules have the weight too (both stacks of an encoder-decoder), or a model has no input
+    embedding, it is kept from looking: all of them then lie in the root's group."""
     try:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     except NotImplementedError:  # of images

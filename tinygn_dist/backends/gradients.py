@@ -1,9 +1,9 @@
 """Sums over micro-batches of a function of each weight gradient, kept as this rank's shards.
 
-What a sharded backend leaves in `.grad` is a mean over ranks, that is over micro-batches that ran at the same time:
-no square of a single micro-batch's gradient can be had from it, and its rounding depends on the number of ranks. So
-the gradient is taken where autograd puts it, before any reduction, one weight at a time: the function is applied to
-this rank's micro-batch alone, the result is summed over the owners of the weight in fp64, and only the owned piece stays.
+What a sharded backend leaves in `.grad` is a mean over ranks, that is over micro-batches that ran at the same time: no
+square of a single micro-batch's gradient can be had from it, and its rounding depends on the number of ranks. So the
+gradient is taken where autograd puts it, before any reduction, one weight at a time: the function is applied to this
+rank's micro-batch alone, the result is summed over the owners of the weight in fp64, and only the owned piece stays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from tinygn_dist.maths.sums import Moments
 from tinygn_dist.models.anatomy import Matrix
 
 Function = Callable[[torch.Tensor], torch.Tensor]
-# from this rank's whole fp32 matrix to the owned piece of the sum over the weight's owners, in fp64 where there are several
+# from this rank's whole fp32 matrix to the owned piece of the sum over the weight's owners, in fp64 where there are
+# several
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -74,8 +74,8 @@ class Offloaded(Backend):
         except OSError as error:
             needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             raise UserError(
-                f"distributed.offload_dir {self._folder}: {error.strerror}; the weights take {needed:,} bytes, name a folder "
-                "with room for them"
+                f"distributed.offload_dir {self._folder}: {error.strerror}; the weights take {needed:,} bytes, name a "
+                "folder with room for them"
             ) from None
 
     def _collect(self, parameter: nn.Parameter) -> None:

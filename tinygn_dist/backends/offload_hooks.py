@@ -89,9 +89,9 @@ class Homes(dict[nn.Parameter, Home]):
 class _Fetch(ModelHook):
     """Brings a block's weights for the length of its forward and of its backward pass.
 
-    Autograd runs in the reverse order of the forward: when the gradient of an input of the block arrives, nothing of the
-    block is left to do. A block whose inputs need none is done at the end of the pass. A forward that is recomputed in a
-    backward pass (gradient checkpointing) belongs to it: torch may end it early, before `post_forward`.
+    Autograd runs in the reverse order of the forward: when the gradient of an input of the block arrives, nothing of
+    the block is left to do. A block whose inputs need none is done at the end of the pass. A forward that is recomputed
+    in a backward pass (gradient checkpointing) belongs to it: torch may end it early, before `post_forward`.
     """
 
     def __init__(self, homes: list[Home]) -> None:

@@ -62,7 +62,8 @@ class Training(ABC):
     """whether a layer may run again inside of a backward"""
 
     def running(self, model: nn.Module) -> nn.Module:
-        """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do not."""
+        """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do
+        not."""
         return without(model, *self.wrappers)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
@@ -91,8 +92,8 @@ class Training(ABC):
         return tuple(tensor.shape)
 
     def place_added(self, model: nn.Module, added: Sequence[nn.Module]) -> None:
-        """Modules that were put into a placed model, with the same values on every rank and on its device, are placed as
-        the model is, before `prepare` with an optimizer. They run within the modules that they were put into."""
+        """Modules that were put into a placed model, with the same values on every rank and on its device, are placed
+        as the model is, before `prepare` with an optimizer. They run within the modules that they were put into."""
         return
 
     def added_are_gone(self, model: nn.Module) -> None:
@@ -127,7 +128,8 @@ class Training(ABC):
         return optimizer
 
     def keeps_codes(self, optimizer: Any) -> bool:
-        """Whether an optimizer's state is 8-bit codes, among which zero is not 0 (bitsandbytes says so in its `args`)."""
+        """Whether an optimizer's state is 8-bit codes, among which zero is not 0 (bitsandbytes says so in its
+        `args`)."""
         return getattr(getattr(self.inner_optimizer(optimizer), "args", None), "optim_bits", 32) == 8
 
     def after_step(self, model: nn.Module, optimizer: Any, call: Callable[[], None]) -> Any:

@@ -131,8 +131,8 @@ Extras = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Edited:
-    """What a solver makes of one matrix. weight: (out, in), any float dtype. extras: by name, whatever else the format or
-    the caller needs: a mask, codes, scales, zero points, units that stay.
+    """What a solver makes of one matrix. weight: (out, in), any float dtype. extras: by name, whatever else the format
+    or the caller needs: a mask, codes, scales, zero points, units that stay.
 
     An extra shaped like the weight belongs to it, entry by entry: each rank gets its piece, shaped and placed like its
     shard. Any other arrives whole on every rank.

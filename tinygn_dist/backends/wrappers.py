@@ -98,12 +98,12 @@ def refuse_spread(model: nn.Module, *, rows_are_ours: bool = False) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor) and not (rows_are_ours and all(map(_of_rows, parameter.placements))):
             raise Refused(
-                f"{name} is spread as {parameter.placements}, by from_pretrained(distributed_config=...) or the like, accepted: "
-                "a whole model, which accelerator.prepare shards; launch with configs/accelerate/fsdp2.yaml"
+                f"{name} is spread as {parameter.placements}, by from_pretrained(distributed_config=...) or the like, "
+                "accepted: a whole model, which accelerator.prepare shards; launch with configs/accelerate/fsdp2.yaml"
             )
     places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if len(places) > 1 or "disk" in places or any(parameter.is_meta for parameter in model.parameters()):
         raise Refused(
-            f"the model was loaded with a device_map ({', '.join(sorted(places)) or 'meta'}), accepted: a whole model; use "
-            "`tinygn compress --distributed.offload cpu`, or launch with configs/accelerate/fsdp2.yaml"
+            f"the model was loaded with a device_map ({', '.join(sorted(places)) or 'meta'}), accepted: a whole model; "
+            "use `tinygn compress --distributed.offload cpu`, or launch with configs/accelerate/fsdp2.yaml"
         )

@@ -1,8 +1,8 @@
 """The console script `tinygn`, which launch/compress.py enters too: arguments -> Config -> compress -> exit code.
 
-Exit codes: 0 done; 2 bad input; 3 refused (a model, pattern or launch that cannot be handled); 75 asked to stop (SIGTERM),
-a checkpoint is written and the same command with --resume auto goes on; 130 interrupted; 128 + N a rank was killed by
-signal N; anything else is a bug of ours.
+Exit codes: 0 done; 2 bad input; 3 refused (a model, pattern or launch that cannot be handled); 75 asked to stop
+(SIGTERM), a checkpoint is written and the same command with --resume auto goes on; 130 interrupted; 128 + N a rank was
+killed by signal N; anything else is a bug of ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import datasets
-import psutil
 import transformers
 import transformers.modeling_gguf_pytorch_utils as gguf_reader
 import yaml
@@ -27,7 +26,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from tinygn_dist.backends import make_backend, world_size
-from tinygn_dist.backends.launcher import launch
+from tinygn_dist.backends.launcher import accelerate_arguments, launch, processes_asked
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
 
@@ -81,8 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: list[str]) -> int:
     config = load_config(arguments.recipe, overrides)
-    asked = config.distributed.num_processes or _asked_of_launcher()
-    if asked and asked > 1 and "WORLD_SIZE" not in os.environ and not _under_launcher():
+    launcher = accelerate_arguments()
+    asked = config.distributed.num_processes or (None if launcher is None else processes_asked(launcher))
+    if asked and asked > 1 and "WORLD_SIZE" not in os.environ and launcher is None:
         code, untold = launch("tinygn_dist.cli", argv, asked)
         if untold:
             _tell(untold)
@@ -99,35 +99,6 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
         report.print()
     backend.close()
     return 0
-
-
-def _under_launcher() -> bool:
-    return _launcher_arguments() is not None
-
-
-def _launcher_arguments() -> list[str] | None:
-    """Arguments of the `accelerate launch` that is our parent, or None."""
-    try:
-        parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
-    except psutil.Error:
-        return None
-    named = any("accelerate" in os.path.basename(word) for word in words[:3]) or "accelerate.commands.launch" in words
-    return words if named and ("launch" in words or "accelerate.commands.launch" in words) else None
-
-
-def _asked_of_launcher() -> int | None:
-    """How many processes `accelerate launch` was asked for: on a CPU it may start one and say nothing."""
-    words = _launcher_arguments() or []
-    for index, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name.replace("-", "_") == "__num_processes":
-            return int(value or words[index + 1])
-        if name.replace("-", "_") == "__config_file":
-            path = value or words[index + 1]
-            with open(path, encoding="utf-8") as file:
-                return (yaml.safe_load(file) or {}).get("num_processes")
-    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -35,8 +35,8 @@ def gradients_of(model: nn.Module, wanted: Sequence[nn.Parameter]) -> Iterator[N
 
 @contextlib.contextmanager
 def recomputed(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """A backward inside runs each module's forward once more and keeps of it only what it read until then (Chen et al. 2016,
-    arXiv 1604.06174). Hooks within a module see its forward twice, and a gradient once."""
+    """A backward inside runs each module's forward once more and keeps of it only what it read until then (Chen et al.
+    2016, arXiv 1604.06174). Hooks within a module see its forward twice, and a gradient once."""
     before: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
         for module in modules:

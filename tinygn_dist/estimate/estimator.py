@@ -34,8 +34,8 @@ _CGROUPS = (  # limit, usage and page cache that the system takes back, of cgrou
 
 
 def resolve_estimator(problem: Problem, options: PruneConfig, held: int = 0) -> PruneConfig:
-    """The options with `estimator: auto` replaced by what fits, the same on every rank; says which and why in the log and the
-    report. held: bytes that the statistics of a backward take beside it."""
+    """The options with `estimator: auto` replaced by what fits, the same on every rank; says which and why in the log
+    and the report. held: bytes that the statistics of a backward take beside it."""
     if options.estimator != "auto":
         return options
     chosen, why = choose(problem, held)
@@ -75,9 +75,10 @@ def choose(problem: Problem, held: int = 0) -> tuple[Estimator, str]:
 
 
 def backward_bytes(problem: Problem) -> int:
-    """What a backward takes beside a forward: all that autograd keeps for the largest micro-batch, and twice the largest of it,
-    for gradients on their way. Measured by a forward in which autograd asks for each tensor and is given none to keep, so
-    it takes no more than inference. Gradients of weights are not in it, but the inputs that they would need are."""
+    """What a backward takes beside a forward: all that autograd keeps for the largest micro-batch, and twice the
+    largest of it, for gradients on their way. Measured by a forward in which autograd asks for each tensor and is given
+    none to keep, so it takes no more than inference. Gradients of weights are not in it, but the inputs that they would
+    need are."""
     batch = max(problem.batches, key=lambda batch: max(value.numel() for value in batch.values()))
     own = {p.untyped_storage().data_ptr() for p in problem.bare.parameters()}
     learning = [p for p in problem.bare.parameters() if p.is_floating_point()]
@@ -89,8 +90,8 @@ def backward_bytes(problem: Problem) -> int:
 
 @contextlib.contextmanager
 def saved_sizes(known: set[int]) -> Iterator[list[int]]:
-    """The bytes of every storage that autograd wants to keep inside the context, once each; none is kept, so no backward can
-    follow. known: data pointers that do not count (weights)."""
+    """The bytes of every storage that autograd wants to keep inside the context, once each; none is kept, so no
+    backward can follow. known: data pointers that do not count (weights)."""
     sizes: list[int] = []
     alive: dict[int, StorageWeakRef] = {}
 
@@ -110,8 +111,8 @@ def saved_sizes(known: set[int]) -> Iterator[list[int]]:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What this process could still take on a device; None where nobody says. On a CPU the least of the machine's available
-    memory, the control group's and the process's own limit."""
+    """What this process could still take on a device; None where nobody says. On a CPU the least of the machine's
+    available memory, the control group's and the process's own limit."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

@@ -33,7 +33,8 @@ class Read(NamedTuple):
 Inputs = dict[str, list[Read]]
 """by matrix, once for every time that its module ran"""
 Weigh = Callable[[str, torch.Tensor, int], torch.Tensor]
-"""(matrix's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,) fp32"""
+"""(matrix's name, (n,) positions of real tokens in the flattened micro-batch, how often its module ran before) -> (n,)
+fp32"""
 
 
 @dataclass
@@ -67,8 +68,8 @@ def input_moments(problem: Problem, matrices: Sequence[Matrix], *, full: bool) -
 
 
 def complete(found: InputMoments, problem: Problem) -> None:
-    """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank that had
-    some."""
+    """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank
+    that had some."""
     for name in found.moments.names():
         if found.moments.sum(name).dim() == 2:
             found.moments.fill_gram(name)
@@ -134,8 +135,8 @@ def _cosine_in(pairs: dict[int, torch.Tensor], index: int):
 def add_inputs(
     found: InputMoments, inputs: Inputs, mask: torch.Tensor | None, full: bool, weigh: Weigh | None = None
 ) -> None:
-    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every matrix's sum, and no sum is
-    shared."""
+    """Add what one micro-batch read. With `weigh` every token has a weight of its own in every matrix's sum, and no sum
+    is shared."""
     sources: dict[tuple[int, ...], str] = {}
     for name, reads in inputs.items():
         same = tuple(id(hidden) for hidden, _ in reads)  # `inputs` keeps every tensor alive

@@ -1,5 +1,5 @@
-"""Layers run a few at a time: what a layer reads is kept from one call to the next, so the layers before it, which may have
-changed since, do not run again.
+"""Layers run a few at a time: what a layer reads is kept from one call to the next, so the layers before it, which may
+have changed since, do not run again.
 
 Each rank keeps the hidden states of its own micro-batches, at one place in the model, on the CPU (in files beyond
 `ProbeCosts.cache_bytes`).
@@ -26,10 +26,11 @@ def run_layers(
     hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
     seen: Callable[[int, Batch], None] = lambda number, batch: None,
 ) -> list[PrefixCache]:
-    """A forward of each of this rank's micro-batches through `layers` alone; returns what the layer after the last one reads.
+    """A forward of each of this rank's micro-batches through `layers` alone; returns what the layer after the last one
+    reads.
 
-    starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this rank's,
-    micro-batch on the device): called after each forward that counts.
+    starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this
+    rank's, micro-batch on the device): called after each forward that counts.
     """
     ends: list[PrefixCache] = []
     room = problem.costs.cache_bytes / max(1, problem.num_turns)
@@ -47,7 +48,8 @@ def run_layers(
 
 
 def output_of(problem: Problem, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
-    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the embeddings."""
+    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the
+    embeddings."""
     last, outputs = problem.bare.get_submodule(problem.anatomy.layers_path)[layers[-1]], []
     recording = attached([(last, Observer(lambda _, output: outputs.append(output), output=True))])
     at = None if start is None else (start, layers[0])

@@ -28,12 +28,12 @@ from tinygn_dist.models.anatomy import Matrix
 
 
 def output_energies(problem: Problem, matrices: Sequence[Matrix], seed: int = 0) -> torch.Tensor:
-    """(matrices,) fp64 sum_u sum_to (dl_u / dy_to)^2 |x_t|^2 over the micro-batches of all ranks, one forward per matrix and
-    micro-batch, which starts at the matrix's layer. 0 for experts, whose outputs have no module to move, and where every
-    loss is 0 (a distance to the dense model), which has no first order.
+    """(matrices,) fp64 sum_u sum_to (dl_u / dy_to)^2 |x_t|^2 over the micro-batches of all ranks, one forward per
+    matrix and micro-batch, which starts at the matrix's layer. 0 for experts, whose outputs have no module to move, and
+    where every loss is 0 (a distance to the dense model), which has no first order.
 
-    The step c moves an output by the cube root of its dtype's resolution times its rms (fp32 0.005, bf16 0.2). The square
-    root is usual where f carries one rounding; a token's loss carries those of all layers.
+    The step c moves an output by the cube root of its dtype's resolution times its rms (fp32 0.005, bf16 0.2). The
+    square root is usual where f carries one rounding; a token's loss carries those of all layers.
     """
     energies = torch.zeros(len(matrices), len(problem.batches), dtype=torch.float64)
     layers = range(problem.anatomy.num_layers)
@@ -65,12 +65,14 @@ def _moved(problem: Problem, batch: dict, cache: PrefixCache, matrix: Matrix, nu
 
 
 def _layer_of(problem: Problem, matrix: Matrix) -> int | None:
-    """The layer a matrix lies in, to start from; None outside of the list of layers, or where a forward cannot start there."""
+    """The layer a matrix lies in, to start from; None outside of the list of layers, or where a forward cannot start
+    there."""
     return problem.anatomy.layer_of(matrix.module) if problem.anatomy.starts_anywhere else None
 
 
 class _Nudge(ModelHook):
-    """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could move."""
+    """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could
+    move."""
 
     def __init__(self, key: int) -> None:
         self.key, self.scale = key, 0.0

@@ -26,8 +26,8 @@ class MicroBatch:
     """One micro-batch that this rank works on.
 
     batch: its tensors, on the device. number: its place among the problem's micro-batches. sequences: the places of its
-    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every rank;
-    nothing of it may be added to a sum.
+    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every
+    rank; nothing of it may be added to a sum.
     """
 
     batch: Batch
@@ -43,8 +43,8 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class ProbeCosts:
-    """What probes may take. together: settings of one layer's gates in one forward. cache_bytes: layer inputs that are kept
-    where the layers run, and again in CPU memory; the rest wait in files."""
+    """What probes may take. together: settings of one layer's gates in one forward. cache_bytes: layer inputs that are
+    kept where the layers run, and again in CPU memory; the rest wait in files."""
 
     together: int = 1
     cache_bytes: float = float("inf")
@@ -84,7 +84,8 @@ class Problem:
         return {name: value.to(self.backend.device) for name, value in batch.items()}
 
     def micro_batches(self, doing: str | None = None) -> Iterator[MicroBatch]:
-        """This rank's share of the micro-batches, one after the other. doing: what the progress bar says; None for no bar."""
+        """This rank's share of the micro-batches, one after the other. doing: what the progress bar says; None for no
+        bar."""
         mine = self.backend.share(range(len(self.batches)))
         with (self.progress if doing else Progress()).bar(doing or "", len(mine)) as advance:
             for number, counts in mine:
@@ -102,8 +103,8 @@ class Problem:
         hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
         doing: str | None = None,
     ) -> Iterator[tuple[MicroBatch, Output]]:
-        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients. Hooks
-        are attached while it runs, and only then."""
+        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients.
+        Hooks are attached while it runs, and only then."""
         hooks = list(hooks)
         for micro_batch in self.micro_batches(doing):
             with torch.no_grad(), attached(hooks):

@@ -1,10 +1,10 @@
-"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting; and of what whole
-layers add to the residual stream, for the weight that takes it over.
+"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting; and of what
+whole layers add to the residual stream, for the weight that takes it over.
 
-What an output error does to the layers behind depends on how large the residual stream is there, because they norm it. So
-every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger
-than the others' would otherwise decide alone. (A weight that takes over layers which make such tokens themselves, near a model's
-ends, is not kept from it: there it is the stream before them that is measured.)
+What an output error does to the layers behind depends on how large the residual stream is there, because they norm it.
+So every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger than the others'
+would otherwise decide alone. (A weight that takes over layers which make such tokens themselves, near a model's ends,
+is not kept from it: there it is the stream before them that is measured.)
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ NOTHING: Mapping[str, Sequence[Segment]] = {}
 
 
 class UnitMoments(NamedTuple):
-    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. taken: by `taken_by(matrix's
-    name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the stream.
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. taken: by
+    `taken_by(matrix's name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the
+    stream.
 
     Of matrices with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
@@ -51,8 +52,8 @@ def unit_moments(
     takes: Mapping[str, Sequence[Segment]] = NOTHING,
     layers: Sequence[int] | None = None,
 ) -> UnitMoments:
-    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. takes: by matrix's name, the segments
-    behind it that it may have to take over. layers: those that run, all by default."""
+    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. takes: by matrix's name,
+    the segments behind it that it may have to take over. layers: those that run, all by default."""
     found = UnitMoments(InputMoments(source_of={matrix.name: matrix.name for matrix in matrices}), Moments())
     for matrix in matrices:
         shape = matrix.shape[0], matrix.shape[1] + (matrix.name in with_constant)
@@ -115,8 +116,8 @@ def _gain(gains: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor,
 def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(in + 1, in + 1) fp64 weighted moment of (tokens, in) rows with a 1 at the end of each.
 
-    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would drown what
-    varies beside it, and the matrix about the mean would not be one of squares.
+    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would
+    drown what varies beside it, and the matrix about the mean would not be one of squares.
     """
     total, about = weights.double().sum(), (weights @ rows) / weights.sum()
     apart = rows - about
@@ -129,8 +130,8 @@ def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _with_one(weighted: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of each, likewise
-    about the rows' mean."""
+    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of
+    each, likewise about the rows' mean."""
     about = (weights @ rows) / weights.sum()
     apart, sums = weighted.t() @ (rows - about), weighted.sum(0, dtype=torch.float64)
     return torch.cat([apart.double() + torch.outer(sums, about.double()), sums[:, None]], 1)

@@ -20,7 +20,8 @@ from tinygn_dist.runtime.cpu_matmul import stock_matmul
 
 
 def mean_loss(problem: Problem, doing: str) -> float:
-    """Mean loss per token over all sequences, each counted once, whatever the number of ranks. Raises as `sequence_losses`."""
+    """Mean loss per token over all sequences, each counted once, whatever the number of ranks. Raises as
+    `sequence_losses`."""
     totals, counts = sequence_losses(problem, doing)
     return float(totals.sum() / counts.sum())
 

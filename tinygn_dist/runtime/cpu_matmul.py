@@ -1,9 +1,9 @@
 """fp32 matrix products on a CPU by the library that is faster there.
 
-torch takes MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN takes AVX-512 wherever it is there, at the same
-rounding (100 and 228 GFLOP/s on a core of Zen 5). torch hands fp32 products to oneDNN only together with the permission to
-round their inputs to bf16, of which oneDNN makes use where a processor has units for that. So it is asked for only
-where it does not: where it returns a value exactly that bf16 does not have.
+torch takes MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN takes AVX-512 wherever it is there, at
+the same rounding (100 and 228 GFLOP/s on a core of Zen 5). torch hands fp32 products to oneDNN only together with the
+permission to round their inputs to bf16, of which oneDNN makes use where a processor has units for that. So it is asked
+for only where it does not: where it returns a value exactly that bf16 does not have.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _found: list[str] = []
 
 @contextlib.contextmanager
 def fast_matmul(device: torch.device) -> Iterator[None]:
-    """Inside, fp32 products on a CPU may come from oneDNN, all of them or none. The flag is the process's; it is put back, and
-    meanwhile `torch.get_float32_matmul_precision` refuses to answer. device: where the products are; nothing changes where that
-    is no CPU."""
+    """Inside, fp32 products on a CPU may come from oneDNN, all of them or none. The flag is the process's; it is put
+    back, and meanwhile `torch.get_float32_matmul_precision` refuses to answer. device: where the products are; nothing
+    changes where that is no CPU."""
     if device.type != "cpu" or not _allowed_and_exact():
         yield
         return
@@ -36,7 +36,8 @@ def fast_matmul(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stock_matmul() -> Iterator[None]:
-    """Inside, products are those that the caller of the outermost `fast_matmul` has: for timing a model as others will run it."""
+    """Inside, products are those that the caller of the outermost `fast_matmul` has: for timing a model as others will
+    run it."""
     if not _found:
         yield
         return

@@ -31,8 +31,9 @@ class Stages:
 
 
 def give_back() -> None:
-    """glibc keeps freed blocks of up to 32 MiB for later, and what a stage leaves that way stands below everything that the next
-    one takes: 0.4 GiB after a checkpoint of 0.5 GiB was read from GGUF. Does nothing where the C library cannot be asked. Python's own
-    garbage is left to Python: to look for it takes a quarter of a second, and found nothing there."""
+    """glibc keeps freed blocks of up to 32 MiB for later, and what a stage leaves that way stands below everything that
+    the next one takes: 0.4 GiB after a checkpoint of 0.5 GiB was read from GGUF. Does nothing where the C library
+    cannot be asked. Python's own garbage is left to Python: to look for it takes a quarter of a second, and found
+    nothing there."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
         trim(0)
