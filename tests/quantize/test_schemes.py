@@ -25,7 +25,7 @@ def test_every_name_has_a_row_and_every_row_a_grid():
 def test_options_win_over_the_row():
     assert grid_of(QuantizeConfig(scheme="int4")) == Grid(4, False, 64)
     assert grid_of(QuantizeConfig(scheme="int4", group_size=0, symmetric=True)) == Grid(4, True, None)
-    assert grid_of(QuantizeConfig(scheme="int8", group_size=32, symmetric=False)) == Grid(8, False, 32)
+    assert grid_of(QuantizeConfig(scheme="int8", group_size=32)) == Grid(8, True, 32)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ def test_options_win_over_the_row():
         ({"scheme": "int4", "group_size": 48}, "48"),
         ({"scheme": "fp8", "group_size": 64}, "group_size 64 with scheme fp8"),
         ({"scheme": "int8-dynamic", "symmetric": False}, "symmetric false with scheme int8-dynamic"),
+        ({"scheme": "int8", "symmetric": False}, "symmetric false with scheme int8"),
         ({"scheme": "int4", "rounds": -1}, "rounds"),
     ],
 )

@@ -12,7 +12,9 @@ SchemeName = Literal["int8", "int8-dynamic", "int4", "int3", "int2", "fp8", "fp8
 SCHEMES: tuple[SchemeName, ...] = get_args(SchemeName)
 """rows of the table in quantize/schemes.py"""
 PER_ROW = ("int8-dynamic", "fp8", "fp8-dynamic")
-"""schemes that no format stores in groups or with zero points"""
+"""schemes that no format stores in groups"""
+CENTRED = ("int8", *PER_ROW)
+"""schemes without zero points: codes of 8 bits around another centre are not told apart by a weight in bf16"""
 
 
 class QuantizeConfig(Section):
@@ -23,7 +25,8 @@ class QuantizeConfig(Section):
     """consecutive inputs of a row that share a scale, 0: the whole row; by default 64 for int4, int3 and int2, the
     whole row for the others"""
     symmetric: bool | None = None
-    """whether codes are centred on zero, instead of each group with a zero point; by default only int8 and fp8 are"""
+    """whether codes are centred on zero, instead of each group with a zero point; int8 and fp8 are, others by default
+    not"""
     matrices: tuple[str, ...] = (".*",)
     """regular expressions: weights of the layers to quantise"""
     ignore: tuple[str, ...] = ()
@@ -48,9 +51,9 @@ class QuantizeConfig(Section):
                 f"group_size {self.group_size} with scheme {self.scheme}, whose formats store one scale for each "
                 "row; set it to 0, or use int8, int4, int3 or int2"
             )
-        if self.scheme in PER_ROW and self.symmetric is False:
+        if self.scheme in CENTRED and self.symmetric is False:
             raise ValueError(
-                f"symmetric false with scheme {self.scheme}, whose formats store no zero point; leave it "
-                "out, or use int8, int4, int3 or int2"
+                f"symmetric false with scheme {self.scheme}, whose codes of 8 bits are stored without zero points; "
+                "leave it out, or use int4, int3 or int2"
             )
         return self

@@ -58,6 +58,12 @@ class Grid:
             return codes.clamp_(self.low, self.high).to(FLOAT8).float()
         return codes.round_().clamp_(self.low, self.high)
 
+    def numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes of this grid as int64 from 0 to 255."""
+        if self.kind == "float":
+            return codes.to(FLOAT8).view(torch.uint8).long()
+        return codes.long() + 128
+
 
 class Scales(NamedTuple):
     """Of every group of a matrix."""

@@ -62,7 +62,7 @@ def check_groups(matrices: Sequence[Matrix], grid: Grid) -> None:
     nearest = min(fitting, key=lambda size: abs(size - grid.group_size), default=0)
     told = f"{nearest}{'' if nearest else ', one scale for each row'}"
     raise UserError(
-        f"quantize.group_size {grid.group_size}: rows of {odd[0].name} have {odd[0].shape[1]} inputs, not whole groups; "
+        f"quantize.group_size {grid.group_size}: rows of {odd[0].name} have {odd[0].shape[1]} inputs, no whole groups; "
         f"the nearest size that fits all {len(matrices)} weights is {told}"
     )
 
