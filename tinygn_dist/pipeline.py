@@ -11,7 +11,8 @@ from torch import nn
 
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.checkpoints import export, load, output_folder, verification
-from tinygn_dist.checkpoints.companions import Companions, companions_of, write_card
+from tinygn_dist.checkpoints.companions import write_card
+from tinygn_dist.checkpoints.inventory import beside
 from tinygn_dist.checkpoints.run_checkpoint import refuse_unfinished, weights_digest
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
@@ -121,8 +122,8 @@ class _Run(TrainingStage):
         config = self.config
         self.source = load.find_model(config.model)
         skeleton = self.skeleton = load.skeleton(self.source)
-        self.beside = Companions() if self.source.gguf_file else companions_of(self.source.path, config.model.revision)
         self.anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(config.prune.unit_kinds))
+        self.beside = beside(self.source, skeleton, self.anatomy, bool(config.prune.unit_kinds))
         self.units, final = UnitPlan(), None
         self.matrices: tuple[Matrix, ...] = ()
         if config.prune.unit_kinds:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from tinygn_dist.errors import UserError
 
 CARD = "README.md"
+_SHOWN = 3
 _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot",
     "*.tflite", "*.mlmodel", "*.npz", "*.pkl", "*.index.json",
@@ -48,13 +49,30 @@ class Companions:
     folder: Path | None = None
     carried: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    """stored tensors of the source that its model has no place for and that come along"""
+    tensor_files: tuple[Path, ...] = ()
+    """the safetensors files in which they lie"""
+    dropped: tuple[str, ...] = ()
+    """stored tensors that do not fit the result"""
+    broken_promises: tuple[str, ...] = ()
+    """entries of the config that count modules which are dropped; the result has none of them"""
     processor: Any = None
     """the tokenizer or image processor that belongs to the model; the source's files stand for it unless it is another
     one by now"""
 
     @property
     def notes(self) -> list[str]:
-        return [f"not carried over from the source: {', '.join(self.left_behind)}"] if self.left_behind else []
+        notes = []
+        if self.left_behind:
+            notes.append(f"not carried over from the source: {', '.join(self.left_behind)}")
+        if self.tensors:
+            notes.append(f"carried over as they are, the model has no place for them: {_shown(self.tensors)}")
+        if self.dropped:
+            entries = f"; config.json counts none of them ({', '.join(self.broken_promises)})"
+            ending = entries if self.broken_promises else ""
+            notes.append(f"stored in the source and not in the result: {_shown(self.dropped)}{ending}")
+        return notes
 
     def copy(self, destination: Path) -> None:
         """Into a folder."""
@@ -152,6 +170,11 @@ def _split_card(text: str) -> tuple[dict[str, Any], str]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _shown(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def _saved(processor: Any) -> dict[str, bytes]:

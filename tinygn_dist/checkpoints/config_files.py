@@ -27,6 +27,8 @@ def write_config_files(folder: Path, bare: nn.Module, plain: nn.Module, dtype: t
     """bare: the live model; plain: a skeleton of its own class, whatever a backend made of the live one's."""
     config = copy.deepcopy(bare.config)
     config.architectures, config.dtype = [type(plain).__name__], dtype
+    for name in beside.broken_promises:
+        setattr(config.get_text_config(), name, 0)
     source = beside.source_json("config.json")
     brings_code = any(name.endswith(".py") and "/" not in name for name in beside.carried)
     if brings_code and source.get("auto_map"):

@@ -18,7 +18,7 @@ from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.backends.wrappers import plain_class
 from tinygn_dist.checkpoints.companions import Companions
 from tinygn_dist.checkpoints.config_files import write_config_files
-from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, Written
+from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, StoredTensors, Written
 from tinygn_dist.errors import Refused, UserError
 
 
@@ -117,6 +117,9 @@ class _Checkpoint:
         self._together = {
             name for name, made in alone.items() if any(layout.get(n) != _kind(t) for n, t in made.items())
         }
+        self._carried = StoredTensors(beside.tensor_files) if beside.tensors else None
+        self._beside = beside
+        layout |= {name: self._carried.kind(name) for name in beside.tensors}
         beside.copy(folder)
         dtype = next((k.dtype for k in layout.values() if k.dtype.is_floating_point), bare.dtype)
         write_config_files(folder, bare, plain, dtype, beside)
@@ -133,6 +136,8 @@ class _Checkpoint:
     def finish(self) -> dict[str, Written]:
         if self._waiting:
             self._write(self._waiting)
+        for name in self._beside.tensors:
+            self._writer.add(name, self._carried.whole(name), carried=True)
         return self._writer.finish()
 
     def _write(self, state: dict[str, torch.Tensor]) -> None:

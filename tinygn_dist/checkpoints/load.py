@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,20 @@ def safetensors_files(source: Source) -> list[Path]:
     try:
         index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, **missing_is_fine)
         if index:
-            return [Path(file) for file in get_checkpoint_shard_files(source.path, index, **revision)[0]]
+            return _present(source, get_checkpoint_shard_files(source.path, index, **revision)[0])
         single = cached_file(source.path, SAFE_WEIGHTS_NAME, **missing_is_fine)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UserError(_explain(source.options.name, error)) from None
     return [Path(single)] if single else []
+
+
+def _present(source: Source, files: Sequence[str]) -> list[Path]:
+    missing = [Path(file).name for file in files if not Path(file).is_file()]
+    if missing:
+        raise UserError(
+            f"model {source.options.name} cannot be loaded: its index names {missing[0]}, which is not there"
+        )
+    return [Path(file) for file in files]
 
 
 def read_generation_config(model: nn.Module, source: Source) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,11 @@ class StoredTensors:
     def names(self) -> Sequence[str]:
         return list(self._where)
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """In the words of the format, which has more of them than are read here."""
+        return {name: opened.get_slice(name).get_dtype() for name, opened in self._where.items()}
+
     def kind(self, name: str) -> Kind:
         piece = self._where[name].get_slice(name)
         return Kind(tuple(piece.get_shape()), _NAMED[piece.get_dtype()])
@@ -69,12 +74,14 @@ class StoredTensors:
 
 @dataclass(frozen=True)
 class Written:
-    """What went into a file: digest of the bytes, how many values, how many of them zero."""
+    """What went into a file: digest of the bytes, how many values, how many of them zero. carried: whether it is no
+    tensor of the model and was only carried over."""
 
     digest: str
     size: int
     zeros: int
     is_matrix: bool
+    carried: bool = field(default=False, compare=False)
 
 
 def written(name: str, tensor: torch.Tensor) -> Written:
@@ -123,14 +130,14 @@ class ShardWriter:
         for name, kind in shard.items():
             self._places[name] = (file, 8 + len(text) + header[name]["data_offsets"][0], kind)
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: torch.Tensor, carried: bool = False) -> None:
         """Write one tensor's bytes to their place. Raises OSError when the disk is full."""
         file, place, kind = self._places.pop(name)
         assert Kind(tuple(tensor.shape), tensor.dtype) == kind, f"{name}: {tuple(tensor.shape)} for {kind}"
         with open(file, "r+b") as out:
             out.seek(place)
             out.write(_bytes(tensor))
-        self.done[name] = written(name, tensor)
+        self.done[name] = replace(written(name, tensor), carried=carried)
 
     def finish(self) -> dict[str, Written]:
         """What was written, by name; every tensor of the layout must have come."""

@@ -17,7 +17,7 @@ from tinygn_dist.models.anatomy import Matrix
 
 @dataclass(frozen=True)
 class Disk:
-    """What the safetensors files hold. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the
+    """What the safetensors files hold of the model. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the
     names of those that are matrices or stacks of them."""
 
     bytes: int
@@ -37,7 +37,7 @@ def read_back(folder: Path, expected: Mapping[str, Written]) -> Disk:
     if expected and found != dict(expected):
         name = next(n for n in {**expected, **found} if found.get(n) != expected.get(n))
         raise RuntimeError(f"{folder} holds another {name} than was written; the disk or library is at fault")
-    facts = [(name, fact) for name, fact in found.items() if fact]
+    facts = [(name, fact) for name, fact in found.items() if fact and not expected[name].carried]
     return Disk(
         sum(file.stat().st_size for file in files),
         sum(fact.size for _, fact in facts),
