@@ -261,6 +261,7 @@ class _Run(TrainingStage):
         problem = replace(self.problem(self.model, self.splits.calibration), parts=self.parts)
         self.masks = GradualMasks(problem, self.matrices, self.config.prune, self.config.schedule, self.plan)
         self.tell_masks()
+        self.report.notes += self.masks.masks.notes
         self.report.notes.append(
             "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
             "storage with compression, research, and kernels made for it"

@@ -28,6 +28,7 @@ from tests.contract.reconstruct_checks import reconstructed
 from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, problem, rows
 from tests.contract.unit_checks import stacks, to_a_latency
 from tests.one_card import share_cards
+from tests.options import pruning
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends import Backend, make_backend
 from tinygn_dist.backends.offload import Offloaded
@@ -37,7 +38,7 @@ from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
 from tinygn_dist.checkpoints.safetensors_io import StoredTensors
 from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.cli.main import leave
-from tinygn_dist.config import Config, DistributedConfig, ModelConfig, PruneConfig, RecoverConfig
+from tinygn_dist.config import Config, DistributedConfig, ModelConfig, RecoverConfig
 from tinygn_dist.errors import Stopped
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
@@ -224,7 +225,7 @@ def masks(backend: Backend) -> dict[str, dict[str, object]]:
     for family, build, criterion, case in cases:
         here = problem(backend, build())
         before = digest(backend, here.model) if criterion == "fisher" and not case else None
-        options = PruneConfig(**{"pattern": "unstructured", "sparsity": 0.5, "criterion": criterion, **case})
+        options = pruning(**{"pattern": "unstructured", "sparsity": 0.5, "criterion": criterion, **case})
         matrices = here.anatomy.choose_matrices(options.matrices, options.ignore)
         chosen = sparsify(here, matrices, options)
         fingerprint = chosen.fingerprint(here.model, backend)
@@ -248,7 +249,7 @@ def units(backend: Backend) -> dict[str, str]:
     found = {}
     for case in UNIT_CASES:
         build = mixtral if case["pattern"] == "experts" else llama
-        here, options = problem(backend, build()), PruneConfig(**case)
+        here, options = problem(backend, build()), pruning(**case)
         kept, _, trials, _, _ = remove_units(here, plan_mixes(here.anatomy, options), options)
         backend.agree(kept.fingerprint(), "the kept units")
         found[json.dumps(case)] = f"{kept.fingerprint()} {len(trials)} tried, weights {digest(backend, here.model)}"
@@ -259,7 +260,7 @@ def training_keeps_zeros(backend: Backend, dtype: torch.dtype, tied: bool) -> di
     """5 steps of AdamW with momentum, weight decay, clipping and 2 or 4 micro-batches per step and rank."""
     model = llama(tied).to(dtype)
     here = problem(backend, model)
-    options = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
+    options = pruning(pattern="unstructured", criterion="magnitude", sparsity=0.5)
     chosen = sparsify(here, here.anatomy.matrices, options)
     fingerprint = chosen.fingerprint(here.model, backend)
     asked = RecoverConfig(steps=5, learning_rate=5e-3, batch_size=8, weight_decay=0.1, clip_norm=0.5, distill=0)

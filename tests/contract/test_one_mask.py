@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests import family_cases, plain, tiny
+from tests.options import pruning
 from tests.ranks import Ranks
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.config import DistributedConfig, PruneConfig, RecoverConfig, ScheduleConfig
+from tinygn_dist.config import DistributedConfig, RecoverConfig, ScheduleConfig
 from tinygn_dist.estimate import hessians
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.prune.sparsity.masks import Masks
@@ -25,8 +26,8 @@ from tinygn_dist.train.loop import Course, Recovery
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}
 PATTERNS = {**SCOPES, "2:4": ("2:4", "auto")}
-MORE = {"owl": {"allocation": "owl"}, "admm": {"solver": "admm"}}
-MORE["search"] = {"allocation": "search", "search_generations": 2, "search_samples": 4}
+MORE = {"owl": {"allocation": "owl"}, "admm": {"method": "admm"}}
+MORE["search"] = {"allocation": "search", "experiments": {"evopress": {"generations": 2, "samples": 4}}}
 IN_GROUPS = {"in groups": ("unstructured", "auto"), "2:4 in groups": ("2:4", "auto")}
 CASES = [("obs", pattern) for pattern in (*IN_GROUPS, *MORE)]
 CASES += [(c, p) for c in ("magnitude", "wanda", "ria", "taylor", "fisher", "kfac", "obs", "random") for p in PATTERNS]
@@ -36,7 +37,7 @@ def _mask(backend: Backend, family: str, criterion: str, pattern: str) -> dict[s
     problem = tiny.problem(family, backend, count=5)
     name, scope = (PATTERNS | IN_GROUPS).get(pattern, ("unstructured", "auto"))
     more = {"gram_gib": 0} if pattern in IN_GROUPS else MORE.get(pattern, {})
-    options = PruneConfig(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **more)
+    options = pruning(pattern=name, scope=scope, criterion=criterion, sparsity=0.4, **more)
     masks = sparsify(problem, problem.anatomy.matrices, options)
     state = plain.full_state(backend, problem.model)
     return {
@@ -79,7 +80,7 @@ UNIT_CASES = [
 
 def _units(backend: Backend, family: str, pattern: str, criterion: str, estimator: str = "auto") -> dict[str, Any]:
     problem = tiny.problem(family, backend, count=5)
-    options = PruneConfig(pattern=pattern, criterion=criterion, estimator=estimator, sparsity=0.15, multiple_of=8)
+    options = pruning(pattern=pattern, criterion=criterion, estimator=estimator, sparsity=0.15, multiple_of=8)
     kept, scores, trials, _, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     return {
         "fingerprint": kept.fingerprint(),
@@ -132,7 +133,7 @@ TAKEN_OVER = [
 
 def _taken_over(backend: Backend, family: str, count: int, asked: dict[str, Any]) -> dict[str, Any]:
     problem = tiny.problem(family, backend, count=count)
-    options = PruneConfig(**asked)
+    options = pruning(**asked)
     kept, scores, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     state, spent = plain.full_state(backend, problem.model), (scores.forwards, scores.exhaustive)
     return {"kept": kept, "order": scores.layer_order, "spent": spent, "shifts": shifts, "state": state}
@@ -156,7 +157,7 @@ def _uneven(backend: Backend, model_type: str) -> dict[str, Any]:
     model = family_cases.build(model_type)
     one = family_cases.make_problem(model, backend)
     problem = replace(one, model=backend.prepare(model), batches=5 * one.batches)
-    options = PruneConfig(pattern="channels", uneven=True, sparsity=0.2, multiple_of=8)
+    options = pruning(pattern="channels", uneven=True, sparsity=0.2, multiple_of=8)
     kept, scores, trials, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     state = plain.full_state(backend, problem.model)
     return {"kept": kept, "spent": scores.forwards, "tried": [t.mix for t in trials], "shifts": shifts, "state": state}
@@ -182,9 +183,7 @@ def _budgets_of_some(backend: Backend, least: int) -> str:
     problem = tiny.problem("llama", backend, count=9)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(hessians, "BUDGET_SEQUENCES", least)
-        masks = sparsify(
-            problem, problem.anatomy.matrices, PruneConfig(pattern="unstructured", sparsity=0.4, gram_gib=0)
-        )
+        masks = sparsify(problem, problem.anatomy.matrices, pruning(pattern="unstructured", sparsity=0.4, gram_gib=0))
     return masks.fingerprint(problem.model, backend)
 
 
@@ -197,10 +196,10 @@ def test_budgets_of_a_quarter_of_the_sequences_are_those_of_one_process(ranks: R
 
 def _few_rows(backend: Backend, criterion: str, room: float) -> tuple[str, str]:
     """One micro-batch: most ranks have nothing to look at, and still take part in every sum."""
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, gram_gib=room)
+    options = pruning(pattern="unstructured", sparsity=0.5, criterion=criterion, gram_gib=room)
     problem = tiny.problem("llama", backend, count=1)
     masks = sparsify(problem, problem.anatomy.matrices, options)
-    channels = PruneConfig(pattern="channels", sparsity=0.15, multiple_of=8)
+    channels = pruning(pattern="channels", sparsity=0.15, multiple_of=8)
     kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, channels), channels)
     return masks.fingerprint(problem.model, backend), kept.fingerprint()
 
@@ -288,7 +287,7 @@ def test_without_enforcement_they_would_not(pair: Ranks):
 
 def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[str, torch.Tensor], int]:
     problem = tiny.problem("llama", backend, count=1)
-    asked, plan = PruneConfig(pattern="2:4", criterion="magnitude"), Plan(options.steps, (), (0.5,))
+    asked, plan = pruning(pattern="2:4", criterion="magnitude"), Plan(options.steps, (), (0.5,))
     masks = GradualMasks(problem, problem.anatomy.matrices, asked, ScheduleConfig(), plan)
     teacher = tiny.build("llama").to(backend.device)
     rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 12, padded=False)]

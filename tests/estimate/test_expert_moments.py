@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.family_cases import EXPERTS, MOE, TOP_K, build, close, gated, logits, make_problem, on_meta, shrunk
+from tests.options import pruning
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
-from tinygn_dist.config import PruneConfig, load_config
+from tinygn_dist.config import load_config
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
 from tinygn_dist.estimate.expert_moments import ExpertObserver, output_mass
@@ -44,7 +45,7 @@ def moe(request, backend) -> Problem:
 @pytest.mark.parametrize("scope", ["row", "layer", "global"])
 @pytest.mark.parametrize("criterion", ["magnitude", "random", "taylor", "fisher", "wanda", "ria", "gblm"])
 def test_experts_unstructured(moe, scope, criterion):
-    asked = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
+    asked = pruning(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
     matrices = moe.anatomy.matrices
     kept = sparsify(moe, matrices, asked).kept(moe.backend)
     if scope == "global":
@@ -62,7 +63,7 @@ def test_unreached_experts_keep_their_largest(moe, criterion, caplog):
     matrices = [matrix for matrix in moe.anatomy.matrices if matrix.index == 3]
     before = {t.name: t.oriented(t.within(moe.model.get_parameter(t.parameter).detach())).clone() for t in matrices}
     scope = "layer" if criterion == "obs" else "global"
-    asked = PruneConfig(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
+    asked = pruning(pattern="unstructured", sparsity=0.5, criterion=criterion, scope=scope)
     kept = sparsify(moe, moe.anatomy.matrices, asked).kept(moe.backend)
     assert "no calibration token reached experts [3]" in caplog.text
     for matrix in matrices:
@@ -170,7 +171,7 @@ def test_expert_loss_moments(moe):
 @pytest.mark.parametrize("allocation", [0.0, 0.5])
 def test_solver_counts_are_exact(moe, allocation):
     starve_(moe, expert=3)
-    options = PruneConfig(pattern="unstructured", sparsity=0.6, allocation=allocation)
+    options = pruning(pattern="unstructured", sparsity=0.6, allocation=allocation)
     matrices = moe.anatomy.matrices
     kept = sparsify(moe, matrices, options).kept(moe.backend)
     reached = [matrix for matrix in matrices if matrix.index != 3]
@@ -191,7 +192,7 @@ def test_wanda_weighs_each_expert_by_its_own_inputs(moe):
         weight = matrix.oriented(moe.model.get_parameter(matrix.parameter)[matrix.index]).detach()
         norms = found.moments.rounded(matrix.name).sqrt()
         seen[matrix.name] = keep_n_of_m(weight.abs() * norms, 2, 4) if norms.any() else None
-    sparsify(moe, matrices, PruneConfig(pattern="2:4", criterion="wanda"))
+    sparsify(moe, matrices, pruning(pattern="2:4", criterion="wanda"))
     for matrix in matrices:
         weight = matrix.oriented(moe.model.get_parameter(matrix.parameter)[matrix.index])
         assert seen[matrix.name] is None or torch.equal(weight != 0, seen[matrix.name])
@@ -209,7 +210,7 @@ def test_expert_gates_agree(moe):
 @pytest.mark.parametrize("criterion", ["auto", "removal", "activation", "magnitude", "random", "gate"])
 def test_experts_are_removed(moe, criterion):
     """The pipeline's own path, from the plan to the smaller model; the report has every score."""
-    options = PruneConfig(pattern="experts", counts={"experts": 2}, criterion=criterion, estimator="backprop")
+    options = pruning(pattern="experts", counts={"experts": 2}, criterion=criterion, estimator="backprop")
     plan = plan_mixes(moe.anatomy, options)
     kept, scores, *_ = remove_units(moe, plan, options)
     groups = moe.anatomy.of_kind("experts")
@@ -230,7 +231,7 @@ def test_unrouted_experts_go_first(moe, caplog):
         assert values[3] == 0 and tokens[3] == 0 and (values[tokens > 0] > 0).all()
         real = sum(int(batch["attention_mask"].sum()) for batch in moe.batches)
         assert tokens.sum() == real * TOP_K
-    options = PruneConfig(pattern="experts", counts={"experts": 1}, criterion="activation")
+    options = pruning(pattern="experts", counts={"experts": 1}, criterion="activation")
     kept, *_ = remove_units(moe, plan_mixes(moe.anatomy, options), options)
     assert all(3 not in units for units in kept.experts.values())
     assert "no calibration token was routed to experts [3]" in caplog.text
@@ -241,7 +242,7 @@ def test_units_tries_mixes_with_experts(backend):
     serves for the fit and for the comparison.)"""
     moe = make_problem(build("mixtral"), backend)
     moe = replace(moe, batches=moe.batches[:1])
-    options = PruneConfig(pattern="units", sparsity=0.4)
+    options = pruning(pattern="units", sparsity=0.4)
     plan = plan_mixes(moe.anatomy, options)
     assert any(mix.experts for mix in plan) and any(mix.layers for mix in plan)
     kept, _, trials, _, _ = remove_units(moe, plan, options)
@@ -258,9 +259,9 @@ def test_fewer_experts_than_the_router_chooses(backend):
     with pytest.raises(
         UserError, match="asks 4 experts to go, the model has 5 .* of which 2 stay, as many as the router"
     ):
-        plan_mixes(anatomy, PruneConfig(pattern="experts", counts={"experts": 4}))
+        plan_mixes(anatomy, pruning(pattern="experts", counts={"experts": 4}))
     with pytest.raises(UserError, match="of 5 experts 2 stay, as many as the router chooses"):
-        plan_mixes(anatomy, PruneConfig(pattern="experts", sparsity=0.75))
+        plan_mixes(anatomy, pruning(pattern="experts", sparsity=0.75))
     largest = max(mixes(unit_sizes(anatomy), 0.3, ("experts",), 64))
     assert 0 < largest.experts <= EXPERTS - TOP_K
 

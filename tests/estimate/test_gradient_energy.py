@@ -7,14 +7,15 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests import plain, tiny
-from tinygn_dist.config import PruneConfig
+from tests.options import changed, pruning
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import recomputed
 from tinygn_dist.estimate.gradient_energy import loss_moments
 from tinygn_dist.maths.counts import blend
 from tinygn_dist.maths.sums import fill_below
-from tinygn_dist.prune.sparsity.budgets import CANDIDATES
-from tinygn_dist.prune.sparsity.sparsify import solver_passes, sparsify
+from tinygn_dist.prune.sparsity.allocations import CANDIDATES
+from tinygn_dist.prune.sparsity.levels import final_level, levels_of_passes
+from tinygn_dist.prune.sparsity.sparsify import sparsify
 
 
 @pytest.mark.parametrize("weight", [0.0, 4.0])
@@ -107,17 +108,18 @@ def _seen(problem, batch):
 )
 def test_every_pass_takes_the_same_share_of_what_is_left(options: dict, expected: list[str]) -> None:
     """0.784 is 1 - 0.6^3; N:M has no more passes than whole steps."""
-    asked = solver_passes(PruneConfig(**options))
-    assert [step.pattern if step.nm else f"{step.sparsity:.4g}" for step in asked] == expected
+    options = pruning(**options)
+    asked = levels_of_passes(final_level(options), options.solver.passes)
+    assert [str(step) if step.nm else f"{step.sparsity:.4g}" for step in asked] == expected
 
 
 def test_two_passes_measure_the_model_that_the_first_one_left() -> None:
     """The same as asking twice."""
     once, twice = tiny.problem("llama"), tiny.problem("llama")
-    options = PruneConfig(pattern="unstructured", sparsity=0.75)
+    options = pruning(pattern="unstructured", sparsity=0.75)
     sparsify(once, once.anatomy.matrices, options)
-    sparsify(twice, twice.anatomy.matrices, options.model_copy(update={"sparsity": 0.5}))
-    sparsify(twice, twice.anatomy.matrices, options.model_copy(update={"passes": 1}))
+    sparsify(twice, twice.anatomy.matrices, changed(options, **{"sparsity": 0.5}))
+    sparsify(twice, twice.anatomy.matrices, changed(options, **{"passes": 1}))
     assert tiny.same_bits(tiny.state_bytes(once.bare), tiny.state_bytes(twice.bare))
     zeros = sum(int((p == 0).sum()) for n, p in once.bare.named_parameters() if n.endswith("proj.weight"))
     assert zeros == round(0.75 * sum(matrix.numel for matrix in once.anatomy.matrices))
@@ -150,7 +152,7 @@ def test_exact_count_whatever_the_allocation(allocation: float) -> None:
     quiet = problem.bare.get_submodule("model.layers.1.mlp.down_proj")
     with torch.no_grad():
         quiet.weight.mul_(1e-3)
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, allocation=allocation)
+    options = pruning(pattern="unstructured", sparsity=0.5, allocation=allocation)
     masks = sparsify(problem, problem.anatomy.matrices, options)
     kept = masks.kept(problem.backend)
     total = sum(matrix.numel for matrix in problem.anatomy.matrices)
@@ -161,22 +163,22 @@ def test_exact_count_whatever_the_allocation(allocation: float) -> None:
 
 def test_auto_allocation_is_the_best_on_held_out_loss() -> None:
     """Every share is solved on its own here, on a fresh model, and measured by the plain loss."""
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, probe_samples=2)
+    options = pruning(pattern="unstructured", sparsity=0.5, probe_samples=2)
     losses, states = {}, {}
     for share in CANDIDATES:
         problem = tiny.problem("llama")
         kept, held_out = problem.split(2)
-        sparsify(kept, problem.anatomy.matrices, options.model_copy(update={"allocation": share}))
+        sparsify(kept, problem.anatomy.matrices, changed(options, **{"allocation": share}))
         with torch.no_grad():
             found = [plain.loss(problem.bare, batch, "llama") for batch in held_out.batches]
         losses[share] = float(sum(one.total.sum() for one in found)) / int(sum(one.count.sum() for one in found))
         states[share] = tiny.state_bytes(problem.bare)
     problem = tiny.problem("llama")
-    masks = sparsify(problem, problem.anatomy.matrices, options.model_copy(update={"allocation": "auto"}))
+    masks = sparsify(problem, problem.anatomy.matrices, changed(options, **{"allocation": "auto"}))
     best = min(losses, key=losses.__getitem__)
     assert len(set(losses.values())) == len(CANDIDATES)
     assert tiny.same_bits(tiny.state_bytes(problem.bare), states[best])
-    assert problem.notes[-1].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in problem.notes[-1]
+    assert masks.notes[-1].startswith(f"allocation {best:g} chosen") and f"{losses[best]:.4f}" in masks.notes[-1]
     for matrix in problem.anatomy.matrices:
         weight = problem.bare.get_parameter(matrix.parameter)
         assert not weight[~masks.by_name[matrix.name]].any()
@@ -205,11 +207,11 @@ class _NoSlope(torch.autograd.Function):
 def test_gradients_without_a_value_are_named_in_one_line() -> None:
     problem = tiny.problem("llama")
     handle = problem.bare.model.layers[1].register_forward_hook(lambda module, args, out: _NoSlope.apply(out))
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, passes=1, estimator="backprop")
+    options = pruning(pattern="unstructured", sparsity=0.5, passes=1, estimator="backprop")
     with pytest.raises(
         UserError, match="layers.[01].* hold NaN or inf, though no loss does; use --estimator finite-diff"
     ):
         sparsify(problem, problem.anatomy.matrices, options)
-    masks = sparsify(problem, problem.anatomy.matrices, options.model_copy(update={"estimator": "finite-difference"}))
+    masks = sparsify(problem, problem.anatomy.matrices, changed(options, **{"estimator": "finite-difference"}))
     handle.remove()
     assert sum(masks.kept(problem.backend).values()) > 0

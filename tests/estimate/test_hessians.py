@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 
 from tests import family_cases, tiny
+from tests.options import changed, pruning
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate import hessians
 from tinygn_dist.estimate.gradient_energy import TokenWeights, loss_moments
-from tinygn_dist.estimate.hessians import gram_gib, layer_groups, measure
+from tinygn_dist.estimate.hessians import HessianOptions, gram_gib, layer_groups
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import sums as moments
 from tinygn_dist.maths.solve import least_squares, obs
@@ -23,11 +24,14 @@ from tinygn_dist.maths.sums import Moments, fill_below
 from tinygn_dist.models.anatomy import Matrix, read_anatomy
 from tinygn_dist.models.objective import model_inputs, real_tokens
 from tinygn_dist.prune.sparsity import budgets, sparsify
+from tinygn_dist.prune.sparsity.levels import Level
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
-HALF = PruneConfig(pattern="unstructured", sparsity=0.5)
-IN_GROUPS = HALF.model_copy(update={"gram_gib": 0.0})
+HALF = pruning(pattern="unstructured", sparsity=0.5)
+IN_GROUPS = changed(HALF, **{"gram_gib": 0.0})
 FORWARD = {"estimator": "finite-difference"}
+ONE_LAYER = HessianOptions(room_gib=0)
+FORWARD_ONLY = HessianOptions(backprop=False, competing=True)
 
 
 # -- the same statistics ---------------------------------------------------------------------------------------------------
@@ -42,7 +46,7 @@ def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
     wanted = loss_moments(problem, matrices, 0.0)
     before = tiny.state_bytes(problem.bare)
     seen = set()
-    for jobs in measure(problem, matrices, IN_GROUPS).jobs(solving=False):
+    for jobs in hessians.hessians(problem, matrices, ONE_LAYER).jobs(solving=False):
         for job in jobs:
             (matrix,) = job.matrices
             gram, rows = job.moments
@@ -65,41 +69,39 @@ def test_budgets_of_groups_come_from_the_first_sequences(
     matrices = problem.anatomy.matrices
     everything, some = (loss_moments(s, matrices, 0.0) for s in (problem, problem.first(sequences)))
     for solving, wanted in ((False, some), (True, everything)):
-        for jobs in measure(problem, matrices, IN_GROUPS).jobs(solving=solving):
+        for jobs in hessians.hessians(problem, matrices, ONE_LAYER).jobs(solving=solving):
             for job in jobs:
                 name, (gram, rows) = job.matrices[0].name, job.moments
                 family_cases.close(gram, fill_below(wanted.grams.sum(name)).float())
                 family_cases.close(rows, everything.rows.sum(name))
 
 
-@pytest.mark.parametrize("options", [HALF, HALF.model_copy(update=FORWARD)], ids=["loss-aware", "forward-only"])
-def test_budgets_see_all_layers_of_the_dense_model(options: PruneConfig) -> None:
+@pytest.mark.parametrize("options", [HessianOptions(), FORWARD_ONLY], ids=["loss-aware", "forward-only"])
+def test_budgets_see_all_layers_of_the_dense_model(options: HessianOptions) -> None:
     problem = tiny.problem("llama")
     matrices = problem.anatomy.matrices
     found = [
-        budgets.allocate(problem, matrices, measure(problem, matrices, asked), asked, 0.75)
-        for asked in (options, options.model_copy(update={"gram_gib": 0.0}))
+        budgets.budgets_at(0.75, budgets.saliency_tallies(problem, matrices, measured, 0.01), matrices, Level(0.5))
+        for measured in (hessians.hessians(problem, matrices, replace(options, room_gib=room)) for room in (16, 0))
     ]
     assert found[0] == found[1] and len(set(found[0].values())) > 10
 
 
-@pytest.mark.parametrize(
-    "options", [HALF, IN_GROUPS, HALF.model_copy(update=FORWARD)], ids=["all", "groups", "forward-only"]
-)
+@pytest.mark.parametrize("options", [HessianOptions(), ONE_LAYER, FORWARD_ONLY], ids=["all", "groups", "forward-only"])
 def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
-    monkeypatch: pytest.MonkeyPatch, options: PruneConfig
+    monkeypatch: pytest.MonkeyPatch, options: HessianOptions
 ) -> None:
     """Forward-only against plain sums; loss-aware they are symmetric, with no corner left out."""
     monkeypatch.setattr(moments, "BLOCK", 7)
     problem = tiny.problem("llama")
     matrices = problem.anatomy.matrices
     plain = {matrix.name: gram.float() for matrix, gram in zip(matrices, _grams(problem, matrices), strict=True)}
-    for jobs in measure(problem, matrices, options).jobs(solving=False):
+    for jobs in hessians.hessians(problem, matrices, options).jobs(solving=False):
         for job in jobs:
             gram = job.moments[0]
             family_cases.close(gram, gram.t())
             assert gram.dtype == torch.float32 and gram[-1, 0] != 0
-            if options.estimator == "finite-difference":
+            if not options.backprop:
                 for matrix in job.matrices:
                     family_cases.close(gram, plain[matrix.name])
 
@@ -108,7 +110,7 @@ def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(family: str) -> None:
     """Against whole forwards of a second model, whose layers are solved one after the other by hand."""
-    options = IN_GROUPS.model_copy(update=FORWARD | {"allocation": 0.0})
+    options = changed(IN_GROUPS, **(FORWARD | {"allocation": 0.0}))
     # few tokens leave Gram matrices so near to singular that rounding moves what is solved on them by some per cent
     problem, by_hand, at_once = (tiny.problem(family, count=48, size=4, length=16) for _ in range(3))
     sparsify.sparsify(problem, problem.anatomy.matrices, options)
@@ -117,9 +119,10 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
             matrices = [matrix for matrix in by_hand.anatomy.matrices if matrix.layer == layer]
             for matrix, gram in zip(matrices, _grams(by_hand, matrices), strict=True):
                 weight = matrix.oriented(by_hand.bare.get_parameter(matrix.parameter).data)
-                solved = obs.prune(weight, gram.float(), round(0.5 * matrix.numel), row_energy=torch.ones(len(weight)))
+                goal = obs.LayerGoal(round(0.5 * matrix.numel), row_energy=torch.ones(len(weight)))
+                solved = obs.prune(weight, gram.float(), goal)
                 weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
-    sparsify.sparsify(at_once, at_once.anatomy.matrices, options.model_copy(update={"gram_gib": 16.0}))
+    sparsify.sparsify(at_once, at_once.anatomy.matrices, changed(options, **{"gram_gib": 16.0}))
     apart = []
     for matrix in by_hand.anatomy.matrices:  # rounding of a near-singular Gram matrix may flip a tie
         wanted, found, other = (s.bare.get_parameter(matrix.parameter).detach() for s in (by_hand, problem, at_once))
@@ -203,8 +206,8 @@ def _peak_gib(monkeypatch: pytest.MonkeyPatch, options: PruneConfig) -> float:
 def test_no_more_gram_matrices_than_those_of_one_group(monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
     matrices = tiny.problem("llama").anatomy.matrices
     by_layer = [gram_gib([matrix for matrix in matrices if matrix.layer == layer]) for layer in range(3)]
-    assert 0 < _peak_gib(monkeypatch, IN_GROUPS.model_copy(update=change)) <= max(by_layer)
-    two = IN_GROUPS.model_copy(update=change | {"gram_gib": 2.1 * max(by_layer)})
+    assert 0 < _peak_gib(monkeypatch, changed(IN_GROUPS, **change)) <= max(by_layer)
+    two = changed(IN_GROUPS, **(change | {"gram_gib": 2.1 * max(by_layer)}))
     assert max(by_layer) / 2 < _peak_gib(monkeypatch, two) <= 2 * max(by_layer)
     if not change:
         assert _peak_gib(monkeypatch, HALF) == pytest.approx(sum(by_layer))  # the test can fail
@@ -216,11 +219,11 @@ def test_a_layer_runs_twice_for_the_solver_and_once_for_budgets() -> None:
     calls = [0, 0, 0]
     for index, layer in enumerate(problem.bare.model.layers):
         layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    options = IN_GROUPS.model_copy(update={"estimator": "backprop"})  # auto takes a forward to measure what fits
-    sparsify.sparsify(problem, problem.anatomy.matrices, options)
+    options = changed(IN_GROUPS, **{"estimator": "backprop"})  # auto takes a forward to measure what fits
+    masks = sparsify.sparsify(problem, problem.anatomy.matrices, options)
     count = len(problem.batches)
     assert calls == [4 * count, 4 * count, 3 * count]
-    assert "prune.gram_gib 0" in problem.notes[0] and "3 groups" in problem.notes[0]
+    assert "prune.solver.gram_gib 0" in masks.notes[0] and "3 groups" in masks.notes[0]
 
 
 # -- groups and refusals ---------------------------------------------------------------------------------------------------
@@ -242,10 +245,12 @@ def test_groups_are_consecutive_layers_that_fit() -> None:
 
 def test_a_model_without_a_list_of_layers_is_refused_before_it_loads() -> None:
     anatomy = replace(tiny.problem("llama").anatomy, stacks=())
-    with pytest.raises(UserError, match=r"prune.gram_gib 0 and .* GiB of Gram matrices, .* raise prune.gram_gib to"):
+    with pytest.raises(
+        UserError, match=r"prune.solver.gram_gib 0 and .* GiB of Gram matrices, .* raise prune.solver.gram_gib to"
+    ):
         sparsify.check(anatomy, anatomy.matrices, IN_GROUPS)
     sparsify.check(anatomy, anatomy.matrices, HALF)
-    sparsify.check(anatomy, anatomy.matrices, IN_GROUPS.model_copy(update={"criterion": "wanda"}))
+    sparsify.check(anatomy, anatomy.matrices, changed(IN_GROUPS, **{"criterion": "wanda"}))
 
 
 # -- the cut ---------------------------------------------------------------------------------------------------------------
@@ -256,7 +261,7 @@ def test_counts_by_size_find_the_cut() -> None:
     saliencies[0][:700] = 0
     for going in (1, 700, 60_000, 149_999):
         cut = torch.cat(saliencies).sort().values[going]
-        found = budgets.below_cut(torch.stack([budgets.tally(s) for s in saliencies]), going)
+        found = budgets.below_threshold(torch.stack([budgets.tally(s) for s in saliencies]), going)
         assert float(found.sum()) == pytest.approx(going)
         for number, saliency in zip(found.tolist(), saliencies, strict=True):
             assert number == pytest.approx(int((saliency < cut).sum()), abs=max(1, 0.005 * len(saliency)))
@@ -265,5 +270,7 @@ def test_counts_by_size_find_the_cut() -> None:
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "bart"])
 def test_layers_that_cannot_run_by_themselves_need_room_for_all(model_type: str) -> None:
     matrices = family_cases.on_meta(model_type).matrices
-    with pytest.raises(UserError, match="no one list of layers that can run by themselves; raise prune.gram_gib"):
+    with pytest.raises(
+        UserError, match="no one list of layers that can run by themselves; raise prune.solver.gram_gib"
+    ):
         layer_groups(family_cases.on_meta(model_type), matrices, 0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tinygn_dist.config import PruneConfig
+from tests.options import pruning
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.maths.counter_rng import key_of, signs
 from tinygn_dist.prune.sparsity.sparsify import sparsify
@@ -75,7 +75,7 @@ def test_a_layer_the_loss_does_not_hear_loses_most(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.Tensor, "backward", None)
     with torch.no_grad():
         problem.bare.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(1e-3)
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, estimator="finite-difference", allocation=0.75)
+    options = pruning(pattern="unstructured", sparsity=0.5, estimator="finite-difference", allocation=0.75)
     kept = sparsify(problem, problem.anatomy.matrices, options).kept(problem.backend)
     sizes = {matrix.name: matrix.numel for matrix in problem.anatomy.matrices}
     assert sum(kept.values()) == sum(sizes.values()) - round(0.5 * sum(sizes.values()))

@@ -9,16 +9,23 @@ import torch
 import torch.nn.functional as F
 
 from tests import tiny
-from tinygn_dist.config import PruneConfig
+from tests.options import changed, pruning
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.hessians import measure
+from tinygn_dist.estimate.hessians import HessianOptions, hessians
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.experiments import evopress
-from tinygn_dist.experiments.evopress import REACH, _step, from_dense, hold_out, search
+from tinygn_dist.experiments.evopress import REACH, EvoPressOptions, Library, _step, from_dense, hold_out, search
 from tinygn_dist.prune.sparsity import sparsify
+from tinygn_dist.prune.sparsity.levels import Level
 from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.solve import solve, task_of
 
-HALF = PruneConfig(pattern="unstructured", sparsity=0.5)
+HALF = pruning(pattern="unstructured", sparsity=0.5)
+TASK = task_of(HALF, Level(0.5), backprop=True)
+
+
+def halves(matrices) -> dict[str, int]:
+    return {matrix.name: matrix.numel // 2 for matrix in matrices}
 
 
 def quiet_setting():
@@ -33,16 +40,13 @@ def searched(problem, **asked: int):
     """A search from equal shares."""
     kept, held_out = problem.split(16)
     matrices = problem.anatomy.matrices
-    measured, equal = measure(kept, matrices, HALF), {matrix.name: matrix.numel // 2 for matrix in matrices}
-    masks = search(
-        hold_out(held_out),
-        matrices,
-        equal,
-        lambda counts: sparsify._solved(kept, measured, HALF, counts),
-        seed=1,
-        **asked,
-    )
-    return Masks(matrices, masks)
+    found, held_out = hold_out(held_out), None
+    measured, library = hessians(kept, matrices, HessianOptions()), Library(kept, matrices, halves(matrices))
+    for level in range(-REACH, REACH + 1):
+        library.keep(level, solve(kept, matrices, measured, library.budgets(level), TASK))
+    levels, note = search(found, library, EvoPressOptions(seed=1, **asked))
+    library.write(levels)
+    return Masks(matrices, library.masks(levels), [note])
 
 
 def test_zeros_move_to_where_the_loss_does_not_hear_them() -> None:
@@ -60,27 +64,29 @@ def test_zeros_move_to_where_the_loss_does_not_hear_them() -> None:
     quiet = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
     assert sum(kept[name] for name in quiet) < 0.5 * sum(sizes[name] for name in quiet)
     wanted, equal = mean_loss(reference, "here"), quiet_setting()
-    measured = measure(equal.split(16)[0], equal.anatomy.matrices, HALF)
+    matrices = equal.anatomy.matrices
+    measured = hessians(equal.split(16)[0], matrices, HessianOptions())
     at_dense = from_dense(equal.split(16)[1])
-    sparsify._solved(equal, measured, HALF, {name: size // 2 for name, size in sizes.items()})
+    solve(equal, matrices, measured, halves(matrices), TASK)
     assert wanted < mean_loss(at_dense, "equal shares")
-    assert "not taken" not in problem.notes[-1] and f"of {len(sizes)} weights moved" in problem.notes[-1]
+    assert "not taken" not in found.notes[-1] and f"of {len(sizes)} weights moved" in found.notes[-1]
 
 
 def test_what_other_sequences_do_not_confirm_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense model is made to look worst on the sequences that check."""
     problem = quiet_setting()
-    plain, calls, checking = evopress._Library.loss, Counter(), problem.batches[-1]["input_ids"]
+    plain, calls, checking = evopress.Library.loss, Counter(), problem.batches[-1]["input_ids"]
 
     def loss(self, levels, where) -> float:
         found, checks = plain(self, levels, where), torch.equal(where.batches[-1]["input_ids"], checking)
         calls[checks] += 1
         return 1e9 if checks and any(levels.values()) else found
 
-    monkeypatch.setattr(evopress._Library, "loss", loss)
-    found = searched(problem, generations=3).kept(problem.backend)
+    monkeypatch.setattr(evopress.Library, "loss", loss)
+    masks = searched(problem, generations=3)
+    found = masks.kept(problem.backend)
     assert all(found[matrix.name] == matrix.numel - matrix.numel // 2 for matrix in problem.anatomy.matrices)
-    assert problem.notes[-1].endswith("not taken") and calls[True] == 2 and calls[False] > 20
+    assert masks.notes[-1].endswith("not taken") and calls[True] == 2 and calls[False] > 20
 
 
 def test_the_same_seed_gives_the_same_budgets() -> None:
@@ -119,30 +125,30 @@ def test_divergence_from_the_dense_model(family: str) -> None:
 
 def test_the_last_pass_is_still_compared_with_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """In two passes the first divergence is that of the finished model, about what two passes without a search leave."""
-    problem, options = tiny.problem("llama", count=8), HALF.model_copy(update={"sparsity": 0.75})
+    problem, options = tiny.problem("llama", count=8), changed(HALF, **{"sparsity": 0.75})
     matrices = problem.anatomy.matrices
     reference = evopress.hold_out(problem.split(4)[1]).choosing
     kept, _ = problem.split(4)
     sparsify.sparsify(kept, matrices, options)
     wanted = mean_loss(reference, "two passes")
     again, seen = tiny.problem("llama", count=8), []
-    plain = evopress._Library.loss
+    plain = evopress.Library.loss
     monkeypatch.setattr(
-        evopress._Library, "loss", lambda *asked: seen.append(plain(*asked)) or seen[-1]
+        evopress.Library, "loss", lambda *asked: seen.append(plain(*asked)) or seen[-1]
     )  # fmt: skip
-    asked = {"allocation": "search", "search_generations": 1, "search_samples": 4}
-    sparsify.sparsify(again, matrices, options.model_copy(update=asked))
+    asked = {"allocation": "search", "experiments": {"evopress": {"generations": 1, "samples": 4}}}
+    sparsify.sparsify(again, matrices, changed(options, **asked))
     assert seen[0] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_search_from_the_options_and_its_refusal() -> None:
     problem = tiny.problem("llama", count=6)
-    options = HALF.model_copy(update={"allocation": "search", "search_generations": 1, "search_samples": 4})
+    options = changed(HALF, allocation="search", experiments={"evopress": {"generations": 1, "samples": 4}})
     matrices = problem.anatomy.matrices
-    kept = sparsify.sparsify(problem, matrices, options).kept(problem.backend)
-    assert sum(kept.values()) == sum(matrix.numel for matrix in matrices) // 2
-    assert "allocation by search" in problem.notes[-1]
+    masks = sparsify.sparsify(problem, matrices, options)
+    assert sum(masks.kept(problem.backend).values()) == sum(matrix.numel for matrix in matrices) // 2
+    assert "allocation by search" in masks.notes[-1]
     with pytest.raises(
-        UserError, match="allocation search solves all layers from one measurement, .* raise prune.gram_"
+        UserError, match="allocation search solves all layers from one measurement, .* raise prune.solver.gram_"
     ):
-        sparsify.check(problem.anatomy, matrices, options.model_copy(update={"gram_gib": 0.0}))
+        sparsify.check(problem.anatomy, matrices, changed(options, **{"gram_gib": 0.0}))

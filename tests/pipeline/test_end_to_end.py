@@ -35,7 +35,7 @@ AUTO = {
 PATTERNS = {
     "unstructured": ("--pattern=unstructured", "--sparsity=0.5"),
     "2:4": ("--pattern=2:4",),
-    "4:8": ("--pattern=4:8", "--prune.gram_gib=0"),
+    "4:8": ("--pattern=4:8", "--prune.solver.gram_gib=0"),
     "layers": ("--pattern=layers", "--sparsity=0.3"),
     "heads": ("--pattern=heads", "--sparsity=0.1"),
     "channels": ("--pattern=channels", "--sparsity=0.2"),

@@ -16,11 +16,12 @@ import yaml
 from pydantic import model_validator
 
 from tinygn_dist.config.checkpoint import CheckpointConfig
-from tinygn_dist.config.prune import DEFAULT_SHARE, NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
 from tinygn_dist.config.schedule import ScheduleConfig
 from tinygn_dist.config.section import Section, make
+from tinygn_dist.config.solver import DEFAULT_SHARE, SolverConfig
 from tinygn_dist.errors import UserError
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "RecoverConfig",
     "ScheduleConfig",
     "Section",
+    "SolverConfig",
     "load_config",
     "make",
 ]
@@ -81,7 +83,7 @@ class Config(Section):
             )
         batches = -(-self.data.num_samples // self.data.micro_batch)
         for asked, needed in (
-            (f"allocation {prune.allocation}", {"auto": 2, "search": 4}.get(prune.allocation, 1)),
+            (f"solver.allocation {prune.solver.allocation}", prune.fewest_micro_batches),
             (f"reconstruct {prune.reconstruct}", 2 if prune.reconstruct else 1),
         ):
             if batches < needed:

@@ -15,7 +15,7 @@ class CheckpointConfig(Section):
     run is asked to stop (SIGTERM)"""
     statistics_every: int = Field(0, ge=0)
     """micro-batches from one saving of the statistics that weights are scored by to the next; 0 for none. Not where
-    layers are solved in groups (prune.gram_gib)"""
+    layers are solved in groups (prune.solver.gram_gib)"""
     dir: str | None = None
     """folder, seen by every rank; by default the output folder's name with .checkpoints behind it"""
     keep: int = Field(2, ge=1)

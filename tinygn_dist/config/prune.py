@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
+from tinygn_dist.config.experiments import Options, check_options
 from tinygn_dist.config.section import Section, one_of
+from tinygn_dist.config.solver import SolverConfig
 from tinygn_dist.maths.criteria import CRITERIA
+from tinygn_dist.registry import experimental
 
 UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters", "hidden")
 WEIGHT_CRITERIA = tuple(name for name, row in CRITERIA.items() if row.one_shot)
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
 
-DEFAULT_SHARE = 0.75
+class Checked(Protocol):
+    """What a row of experiments/ knows of options that do not fit it."""
+
+    def check(self, options: PruneConfig) -> None:
+        """Raises ValueError."""
 
 
 class NM(NamedTuple):
@@ -46,36 +53,10 @@ class PruneConfig(Section):
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
     """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in memory, else
     forward only (the report says which and why); criteria made of gradients always backpropagate, removal never"""
-    allocation: float | Literal["auto", "owl", "search"] = DEFAULT_SHARE
-    """criterion obs: how far layers' budgets go from the same share everywhere (0) to one global cut of the saliency in units
-    of loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; search: from
-    0.75 on, zeros are moved between weights where that brings the model closer to the dense one; owl, for any criterion: layers
-    with more outliers keep more"""
-    search_generations: int = Field(20, ge=1)
-    """allocation search: rounds of eight candidates each"""
-    search_samples: int = Field(16, ge=2)
-    """allocation search: calibration sequences held out, half to choose and half to check the choice"""
-    owl_outliers: float = Field(5.0, gt=1)
-    """allocation owl: a weight is an outlier where |w| ||x|| is more than so many times its layer's mean"""
-    owl_spread: float = Field(0.08, gt=0, lt=0.5)
-    """allocation owl: how far from the mean a layer's density may be; twice that lie between the layers with the fewest and
-    the most outliers"""
-    output_samples: int = Field(2, ge=1)
-    """criterion obs without backprop: calibration sequences on which each layer's output is moved to learn how much the loss
-    listens to it; one partial forward each per weight matrix"""
-    passes: int | None = Field(None, ge=1)
-    """criterion obs: in how many passes the zeros are reached, each measured on the model that the last one left; by default
-    as many as it takes that none removes more than half of what is there (one up to 50 %, two up to 75 %)"""
-    gram_gib: float = Field(16, ge=0)
-    """criterion obs: room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs).
-    Where those of all layers do not fit, groups of layers that do are solved one after another, each measured on what the
-    compressed layers before it give (1.8 times the CPU time on SmolLM2-135M, for half the memory); 0: one layer at a time. Of
-    pattern layers and units: room for what layers are judged by, together or one at a time"""
-    solver: Literal["obs", "admm"] = "obs"
-    """criterion obs: the sweep of SparseGPT, or also ADMM (ALPS), which finds mask and weights together in several times the
-    time, and for each weight the one with the smaller error"""
-    refine: int = Field(8, ge=0)
-    """criterion obs: conjugate gradient iterations on the kept weights of each layer after the sweep"""
+    solver: SolverConfig = SolverConfig()
+    """criterion obs: how masks and updates are found together"""
+    experiments: Options = {}
+    """options of experiments by their names, such as {owl: {spread: 0.1}}"""
     reconstruct: int = Field(0, ge=0)
     """after masks or units are chosen, so many epochs over the calibration sequences in which the weights that are left of one
     layer after the other are tuned to the dense model's hidden states; one in eight sequences is held out, and on those no
@@ -170,17 +151,10 @@ class PruneConfig(Section):
             raise ValueError(f"got {value:g}, accepted: 0 <= sparsity < 1{hint}")
         return value
 
-    @field_validator("allocation", mode="before")
+    @field_validator("experiments")
     @classmethod
-    def _share_or_auto(cls, value: Any) -> Any:
-        try:
-            if value in ("auto", "owl", "search") or 0 <= float(value) <= 1:
-                return value
-        except (TypeError, ValueError):
-            pass
-        raise ValueError(
-            f"got {value!r}, accepted: 0 (equal shares) to 1 (one global cut), auto, search or owl; try 0.75"
-        )
+    def _known_experiments(cls, value: Options) -> Options:
+        return check_options(value)
 
     @field_validator("goal")
     @classmethod
@@ -212,21 +186,8 @@ class PruneConfig(Section):
             raise ValueError(
                 f"got {' and '.join(sets)}, accepted: one of them; each says how units are judged together"
             )
-        if self.allocation == "owl" and (self.pattern != "unstructured" or self.scope == "global"):
-            raise ValueError(
-                f"allocation owl gives every layer a number of zeros, got pattern {self.pattern} and scope {self.scope}, "
-                "accepted: pattern unstructured, scope auto, layer or row"
-            )
-        solves = self.criterion in ("auto", "obs") and self.scope == "auto"
-        if self.allocation == "search" and (self.pattern != "unstructured" or not solves):
-            raise ValueError(
-                f"allocation search is for criterion obs, got pattern {self.pattern}, criterion {self.criterion} and scope "
-                f"{self.scope}, accepted: pattern unstructured, criterion auto or obs, scope auto"
-            )
-        if self.solver == "admm" and (self.unit_kinds or self.criterion not in ("auto", "obs")):
-            raise ValueError(
-                f"solver admm solves weights of criterion obs, got pattern {self.pattern} and criterion {self.criterion}"
-            )
+        for row in self._experimental_rows():
+            row.check(self)
         row = None if self.unit_kinds else CRITERIA.get(self.criterion)
         if row and row.needs_backprop and self.estimator == "finite-difference":
             raise ValueError(
@@ -234,6 +195,22 @@ class PruneConfig(Section):
                 "error about d/K for K probes of d weights); use estimator backprop, or criterion obs"
             )
         return self
+
+    def _experimental_rows(self) -> list[Checked]:
+        """Rows of experiments/ that the solver's options name."""
+        rows: list[Checked] = []
+        if self.solver.method != "obs":
+            rows.append(experimental("SOLVERS", Checked)[self.solver.method])
+        if isinstance(self.solver.allocation, str) and self.solver.allocation != "auto":
+            rows.append(experimental("ALLOCATIONS", Checked)[self.solver.allocation])
+        return rows
+
+    @property
+    def fewest_micro_batches(self) -> int:
+        """Of calibration data: some are held out where budgets are tried."""
+        if self.solver.allocation == "auto":
+            return 2
+        return max([1, *(getattr(row, "micro_batches", 1) for row in self._experimental_rows())])
 
     @property
     def asks_latency(self) -> bool:

@@ -9,10 +9,10 @@ model as it was: a backward pass leaves a number for each token and weight, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from tinygn_dist.backends.pieces import Job
-from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gradient_energy import LossMoments, TokenWeights, loss_moments
 from tinygn_dist.estimate.input_moments import InputMoments, add_inputs, complete, input_hooks, input_moments
@@ -33,11 +33,30 @@ BUDGET_SEQUENCES = 16
 """from which budgets are taken, at least, where Gram matrices are measured for them alone"""
 
 
-class LayerStatistics(Protocol):
+OUTPUT_SEQUENCES = 2
+"""on which each layer's output is moved where no gradient is taken"""
+
+
+@dataclass(frozen=True)
+class HessianOptions:
+    """What is measured. room_gib: for Gram matrices on each rank. backprop: tokens and rows are weighed by gradient energy.
+    plain: what every token weighs beside it. competing: rows' energies are wanted, by output probes where there is no
+    backprop. name: of this measurement among those of a run, under which it is saved on the way."""
+
+    room_gib: float = 16
+    backprop: bool = True
+    plain: float = PLAIN
+    competing: bool = False
+    name: str = ""
+
+
+class Hessians(Protocol):
     """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
     will solve each: a Gram matrix in fp32, then the energies (out,) of each matrix's rows. They are to be used up before the next
     group is asked for. solving: whether the caller changes the weights of a group before it asks for the next; else
-    fewer sequences may do, as for budgets."""
+    fewer sequences may do, as for budgets. notes: for the report."""
+
+    notes: tuple[str, ...]
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]: ...
 
@@ -49,17 +68,11 @@ class Group(NamedTuple):
     matrices: tuple[Matrix, ...]
 
 
-def measure(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> LayerStatistics:
-    """Every statistic is of the model as it is now, but for the inputs of later groups (see `LayerStatistics.jobs`)."""
-    groups = layer_groups(problem.anatomy, matrices, options.gram_gib)
+def hessians(problem: Problem, matrices: Sequence[Matrix], options: HessianOptions) -> Hessians:
+    """Every statistic is of the model as it is now, but for the inputs of later groups (see `Hessians.jobs`)."""
+    groups = layer_groups(problem.anatomy, matrices, options.room_gib)
     if len(groups) == 1:
         return _AtOnce(problem, matrices, options)
-    note = (
-        f"the Gram matrices of all layers take {gram_gib(matrices):.3g} GiB: {len(groups)} groups of layers were solved one "
-        f"after another, to stay within prune.gram_gib {options.gram_gib:g}"
-    )
-    if note not in problem.notes:
-        problem.notes.append(note)
     return _InGroups(problem, groups, options)
 
 
@@ -73,8 +86,8 @@ def layer_groups(anatomy: Anatomy, matrices: Sequence[Matrix], room_gib: float) 
         return [Group(range(max(anatomy.num_layers, 1)), tuple(matrices))]
     if not anatomy.layers_path:
         raise UserError(
-            f"prune.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
-            f"no one list of layers that can run by themselves; raise prune.gram_gib to {needed:.3g}, or use criterion wanda"
+            f"prune.solver.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
+            f"no one list of layers that can run by themselves; raise prune.solver.gram_gib to {needed:.3g}, or use criterion wanda"
         )
     groups: list[list[int]] = []
     used = 0.0
@@ -94,29 +107,22 @@ def gram_gib(matrices: Sequence[Matrix]) -> float:
     return sum(8 * matrix.shape[1] ** 2 for matrix in matrices) / 2**30
 
 
-def loss_aware(options: PruneConfig) -> bool:
-    """Whether the solver weighs tokens and rows by gradient energy."""
-    return options.estimator != "finite-difference"
-
-
-def has_budgets(options: PruneConfig) -> bool:
-    """Whether layers compete for their zeros by what they cost in loss, which asks for the energies of their rows."""
-    shared = options.scope == "global" or (options.scope == "auto" and options.allocation not in (0, "owl"))
-    return options.nm is None and shared
-
-
 class _AtOnce:
-    def __init__(self, problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> None:
-        if loss_aware(options):
-            plain = _plain(options)
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, problem: Problem, matrices: Sequence[Matrix], options: HessianOptions) -> None:
+        if options.backprop:
             found = in_parts(
-                problem, _pass("loss", options), lambda some: loss_moments(some, matrices, plain), LossMoments()
+                problem,
+                f"loss {options.name}",
+                lambda some: loss_moments(some, matrices, options.plain),
+                LossMoments(),
             )
             self._jobs = [Job((t,), [found.grams.pop(t.name), found.rows.pop(t.name)], _cost([t])) for t in matrices]
             problem.backend.sum_for_jobs(self._jobs)
             _round(problem, self._jobs)
             return
-        name = _pass("inputs", options)
+        name = f"inputs {options.name}"
         found = in_parts(problem, name, lambda some: input_moments(some, matrices, full=True), InputMoments())
         self._jobs = _by_source(matrices, found)
         problem.backend.sum_for_jobs(self._jobs)
@@ -128,10 +134,14 @@ class _AtOnce:
 
 
 class _InGroups:
-    def __init__(self, problem: Problem, groups: Sequence[Group], options: PruneConfig) -> None:
+    def __init__(self, problem: Problem, groups: Sequence[Group], options: HessianOptions) -> None:
         self._problem, self._groups = problem, groups
         matrices = [matrix for group in groups for matrix in group.matrices]
-        self._weights = TokenWeights(problem, matrices, _plain(options)) if loss_aware(options) else None
+        self.notes = (
+            f"the Gram matrices of all layers take {gram_gib(matrices):.3g} GiB: {len(groups)} groups of layers were solved "
+            f"one after another, to stay within prune.solver.gram_gib {options.room_gib:g}",
+        )
+        self._weights = TokenWeights(problem, matrices, options.plain) if options.backprop else None
         self._energies = {} if self._weights else _probed(problem, matrices, options)
 
     def jobs(self, *, solving: bool) -> Iterator[list[Job]]:
@@ -193,20 +203,11 @@ def _round(problem: Problem, jobs: Sequence[Job]) -> None:
                     )
 
 
-def _plain(options: PruneConfig) -> float:
-    return PLAIN_NM if options.nm else PLAIN
-
-
-def _pass(name: str, options: PruneConfig) -> str:
-    """Each pass measures anew, on the model that the last one left."""
-    return f"{name} {options.pattern} {options.sparsity:.6f}"
-
-
-def _probed(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig) -> dict[str, float]:
+def _probed(problem: Problem, matrices: Sequence[Matrix], options: HessianOptions) -> dict[str, float]:
     """Energy of each matrix by forward passes alone, where budgets ask for it."""
-    if not has_budgets(options):
+    if not options.competing:
         return {}
-    energies = output_energies(problem.first(options.output_samples), matrices)
+    energies = output_energies(problem.first(OUTPUT_SEQUENCES), matrices)
     return {matrix.name: float(energy) for matrix, energy in zip(matrices, energies, strict=True)}
 
 

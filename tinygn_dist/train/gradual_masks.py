@@ -24,9 +24,10 @@ from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.schedules import Plan, make_plan, swapped_share
 from tinygn_dist.models.anatomy import Matrix
+from tinygn_dist.prune.sparsity.levels import Level, final_level, level_at
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
-from tinygn_dist.prune.sparsity.sparsify import at_sparsity, sparsify
+from tinygn_dist.prune.sparsity.sparsify import MaskGoal, criterion_of, sparsify
 
 log = logging.getLogger(__name__)
 _ABOVE_ALL = torch.finfo(torch.float32).max
@@ -95,9 +96,9 @@ class GradualMasks:
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._problem = prune, schedule, replace(problem, parts=None)
         self.step_statistics = _step_statistics(problem, matrices, schedule, plan.levels[-1])
-        asked = at_sparsity(prune, plan.levels[0])
-        if going_on is None and asked is not None:
-            self.masks = sparsify(problem, matrices, asked)
+        level = level_at(final_level(prune), plan.levels[0])
+        if going_on is None and level is not None:
+            self.masks = sparsify(problem, matrices, prune, self._goal(level, prune.criterion, prune.solver.passes))
         else:
             self.masks = self._all(matrices)
         if going_on is not None:
@@ -188,18 +189,17 @@ class GradualMasks:
 
     def _choose(self, problem: Problem, optimizer: Any) -> Masks:
         schedule, matrices, level = self._schedule, self.masks.matrices, self.plan.level_after(self.steps)
-        asked = at_sparsity(self._prune, level)
+        asked = level_at(final_level(self._prune), level)
         if self.step_statistics:
             here = 0.0 if asked is None else level
             best, keep = self._best(problem), self.masks.by_name
             return Masks(matrices, self.step_statistics.choose(problem.model, optimizer, keep, here, best))
         if asked is None:
             return self.masks
-        asked = asked.model_copy(update={"passes": 1})  # the updates are passes themselves
-        if schedule.criterion != "auto":
-            asked = asked.model_copy(update={"criterion": schedule.criterion})
         if schedule.regrow == "none":
-            return sparsify(problem, matrices, asked)
+            named = self._prune.criterion if schedule.criterion == "auto" else schedule.criterion
+            goal = self._goal(asked, named, passes=1)  # the updates are passes themselves
+            return sparsify(problem, matrices, self._prune, goal)
         share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
         return Masks(matrices, self._regrown(problem, asked, share))
 
@@ -207,19 +207,17 @@ class GradualMasks:
         """Masks of the largest scores, by the pattern and scope that are asked for."""
 
         def best(scores: Mapping[str, torch.Tensor], sparsity: float) -> dict[str, torch.Tensor]:
-            return choose_masks(
-                problem.model,
-                self.masks.matrices,
-                scores,
-                sparsity=sparsity,
-                scope="layer" if self._prune.scope == "auto" else self._prune.scope,
-                nm=at_sparsity(self._prune, sparsity).nm if self._prune.nm else None,
-                backend=problem.backend,
-            )
+            level = level_at(final_level(self._prune), sparsity) if self._prune.nm else Level(sparsity)
+            scope = "layer" if self._prune.scope == "auto" else self._prune.scope
+            return choose_masks(problem, self.masks.matrices, scores, level, scope)
 
         return best
 
-    def _regrown(self, problem: Problem, asked: PruneConfig, share: float) -> dict[str, torch.Tensor]:
+    @staticmethod
+    def _goal(level: Level, criterion: str, passes: int | None) -> MaskGoal:
+        return MaskGoal(criterion_of(criterion), level, passes)
+
+    def _regrown(self, problem: Problem, asked: Level, share: float) -> dict[str, torch.Tensor]:
         """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
         the best prospects, dropped ones included, which start from zero unless they were kept all along."""
         backend, matrices, best = problem.backend, self.masks.matrices, self._best(problem)
@@ -229,7 +227,7 @@ class GradualMasks:
         if self._schedule.regrow == "random":
             growth = {
                 name: uniform(
-                    shard.offset, shard.offset + shard.weight.numel(), key_of(asked.seed + self.steps, name)
+                    shard.offset, shard.offset + shard.weight.numel(), key_of(self._prune.seed + self.steps, name)
                 ).view(shard.weight.shape)
                 for name, shard in shards.items()
             }

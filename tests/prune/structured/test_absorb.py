@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from tests import plain, tiny
 from tests.family_cases import CASES, build, logits, make_problem
+from tests.options import pruning
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
-from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.elimination import Contest, Standing
 from tinygn_dist.estimate.unit_moments import _with_one
@@ -139,7 +139,7 @@ def test_it_is_the_least_squares_fit(
     given = seen.inputs @ weight.t() + seen.streams[gone[-1]] - seen.streams[1]
 
     counts = {"layers": len(gone), "channels": channels}
-    options = PruneConfig(pattern="units", counts=counts, damping=1e-6)
+    options = pruning(pattern="units", counts=counts, damping=1e-6)
     kept, _, _, shifts, _ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert kept.layers == tuple(layer for layer in range(5) if layer not in gone)
     stays = list(kept.channels[1]) if channels else list(range(48))
@@ -194,7 +194,7 @@ def test_a_constant_goes_into_the_bias(backend, monkeypatch, family: str, gone: 
     problem = tiny.problem(family, backend, model=model, count=8, size=4, length=12)
     before = [plain.logits(problem.model, batch) for batch in problem.batches]
     lost = plain.without_layers(problem.model, family, list(gone))
-    options = PruneConfig(pattern="layers", counts={"layers": len(gone)})
+    options = pruning(pattern="layers", counts={"layers": len(gone)})
     kept, _, _, shifts, notes = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert list(shifts) == [f"{problem.anatomy.of_kind('channels')[0 if 1 in gone else 1].output}.bias"]
     assert kept.channels == {} and not notes
@@ -239,7 +239,7 @@ def test_the_report_names_the_layers_that_nothing_takes_over(backend, monkeypatc
     _goes(monkeypatch, gone)
     problem = tiny.problem(family, backend)
     before = {name: tensor.clone() for name, tensor in problem.model.state_dict().items()}
-    options = PruneConfig(pattern="layers", counts={"layers": len(gone)}, compensate=compensate)
+    options = pruning(pattern="layers", counts={"layers": len(gone)}, compensate=compensate)
     found = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     notes = [note for note in found.notes if "is not reproduced" in note]
     assert [f"removed layers {told} is not" in note for note in notes] == [True] * bool(told and compensate)
@@ -250,7 +250,7 @@ def test_the_report_names_the_layers_that_nothing_takes_over(backend, monkeypatc
 
 def test_experts_take_nothing_over(backend):
     problem = make_problem(build("mixtral"), backend)
-    options = PruneConfig(pattern="layers", counts={"layers": 1})
+    options = pruning(pattern="layers", counts={"layers": 1})
     kept, *_, notes = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert len(kept.layers) == 3 and any("is not reproduced" in note for note in notes)
 
@@ -269,7 +269,7 @@ def test_a_linear_layer_leaves_nothing_behind(backend, monkeypatch):
     second.mlp.register_forward_hook(lambda _, __, out: out + read["hidden"] @ weight.t())
     problem = tiny.problem("llama", backend, model=model, count=16, size=4, length=12)
     before = [plain.logits(model, batch) for batch in problem.batches]
-    options = PruneConfig(pattern="layers", counts={"layers": 1}, damping=1e-6)
+    options = pruning(pattern="layers", counts={"layers": 1}, damping=1e-6)
     remove_units(problem, plan_mixes(problem.anatomy, options), options)
     short = plain.without_layers(model, "llama", [1])
     for batch, dense in zip(problem.batches, before, strict=True):
@@ -291,7 +291,7 @@ def test_the_best_and_the_neighbours_of_those_gone_are_tried(able, gone, wanted)
 def _left_loss(family: str, backend: Replicated, order: list[int], fitted: slice, tried: slice) -> float:
     """Of a new model without these layers, fitted on some micro-batches, on others."""
     problem = tiny.problem(family, backend, model=_deep(family), count=8)
-    batches, options = problem.batches, PruneConfig(pattern="layers", counts={"layers": len(order)})
+    batches, options = problem.batches, pruning(pattern="layers", counts={"layers": len(order)})
     with pytest.MonkeyPatch.context() as patched:
         _goes(patched, tuple(order))
         here = replace(problem, batches=batches[fitted])
@@ -328,7 +328,7 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
         gone.append(min(losses, key=losses.get))
         left |= {(*gone[:-1], layer): loss for layer, loss in losses.items()}
     problem = tiny.problem(family, backend, model=_deep(family), count=8)
-    options = PruneConfig(pattern="layers", counts={"layers": 3})
+    options = pruning(pattern="layers", counts={"layers": 3})
     kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert scores.layer_order == gone and set(range(5)) - set(kept.layers) == set(gone)
     rows = [row for row in scores.table if row.get("taken_over")]
@@ -351,7 +351,7 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
 @pytest.mark.parametrize(("criterion", "compensate"), [("auto", False), ("gate", True), ("activation", True)])
 def test_other_criteria_judge_layers_alone(backend, criterion: str, compensate: bool):
     problem = tiny.problem("llama", backend, count=8)
-    options = PruneConfig(pattern="layers", counts={"layers": 1}, criterion=criterion, compensate=compensate)
+    options = pruning(pattern="layers", counts={"layers": 1}, criterion=criterion, compensate=compensate)
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     probed = problem.first(options.probe_samples)
     alone = score_units(replace(probed, model=tiny.build("llama")), Mix(layers=1), options)
@@ -365,7 +365,7 @@ def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
     monkeypatch.setattr(depth, "_TOKENS_PER_INPUT", 1)
     for family, fits in (("llama", 3), ("vit", 12)):
         problem = tiny.problem(family, backend, count=16)
-        options = PruneConfig(pattern="layers", counts={"layers": 1}, probe_adaptive=False)
+        options = pruning(pattern="layers", counts={"layers": 1}, probe_adaptive=False)
         _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         assert scores.forwards == 3 * 4 + (1 + 3) * 4 + fits
 
@@ -394,7 +394,7 @@ def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monk
 
     monkeypatch.setattr(Trials, "losses_of", told)
     monkeypatch.setattr(depth, "sequence_losses", lambda *_: (dense, torch.ones(16)))
-    options = PruneConfig(pattern="layers", counts={"layers": 1}, probe_samples=4)
+    options = pruning(pattern="layers", counts={"layers": 1}, probe_samples=4)
     scores = depth.score_layers(problem.first(4), *problem.split(16), 1, options)
     assert scores.layer_order == [0] and seen[0] == list(range(len(seen[0]))) and len(seen[0]) > 6
     assert all(len(seen[layer]) < 6 for layer in (1, 3, 4))
@@ -408,7 +408,7 @@ def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monk
 def test_where_there_is_little_room_layers_are_judged_one_by_one(backend):
     def found(room: float):
         problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
-        options = PruneConfig(pattern="layers", counts={"layers": 3}, gram_gib=room)
+        options = pruning(pattern="layers", counts={"layers": 3}, gram_gib=room)
         kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         judged = [(row["without"], row["layer"], row["score"]) for row in scores.table if row.get("taken_over")]
         return kept, judged, scores.forwards
@@ -435,9 +435,7 @@ def test_a_layer_that_was_not_judged_does_not_go_before_one_that_was():
 def test_a_budget_that_ends_between_layers(backend):
     """After the first layer's trials what is known decides."""
     problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
-    options = PruneConfig(
-        pattern="layers", counts={"layers": 3}, probe_forwards=5 * 4 + 6 + 6 * 2, probe_adaptive=False
-    )
+    options = pruning(pattern="layers", counts={"layers": 3}, probe_forwards=5 * 4 + 6 + 6 * 2, probe_adaptive=False)
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert [row["without"] for row in scores.table if row.get("taken_over")] == [[]] * 5
     assert scores.forwards == options.probe_forwards and len(scores.layer_order) == 3
@@ -451,7 +449,7 @@ def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
         raise UserError("the loss of sequence 0 is NaN or inf")
 
     monkeypatch.setattr(trials, "sequence_losses", refuse)
-    options = PruneConfig(pattern="layers", counts={"layers": 1})
+    options = pruning(pattern="layers", counts={"layers": 1})
     with pytest.raises(UserError, match="NaN or inf"):
         remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert all(torch.equal(before[name], tensor) for name, tensor in problem.model.state_dict().items())
@@ -459,6 +457,6 @@ def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
 
 def test_a_spent_budget_ends_the_trials(backend):
     problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
-    options = PruneConfig(pattern="layers", counts={"layers": 2}, probe_forwards=1, probe_adaptive=False)
+    options = pruning(pattern="layers", counts={"layers": 2}, probe_forwards=1, probe_adaptive=False)
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert len(scores.layer_order) == 2 and not any(row.get("taken_over") for row in scores.table)

@@ -7,20 +7,38 @@ is pushed onto the columns still to come through the Cholesky factor of the inve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
 from tinygn_dist.maths.counts import spread
 
 
-class Solved(NamedTuple):
+@dataclass(frozen=True)
+class LayerGoal:
+    """What is asked of one matrix.
+
+    num_pruned: exactly this many entries go (ignored for N:M). nm: keep n of every m inputs. per_row: every row loses the
+    same number. row_energy: (out,) gradient energy of the layer's outputs, which weights the rows' saliency against each
+    other. damping: added to the Hessian's diagonal, as a fraction of its mean.
+    """
+
+    num_pruned: int
+    nm: tuple[int, int] | None = None
+    per_row: bool = False
+    row_energy: torch.Tensor | None = None
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class Solved:
+    """weight: (out, in) fp32, exactly zero where keep is False. keep: (out, in) bool. damping: the fraction that was added in
+    the end. extras: facts of the method, small tensors by name."""
+
     weight: torch.Tensor
-    """(out, in) fp32, exactly zero where keep is False"""
     keep: torch.Tensor
-    """(out, in) bool"""
     damping: float
-    """what was added to the diagonal in the end, as a fraction of its mean"""
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
@@ -76,42 +94,32 @@ def _inverse_of_upper(upper: torch.Tensor, leaf: int = 128) -> torch.Tensor:
     return result
 
 
-def prune(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    num_pruned: int,
-    *,
-    nm: tuple[int, int] | None = None,
-    per_row: bool = False,
-    row_energy: torch.Tensor | None = None,
-    damping: float = 0.01,
-    block_size: int = 128,
-) -> Solved:
+def prune(weight: torch.Tensor, hessian: torch.Tensor, goal: LayerGoal, block_size: int = 128) -> Solved:
     """Prune one weight and update what is kept.
 
-    weight: (out, in). hessian: (in, in) fp32 sum over tokens of x x^T. num_pruned: exactly this many entries go
-    (ignored for N:M). nm: keep n of every m inputs. per_row: every row loses the same number. row_energy: (out,)
-    gradient energy of the layer's outputs, which weights the rows' saliency against each other. Pruned entries are
-    exactly zero; dead inputs go first, at no cost.
+    weight: (out, in). hessian: (in, in) fp32 sum over tokens of x x^T. Pruned entries are exactly zero; dead inputs go
+    first, at no cost.
     """
+    nm = goal.nm
     # (in, out): what is visited one after the other is a run of memory each
     work = weight.float().t().clone(memory_format=torch.contiguous_format)
     num_inputs, out = work.shape
     work[hessian.diagonal() <= 0] = 0  # their inputs are always zero: removing them changes nothing
-    factor, used = inverse_factor(hessian.float(), damping)
+    factor, used = inverse_factor(hessian.float(), goal.damping)
     keep = torch.ones_like(work, dtype=torch.bool)
     group = 1 if nm is None else nm[1]
     block_size = max(group, block_size - block_size % group)  # a group of M must not be cut
     starts = list(range(0, num_inputs, block_size))
     sizes = [min(block_size, num_inputs - start) for start in starts]
-    quota = _row_quotas(num_pruned, out, sizes) if per_row else spread(num_pruned, [out * size for size in sizes])
+    areas = [out * size for size in sizes]
+    quota = _row_quotas(goal.num_pruned, out, sizes) if goal.per_row else spread(goal.num_pruned, areas)
     for start, size, quota_here in zip(starts, sizes, quota, strict=True):
         block, stays = work[start : start + size], keep[start : start + size]
         upper = factor[start : start + size, start : start + size]
         if nm is None:
             saliency = block.t().square() / upper.diagonal().square()
-            if row_energy is not None:
-                saliency *= row_energy[:, None]
+            if goal.row_energy is not None:
+                saliency *= goal.row_energy[:, None]
             stays.copy_(drop_lowest(saliency, quota_here).t())
         errors = _sweep(block, stays, upper, nm)
         work[start + size :].addmm_(factor[start : start + size, start + size :].t(), errors, alpha=-1)

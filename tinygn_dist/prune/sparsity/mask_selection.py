@@ -12,9 +12,11 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import num_kept
 from tinygn_dist.maths.top_k import keep_largest
 from tinygn_dist.models.anatomy import Matrix
+from tinygn_dist.prune.sparsity.levels import Level
 
 FLOOR = 0.01
 """density that global competition leaves in every weight matrix: an emptied layer ends the model"""
@@ -31,20 +33,15 @@ def check_nm(matrices: Sequence[Matrix], m: int) -> None:
 
 
 def choose_masks(
-    model: nn.Module,
-    matrices: Sequence[Matrix],
-    scores: Mapping[str, torch.Tensor],
-    *,
-    sparsity: float,
-    scope: str,
-    nm: tuple[int, int] | None,
-    backend: Backend,
+    problem: Problem, matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], level: Level, scope: str
 ) -> dict[str, torch.Tensor]:
     """Keep masks shaped like the scores, which are shaped like this rank's shards. scope: row, layer or global."""
+    model, backend, sparsity = problem.model, problem.backend, level.sparsity
     _refuse_nonfinite(matrices, scores, backend)
-    if nm is not None:
+    if level.nm is not None:
         return {
-            t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *nm)) for t in matrices
+            t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *level.nm))
+            for t in matrices
         }
     if scope == "row":
         return {
@@ -79,7 +76,9 @@ def keep_per_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     return keep.scatter_(1, order[:, : num_kept(scores.shape[1], sparsity)], True)
 
 
-def _keep_globally(model, matrices, scores, sparsity, backend) -> dict[str, torch.Tensor]:
+def _keep_globally(
+    model: nn.Module, matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], sparsity: float, backend: Backend
+) -> dict[str, torch.Tensor]:
     floored = {}
     for matrix in matrices:  # the best few of every matrix are out of the competition
         (best,) = _keep_in(model, [matrix], scores, max(1, round(FLOOR * matrix.numel)), backend)
@@ -89,7 +88,9 @@ def _keep_globally(model, matrices, scores, sparsity, backend) -> dict[str, torc
     return {matrix.name: mask for matrix, mask in zip(matrices, masks, strict=True)}
 
 
-def _keep_in(model, matrices, scores, keep: int, backend: Backend) -> list[torch.Tensor]:
+def _keep_in(
+    model: nn.Module, matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], keep: int, backend: Backend
+) -> list[torch.Tensor]:
     starts, before = [], 0
     for matrix in matrices:
         starts.append(before + backend.shard(model, matrix).offset)

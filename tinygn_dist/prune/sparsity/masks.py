@@ -6,7 +6,7 @@ model, not buffers: DDP would broadcast buffers and a checkpoint would carry the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +34,12 @@ class Enforced:
 
 
 class Masks:
-    """masks: matrix name -> bool, the shape of this rank's shard."""
+    """masks: matrix name -> bool, the shape of this rank's shard. notes: sentences for the report on how they were chosen."""
 
-    def __init__(self, matrices: Sequence[Matrix], masks: Mapping[str, torch.Tensor]) -> None:
-        self.matrices = tuple(matrices)
+    def __init__(
+        self, matrices: Sequence[Matrix], masks: Mapping[str, torch.Tensor], notes: Iterable[str] = ()
+    ) -> None:
+        self.matrices, self.notes = tuple(matrices), tuple(dict.fromkeys(notes))
         self.by_name = {matrix.name: masks[matrix.name] for matrix in matrices}
         self._sums: dict[str, torch.Tensor] = {}
 

@@ -106,8 +106,8 @@ class _Judge:
         return {tuple(orders[index]): mean for index, mean in zip(in_order, means, strict=True)}
 
     def _in_room(self, orders: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-        """Orders whose sums fit into prune.gram_gib together, one at least."""
-        room, some, taken = self._options.gram_gib * 2**30, [], 0
+        """Orders whose sums fit into prune.solver.gram_gib together, one at least."""
+        room, some, taken = self._options.solver.gram_gib * 2**30, [], 0
         for order in orders:
             takers, size = takers_of(self._problem.anatomy, [order]), 0
             for group, segments in takers.items():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests import tiny
-from tinygn_dist.config import PruneConfig
+from tests.options import pruning
+from tinygn_dist.experiments.owl import outlier_densities
 from tinygn_dist.models.objective import model_inputs, real_tokens
-from tinygn_dist.prune.sparsity.budgets import outlier_densities
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 
 
@@ -63,9 +63,9 @@ def test_layers_keep_what_the_published_formula_says(family: str, criterion: str
     problem = uneven(family)
     wanted = published_densities(problem, 0.6, 4.0, 0.1)
     assert max(wanted) - min(wanted) == pytest.approx(0.2) and len(set(wanted)) == 3
-    options = PruneConfig(
-        pattern="unstructured", sparsity=0.6, criterion=criterion, allocation="owl", owl_outliers=4.0, owl_spread=0.1,
-        passes=1, scope="layer",
+    options = pruning(
+        pattern="unstructured", sparsity=0.6, criterion=criterion, allocation="owl", passes=1,
+        experiments={"owl": {"outliers": 4.0, "spread": 0.1}}, scope="layer",
     )  # fmt: skip
     kept = sparsify(problem, problem.anatomy.matrices, options).kept(problem.backend)
     total = sum(matrix.numel for matrix in problem.anatomy.matrices)
@@ -77,7 +77,7 @@ def test_layers_keep_what_the_published_formula_says(family: str, criterion: str
 def test_two_passes_at_owl_reach_the_exact_number() -> None:
     problem = uneven("llama")
     kept = sparsify(
-        problem, problem.anatomy.matrices, PruneConfig(pattern="unstructured", sparsity=0.7, allocation="owl")
+        problem, problem.anatomy.matrices, pruning(pattern="unstructured", sparsity=0.7, allocation="owl")
     ).kept(problem.backend)
     total = sum(matrix.numel for matrix in problem.anatomy.matrices)
     assert sum(kept.values()) == total - round(0.7 * total)
