@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import datasets
@@ -29,6 +29,7 @@ from tinygn_dist.backends import make_backend, world_size
 from tinygn_dist.backends.launcher import accelerate_arguments, launch, processes_asked
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
+from tinygn_dist.registry import experimental
 
 ALIASES = {
     "model": "model.name",
@@ -102,7 +103,7 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tinygn",
         description="Compress Hugging Face models inside distributed jobs.",
         epilog=EXAMPLES,
@@ -112,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     compress = verbs.add_parser(
         "compress",
         help="compress a model and write a checkpoint that from_pretrained loads",
-        epilog=_every_key() + "\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    compress.lists_keys = True
     compress.add_argument("--recipe", help="YAML file with the keys below; configs/recipes has some to start from")
     for name, key in ALIASES.items():
         compress.add_argument(f"--{name}", help=f"short for --{key}", metavar=key.split(".")[1].upper())
@@ -145,13 +146,33 @@ def _parser() -> argparse.ArgumentParser:
 def _every_key() -> str:
     lines = ["every key, as --section.key VALUE or in a recipe:"]
     for section, field in Config.model_fields.items():
-        inner: type[Section] = field.annotation
-        lines.append(f"\n  {section}:")
-        for name, key in inner.model_fields.items():
-            default = "required" if key.is_required() else key.default
-            text = " ".join((key.description or "").split())
-            lines.append(f"    {section}.{name} [{default}]  {text}")
+        lines += [f"\n  {section}:", *_keys_of(field.annotation, section)]
+    lines.append("\n  experiments (prune.experiments or schedule.experiments, by what uses them):")
+    for name, options in experimental("OPTIONS", type[Section]).items():
+        lines += _keys_of(options, f"experiments.{name}")
     return "\n".join(lines) + "\n"
+
+
+def _keys_of(section: type[Section], prefix: str) -> Iterator[str]:
+    """A line for each key, those of sections within it too."""
+    for name, key in section.model_fields.items():
+        inner = key.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from _keys_of(inner, f"{prefix}.{name}")
+            continue
+        default = "required" if key.is_required() else key.default
+        text = " ".join((key.description or "").split())
+        yield f"    {prefix}.{name} [{default}]  {text}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Lists every key when help is asked for, and not before: experiments/ is read for it."""
+
+    lists_keys = False
+
+    def format_help(self) -> str:
+        self.epilog = _every_key() + "\n" + EXAMPLES if self.lists_keys else self.epilog
+        return super().format_help()
 
 
 def _overrides(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
