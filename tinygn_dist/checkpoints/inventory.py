@@ -23,7 +23,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tinygn_dist.checkpoints import load
 from tinygn_dist.checkpoints.companions import Companions, companions_of
-from tinygn_dist.checkpoints.safetensors_io import StoredTensors
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.models.anatomy import Anatomy
 
@@ -107,10 +106,10 @@ def stored_dtypes(source: load.Source) -> Mapping[str, str]:
     """{name: dtype in the words of safetensors, or nothing where only the name is known} of what the files hold."""
     if source.gguf_file:
         return {}
-    files = load.safetensors_files(source)
     try:
-        if files:
-            return StoredTensors(files).dtypes
+        stored = load.stored_tensors(source)
+        if stored is not None:
+            return stored.dtypes
     except (OSError, SafetensorError) as error:
         raise UserError(f"model {source.options.name} cannot be loaded: {error}") from None
     folder = Path(source.path)

@@ -31,6 +31,8 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from tinygn_dist.checkpoints.formats.dequantised import Dequantised
+from tinygn_dist.checkpoints.safetensors_io import StoredTensors
 from tinygn_dist.config import ModelConfig
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.models.vgg import VggConfig, VggForImageClassification
@@ -62,6 +64,8 @@ class Source:
     config: PretrainedConfig
     task: str
     options: ModelConfig
+    codes: Mapping[str, Any] | None = None
+    """the `quantization_config` of a checkpoint whose codes are read as weights"""
 
     @property
     def is_local(self) -> bool:
@@ -93,24 +97,44 @@ def find_model(options: ModelConfig) -> Source:
         config = AutoConfig.from_pretrained(path, **asked)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(_explain(options.name, error)) from None
-    quantised = getattr(config, "quantization_config", None)
-    if quantised and not gguf_file:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
-        raise Refused(
-            f"{options.name} is already quantised ({method}): packed integers cannot be scored as weights; "
-            "compress the original checkpoint and quantise the result"
-        )
-    if gguf_file and quantised:
-        del config.quantization_config  # dequantised on load; the mark would make the result unsavable
+    codes = _codes_of(config, options.name, options.dequantize or bool(gguf_file))
     if getattr(config, "pruned_heads", None):
         raise Refused(
             f"{options.name} carries `pruned_heads`, which transformers 5 no longer loads; use the full checkpoint"
         )
-    return Source(path, gguf_file, config, task_of(options, config), options)
+    return Source(path, gguf_file, config, task_of(options, config), options, None if gguf_file else codes)
+
+
+def _codes_of(config: PretrainedConfig, name: str, dequantize: bool) -> Mapping[str, Any] | None:
+    """How a checkpoint is quantised, None where it is not. Its config no longer says so: the model will hold weights,
+    and the mark would make the result unsavable. Raises Refused where weights are not asked for, or cannot be had."""
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
+        return None
+    codes = dict(quantised if isinstance(quantised, dict) else quantised.to_dict())
+    method = codes.get("quant_method", "unknown")
+    if not dequantize:
+        raise Refused(
+            f"{name} is already quantised ({method}): packed integers cannot be scored as weights; compress the original "
+            "checkpoint and quantise the result, or pass --model.dequantize true to start from what the codes stand for"
+        )
+    del config.quantization_config
+    return codes
+
+
+def stored_tensors(source: Source) -> StoredTensors | None:
+    """What the checkpoint's safetensors files hold, codes as weights; None where it has none."""
+    files = safetensors_files(source)
+    if source.codes is not None:
+        if not files:
+            raise Refused(f"{source.options.name} is quantised and has no safetensors files; use another checkpoint")
+        return Dequantised(files, source.codes)
+    return StoredTensors(files) if files else None
 
 
 def skeleton(source: Source, config: PretrainedConfig | None = None) -> nn.Module:
-    """The model (or one of the same class with other sizes) on the meta device: structure and shapes without weights."""
+    """The model (or one of the same class with other sizes) on the meta device: structure and shapes without
+    weights."""
     with torch.device("meta"):
         return _build(source, config)
 

@@ -17,14 +17,15 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.backends.pieces import Origin, hollow, tensors_of
+from tinygn_dist.backends.pieces import Origin, filled, hollow, tensors_of
 from tinygn_dist.checkpoints import load
 from tinygn_dist.checkpoints.safetensors_io import Kind, StoredTensors
+from tinygn_dist.errors import UserError
 
 
 def placed(source: load.Source, backend: Backend) -> tuple[nn.Module, dict[str, torch.dtype]]:
-    """The model of a checkpoint as the backend spreads it, and the dtypes its tensors have on disk. A collective; raises
-    UserError on every rank when a weight is missing, unreadable, or holds NaN or inf."""
+    """The model of a checkpoint as the backend spreads it, and the dtypes its tensors have on disk. A collective;
+    raises UserError on every rank when a weight is missing, unreadable, or holds NaN or inf."""
     origin = from_checkpoint(source, backend)
     model = backend.place(origin)
     with backend.together("checking the weights"):
@@ -36,6 +37,8 @@ def from_checkpoint(source: load.Source, backend: Backend) -> Origin:
     """The model of a checkpoint. Every rank calls this; what it raises is for `backend.together` to tell."""
 
     def whole() -> nn.Module:
+        if source.codes is not None:
+            return _dequantised(source, backend)
         if source.is_local:
             return load.load_model(source)
         return backend.main_first(lambda: load.load_model(source))
@@ -53,16 +56,25 @@ def from_checkpoint(source: load.Source, backend: Backend) -> Origin:
     return Origin(whole, empty)
 
 
+def _dequantised(source: load.Source, backend: Backend) -> nn.Module:
+    """A quantised checkpoint's model with the weights that its codes stand for."""
+    stored = _open(source, backend)
+    model = _empty(source, load.asked_dtype(source) or _dtype_of(stored))
+    recipes = _recipes(model, stored)
+    if recipes is None:
+        raise UserError(
+            f"{source.options.name}: its codes do not make all weights of {type(model).__name__}; use the model it was made from"
+        )
+    return filled(model, lambda name, low, high: recipes[name](low, high))
+
+
 def _open(source: load.Source, backend: Backend) -> StoredTensors | None:
     """The checkpoint's safetensors files; None where it has none."""
     if source.gguf_file:
         return None
-    files = (
-        load.safetensors_files(source)
-        if source.is_local
-        else backend.main_first(lambda: load.safetensors_files(source))
-    )
-    return StoredTensors(files) if files else None
+    if source.is_local:
+        return load.stored_tensors(source)
+    return backend.main_first(lambda: load.stored_tensors(source))
 
 
 def _empty(source: load.Source, dtype: torch.dtype) -> nn.Module:

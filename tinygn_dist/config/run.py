@@ -22,6 +22,9 @@ class ModelConfig(Section):
     """which model class and which loss; auto reads the checkpoint's `architectures`"""
     trust_remote_code: bool = False
     """run the Python code that comes with the checkpoint"""
+    dequantize: bool = False
+    """start from the weights that the codes of a quantised checkpoint stand for (compressed-tensors, GPTQ or AWQ); else
+    such a checkpoint is refused"""
 
 
 class DataConfig(Section):

@@ -158,6 +158,14 @@ class Dequantised(StoredTensors):
     def names(self) -> Sequence[str]:
         return self._names
 
+    @property
+    def dtypes(self) -> dict[str, str]:
+        stored = super().dtypes
+        return {
+            name: stored[f"{self._weights[name].module}.{self._method.scales}" if name in self._weights else name]
+            for name in self._names
+        }
+
     def kind(self, name: str) -> Kind:
         weight = self._weights.get(name)
         if weight is None:
