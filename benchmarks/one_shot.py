@@ -115,7 +115,7 @@ def _ours(pattern: str, method: str, seed: int, asked: argparse.Namespace) -> st
 def _peer(pattern: str, seed: int, asked: argparse.Namespace) -> str:
     model, processor = _dense(asked.model)
     splits = calibration.load_splits(
-        DataConfig(name=asked.data, evaluation=asked.evaluation, seed=seed), "causal-lm", processor, 0
+        DataConfig(name=asked.data, evaluation=asked.evaluation, seed=seed), calibration.Reader("causal-lm", processor)
     )
     with tempfile.TemporaryDirectory() as folder:
         dense, tokens, output = (Path(folder) / name for name in ("dense", "tokens.json", "pruned"))

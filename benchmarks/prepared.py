@@ -38,7 +38,8 @@ def problem_of(asked: Namespace, backend: Backend | None = None) -> Problem:
     source = load.find_model(ModelConfig(name=asked.model))
     model, _ = placed(source, backend)
     data = DataConfig(name=asked.data, num_samples=asked.windows, seq_len=asked.seq_len, eval_samples=1)
-    splits = calibration.load_splits(data, source.task, load.load_processor(source), 0)
+    reader = calibration.Reader(source.task, load.load_processor(source), source.config)
+    splits = calibration.load_splits(data, reader)
     anatomy = read_anatomy(load.skeleton(source), needs_units=True)
     return Problem(model, anatomy, objective_of(source.task), splits.calibration, backend, Progress())
 

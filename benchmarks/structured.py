@@ -119,7 +119,7 @@ def _prune_by_peer(fraction: float, importance: str, asked: argparse.Namespace, 
     model, processor = load.load_model(source), load.load_processor(source)
     anatomy = read_anatomy(model, needs_units=True)
     data = DataConfig(name=asked.data, evaluation=asked.evaluation, num_samples=asked.samples)
-    splits = calibration.load_splits(data, source.task, processor, 0)
+    splits = calibration.load_splits(data, calibration.Reader(source.task, processor, source.config))
     given = dict(zip(asked.rest[::2], asked.rest[1::2], strict=True))
     given = {key.removeprefix("--"): value for key, value in given.items()}
     given |= {"model.name": asked.model, "prune.sparsity": fraction, "prune.pattern": "channels"}

@@ -18,6 +18,7 @@ from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.data.self_generated import write_rows
+from tinygn_dist.data.sources import SELF
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.estimator import peak_gib
 from tinygn_dist.estimate.gates import check_step
@@ -25,7 +26,7 @@ from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.evaluate.lm_tasks import check_tasks
 from tinygn_dist.maths.counts import share_left
 from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
-from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
+from tinygn_dist.models.objective import Batch, add_reference, needs_reference, objective_of
 from tinygn_dist.prune.sparsity import sparsify as weights
 from tinygn_dist.prune.structured.latency import LatencyGoal
 from tinygn_dist.prune.structured.methods import method_of
@@ -82,10 +83,15 @@ class _Run(TrainingStage):
 
     def every_stage(self) -> None:
         """The order of the method."""
+        with self.stage("data"):
+            self.load_processor()
+            if self.config.data.name != SELF:  # rows that do not fit the model are refused before weights load
+                self.read_data()
         with self.stage("load"):
             self.load()
-        with self.stage("data"):
-            self.read_data()
+            if self.config.data.name == SELF:
+                self.read_data()
+            self.begin_report()
         resumed = self.find_checkpoint()
         if self.caches_teacher:
             with self.stage("teacher"):
@@ -143,7 +149,7 @@ class _Run(TrainingStage):
         check_training(config.recover, self.matrices or self.anatomy.matrices, self.backend)
         rounds = bool(config.prune.unit_kinds)
         self.plan = plan_of(config.schedule, config.prune, config.recover.steps, rounds, final)
-        if config.data.name == "self" and self.source.task != "causal-lm":
+        if config.data.name == SELF and self.source.task != "causal-lm":
             raise UserError(f"data self needs a model that writes text, got a {self.source.task} model; name a dataset")
         self.destination = output_folder.claim(
             config.output, self.source.path, load.stored_bytes(skeleton, self.source)
@@ -167,26 +173,28 @@ class _Run(TrainingStage):
             "num_params": sum(sizes.values()),
             "bytes": sum(size * self.dtypes[name].itemsize for name, size in sizes.items()),
         }
-        with self.backend.together("loading the tokenizer or processor"):
-            self.processor = load.load_processor(self.source)
-        self.beside = replace(self.beside, processor=self.processor)
         if self.config.recover.taught and self.source.task != "feature-extraction" and not self.caches_teacher:
             self.teacher, _ = placed(self.source, self.backend)
 
+    def load_processor(self) -> None:
+        with self.backend.together("loading the tokenizer or processor"):
+            self.processor = load.load_processor(self.source)
+        self.beside = replace(self.beside, processor=self.processor)
+
     def read_data(self) -> None:
         config, rows = self.config, None
-        if config.data.name == "self":
+        if config.data.name == SELF:
             rows = write_rows(self.model, self.processor, config.data, self.backend, self.progress)
         train_len = config.recover.seq_len if config.recover.steps else 0
+        reader = calibration.Reader(self.source.task, self.processor, self.source.config)
         with self.backend.together("reading the data"):
-            self.splits = self.backend.main_first(
-                lambda: calibration.load_splits(
-                    config.data, self.source.task, self.processor, train_len, rows, decoder_start(self.source.config)
-                )
-            )
+            self.splits = self.backend.main_first(lambda: calibration.load_splits(config.data, reader, train_len, rows))
         if config.recover.steps and config.recover.evaluate_every:
             self.splits.hold_out(config.recover.evaluate_samples)
         self.backend.agree(self.splits.fingerprint(), "the data")
+
+    def begin_report(self) -> None:
+        config = self.config
         self.report = Report(
             model=config.model.name,
             task=self.source.task,
@@ -203,7 +211,7 @@ class _Run(TrainingStage):
             versions=versions(),
             notes=self.beside.notes,
         )
-        if self.source.task == "feature-extraction":  # its loss is the distance to the dense model
+        if needs_reference(self.source.task, self.splits.calibration):
             for name in ("calibration", "evaluation", "training", "validation"):
                 setattr(self.splits, name, add_reference(self.model, getattr(self.splits, name), self.backend.device))
 

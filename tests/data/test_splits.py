@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from tinygn_dist.config import DataConfig
 from tinygn_dist.data.sources import Rows
-from tinygn_dist.data.splits import Splits, load_text
+from tinygn_dist.data.splits import Reader, Splits, load_splits
 from tinygn_dist.errors import UserError
 from tinygn_dist.models.objective import IGNORED
 
@@ -39,7 +39,7 @@ def numbered_rows(count: int, length: int) -> Rows:
 
 def splits(rows: Rows | None = None, tokenizer: object = None, train_len: int = 0, **options: object) -> Splits:
     asked = DataConfig(**{"num_samples": 4, "eval_samples": 2, "seq_len": 16, **options})
-    return load_text(asked, tokenizer or Numbered(), classes=False, train_len=train_len, rows=rows)
+    return load_splits(asked, Reader("causal-lm", tokenizer or Numbered()), train_len, rows)
 
 
 def tokens(batches: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -271,6 +271,6 @@ def test_labels_come_with_their_rows(tmp_path: Path):
     rows = [{"text": f"w{i} w{i}", "label": i % 3} for i in range(12)] + [{"text": "", "label": 2}]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = DataConfig(name=str(path), num_samples=64, eval_samples=4, seq_len=16)
-    found = load_text(options, Numbered(), classes=True, train_len=0)
+    found = load_splits(options, Reader("sequence-classification", Numbered()))
     pairs = [(int(b["input_ids"][0, 0]), int(b["labels"][0])) for b in found.calibration + found.evaluation]
     assert sorted(pairs) == [(i, i % 3) for i in range(12)]

@@ -35,10 +35,11 @@ def test_smaller_and_measured(compress, tmp_path, model_type, words, small):
     assert report["after"]["num_params"] == sum(tensor.numel() for tensor in stored)
 
     options = load_config(None, {"model.name": "m"}).data.model_copy(update=report["recipe"]["data"])
-    rows = splits.load_text(options, tiny.tokenizer(), classes=False, train_len=16 * ("d_ff" in small)).evaluation
+    reader = splits.Reader("seq2seq-lm", tiny.tokenizer(), loaded.config)
+    rows = splits.load_splits(options, reader, 16 * ("d_ff" in small)).evaluation
     loss, count = 0.0, 0
     for row in rows:
-        source, matrix = (half.contiguous() for half in row["input_ids"].chunk(2, 1))
+        source, matrix = row["input_ids"].contiguous(), row["labels"].contiguous()
         with torch.no_grad():  # the model's own loss of labels that it shifts itself
             loss += float(loaded(input_ids=source, labels=matrix).loss) * matrix.numel()
         count += matrix.numel()

@@ -130,7 +130,7 @@ def test_the_reported_perplexity_is_that_of_plain_code(compress, saved_model, tm
     report = report_of(out)
     options = load_config(None, {"model.name": "m"}).data.model_copy(update=report["recipe"]["data"])
     tokenizer = hf.AutoTokenizer.from_pretrained(out)
-    batches = splits.load_text(options, tokenizer, classes=False, train_len=0).evaluation
+    batches = splits.load_splits(options, splits.Reader("causal-lm", tokenizer)).evaluation
     for folder, figures in ((saved_model("llama"), report["before"]), (out, report["after"])):
         model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
         losses = [plain.loss(model, {**b, "attention_mask": torch.ones_like(b["input_ids"])}, "llama") for b in batches]

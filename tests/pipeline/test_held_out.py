@@ -15,7 +15,7 @@ from tests.pipeline.conftest import report_of
 from tests.pipeline.test_resume import CASES, asked, stopped_after, weights
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DataConfig
-from tinygn_dist.data.splits import Splits, load_splits
+from tinygn_dist.data.splits import Reader, Splits, load_splits
 from tinygn_dist.errors import Stopped, UserError
 from tinygn_dist.pipeline import compress
 
@@ -41,7 +41,7 @@ def test_evaluations_are_of_sequences_that_are_not_trained_on(
     # cubic, every 2 of 8 steps, nothing in the last quarter: updates after 2, 4 and 6
     assert [seen["step"] for seen in recovery["evaluations"]] == [0, 2, 3, 4, 6, 8]
     options = DataConfig(name=str(text_file), seq_len=32, num_samples=4, eval_samples=3, micro_batch=2)
-    held_out = load_splits(options, "causal-lm", tiny.tokenizer(), 16).training[-2:]
+    held_out = load_splits(options, Reader("causal-lm", tiny.tokenizer()), 16).training[-2:]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         losses = [float(model(**batch).loss) for batch in held_out]

@@ -24,7 +24,7 @@ from tinygn_dist.evaluate.engines import verdicts
 from tinygn_dist.evaluate.quality import quality, speed
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup, read_anatomy
 from tinygn_dist.models.families import family_of
-from tinygn_dist.models.objective import decoder_start, objective_of
+from tinygn_dist.models.objective import decoder_start, needs_reference, objective_of
 from tinygn_dist.run.report import REPORT_FILE, Report
 from tinygn_dist.runtime.progress import Progress
 
@@ -145,9 +145,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     processor = load.load_processor(source)
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
-    model, _ = placed(source, backend)
     train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
-    splits = calibration.load_splits(data, source.task, processor, train_len, start=decoder_start(source.config))
+    splits = calibration.load_splits(data, calibration.Reader(source.task, processor, source.config), train_len)
+    if needs_reference(source.task, splits.evaluation):
+        raise UserError(
+            f"data {data.name} has no labels, and without them only a distance to the dense model's scores could be measured; "
+            "name data with a label column"
+        )
+    model, _ = placed(source, backend)
     figures: dict[str, Any] = {
         "num_params": anatomy.total_params,
         "bytes": sum(file.stat().st_size for file in Path(source.path).glob(source.gguf_file or "*.safetensors"))

@@ -32,13 +32,14 @@ class DataConfig(Section):
     """hub id, txt/jsonl/csv/parquet/arrow file, folder, python-docs (the reference shipped with Python), or self
     (text sampled from the model)"""
     subset: str | None = None
-    """configuration of a hub dataset"""
+    """configuration of a hub dataset, or of a local copy of one"""
     split: str = "train"
-    """split of a hub dataset"""
+    """split of a hub dataset, or of a local copy of one; train[:1000] is a piece of it"""
     column: str | None = None
-    """column holding the text, chat messages or image; found when there is only one candidate"""
+    """column holding the text, chat messages or image, or the columns that make a row (prompt,completion); found when
+    there is only one candidate"""
     label_column: str | None = None
-    """column holding the class, for classification models"""
+    """column holding the class, the classes or the number that a model with a head is to answer"""
     evaluation: str | None = None
     """a second dataset to evaluate on; by default rows are split off and used for nothing else"""
     num_samples: int = Field(64, ge=1)
@@ -51,8 +52,6 @@ class DataConfig(Section):
     """sequences per forward; part of the result's identity, not dealt differently at another world size"""
     packing: bool = True
     """join the rows and cut fixed windows; false pads each row and masks the padding"""
-    separator: str = "\n\n"
-    """what joins two rows when packing"""
     streaming: bool = False
     """read the dataset row by row instead of downloading it"""
     seed: int = Field(0, ge=0)

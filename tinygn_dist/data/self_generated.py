@@ -13,7 +13,7 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DataConfig
-from tinygn_dist.data.sources import Rows
+from tinygn_dist.data.sources import BETWEEN_TEXTS, Rows
 from tinygn_dist.models.objective import causal_lm
 from tinygn_dist.runtime.progress import Progress
 
@@ -52,4 +52,4 @@ def write_rows(model: nn.Module, tokenizer: Any, options: DataConfig, backend: B
             advance()
     everything = sorted(row for part in backend.everyone(written) for row in part)
     fine = sorted(everything, key=lambda row: row[1])[: max(wanted, int(len(everything) / _SURPLUS))]
-    return Rows([text for _, _, text in sorted(fine)], None, "text sampled from the model itself", options.separator)
+    return Rows([text for _, _, text in sorted(fine)], None, "text sampled from the model itself", BETWEEN_TEXTS)

@@ -17,13 +17,23 @@ from typing import Any
 import torch
 
 from tinygn_dist.config import DataConfig
+from tinygn_dist.data.checks import check_ids, check_reader, refuse_text_without_words
+from tinygn_dist.data.encoding import Encoded, Encoder, Reader
+from tinygn_dist.data.images import image_batches
+from tinygn_dist.data.labels import NUMBERS, LabelReader, label_reader
+from tinygn_dist.data.shapes import Unreadable
 from tinygn_dist.data.sources import Rows, read_rows
+from tinygn_dist.data.windows import Collator, Layout, Window, packed, report_of, training_windows, unpacked
 from tinygn_dist.errors import UserError
-from tinygn_dist.models.objective import IGNORED, Batch, continuation
+from tinygn_dist.models.objective import Batch, continuation, decoder_start
+
+__all__ = ["MAX_TOKENS", "Reader", "Splits", "load_splits"]
 
 log = logging.getLogger(__name__)
 MAX_TOKENS = 8_000_000
 """how much of a dataset is tokenised: enough for every window to be drawn from a wide stretch"""
+_AT_ONCE = 512
+"""rows that are tokenised together"""
 
 
 @dataclass
@@ -66,254 +76,173 @@ class Splits:
         )
 
 
-@dataclass(frozen=True)
-class _Window:
-    tokens: list[int]
-    first_row: int
-    last_row: int
-    label: int | None = None
+def load_splits(options: DataConfig, reader: Reader, train_len: int = 0, rows: Rows | None = None) -> Splits:
+    """Splits for a model, without any of its weights. train_len: tokens per training sequence, 0 for no training. rows: used
+    instead of reading `options.name` (self-generated text).
 
-
-def load_splits(
-    options: DataConfig,
-    task: str,
-    processor: Any,
-    train_len: int,
-    rows: Rows | None = None,
-    start: int = 0,
-) -> Splits:
-    """Splits for a task. train_len: tokens per training sequence, 0 for no training. rows: used instead of reading
-    `options.name` (self-generated text). start: the token that an encoder-decoder's matrices begin with."""
-    if task == "seq2seq-lm":
-        if not options.packing:
-            raise UserError(
-                "data.packing false with an encoder-decoder: text is cut into a source and its continuation; leave it on"
-            )
-        splits = load_text(options, processor, classes=False, train_len=train_len)
-        for name in ("calibration", "evaluation", "training"):
-            setattr(splits, name, [continuation(batch, start) for batch in getattr(splits, name)])
-        return splits
-    if task == "image-classification":
-        return load_images(options, processor, training=bool(train_len))
-    return load_text(options, processor, classes=task == "sequence-classification", train_len=train_len, rows=rows)
-
-
-def load_text(
-    options: DataConfig, tokenizer: Any, *, classes: bool, train_len: int, rows: Rows | None = None
-) -> Splits:
-    """Splits of a text dataset.
-
-    classes: each row carries a class. train_len: tokens per training sequence, 0 for no training. rows: used instead
-    of reading `options.name` (self-generated text). Raises UserError when there is not one usable window per split.
+    Raises UserError when a row cannot be read, when an id or a label is none of the model's, and when there is not one
+    usable window for each split.
     """
-    source = rows or read_rows(options, options.name, classes=classes)
-    packed = options.packing and not classes
-    encoded, skipped = _encode(source, tokenizer, options)
-    if options.evaluation:
-        apart = read_rows(options, options.evaluation, classes=classes)
-        held_out, _ = _encode(apart, tokenizer, options)
-        rest, held_origin = encoded, apart.origin
-    else:
-        rest, held_out = _hold_out(encoded, options, packed)
-        held_origin = f"the last rows of {source.origin}"
-    evaluation = _windows(held_out, tokenizer, options.seq_len, packed)[: options.eval_samples]
-    pool = _windows(rest, tokenizer, options.seq_len, packed)
-    for what, windows, size in (("evaluation", evaluation, held_out), ("calibration", pool, rest)):
-        if not windows:
+    check_reader(options, reader)
+    if reader.task == "image-classification":
+        return Splits(*image_batches(options, reader, training=bool(train_len)))
+    return _TextSplits(options, reader, train_len, rows).load()
+
+
+@dataclass
+class _TextSplits:
+    """How text becomes splits; one call of `load`."""
+
+    options: DataConfig
+    reader: Reader
+    train_len: int
+    rows: Rows | None = None
+    skipped: int = 0
+    labels: LabelReader | None = None
+
+    @property
+    def classes(self) -> bool:
+        return self.reader.task == "sequence-classification"
+
+    def load(self) -> Splits:
+        options, task = self.options, self.reader.task
+        source = self.rows or read_rows(options, options.name, task)
+        longest = min(options.seq_len, self.train_len or options.seq_len)
+        self.packs = options.packing and not self.classes
+        self.encoder = Encoder(self.reader.processor, longest)
+        encoded = self._encode(source)
+        self.layout = Layout(self.encoder.specials_of(encoded), halves=task == "seq2seq-lm")
+        rest, held_out, held_origin = self._hold_out(source, encoded)
+        evaluation = self._windows(held_out)[: options.eval_samples]
+        pool = self._windows(rest)
+        for name, windows, size in (("evaluation", evaluation, held_out), ("calibration", pool, rest)):
+            if not windows:
+                raise UserError(
+                    f"{source.origin}: {sum(len(row.tokens) for row in size)} tokens in {len(size)} rows are left for {name}, "
+                    f"one window needs {options.seq_len}, some of it trained on; use more text, a smaller --data.seq_len, or "
+                    "--data.packing false"
+                )
+        calibration, training = self._draw(pool, source.origin)
+        self._warn(len(calibration), len(evaluation))
+        return self._made(source, calibration, (evaluation, held_origin), training)
+
+    def _encode(self, source: Rows) -> list[Encoded]:
+        """Each usable row's tokens, up to MAX_TOKENS."""
+        encoded: list[Encoded] = []
+        total, labels = 0, itertools.repeat(None)
+        if self.classes:
+            self.labels = self._label_reader(source)
+            labels = iter(source.labels) if source.labels is not None else labels
+        numbered = enumerate(zip(source.values, labels, strict=False))
+        while chunk := list(itertools.islice(numbered, _AT_ONCE)):
+            try:
+                some = [(number, value, self._label(number, label)) for number, (value, label) in chunk]
+                if source.labels is not None and self.classes:
+                    some = [row for row in some if row[2] is not None]
+                done = self.encoder.encode(some, source.separator if self.packs else "")
+            except Unreadable as error:
+                raise UserError(f"{source.origin}, {error}") from None
+            self.skipped += len(chunk) - len(done)
+            encoded += done
+            total += sum(len(row.tokens) for row in done)
+            if total > MAX_TOKENS:
+                break
+        if not encoded:
+            with_labels = " with labels that count" if self.classes else ""
             raise UserError(
-                f"{source.origin}: {sum(len(w.tokens) for w in size)} tokens in {len(size)} rows are left for {what}, one window "
-                f"needs {options.seq_len}; use more text, a smaller --data.seq_len, or --data.packing false"
+                f"{source.origin} has no text{with_labels} in {self.skipped} rows; name the column with --data.column"
             )
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    limit = min(options.num_samples, max(1, len(pool) * 3 // 4) if train_len else len(pool))
-    chosen, others = order[:limit], order[limit:]
-    for asked, have, what in (
-        (options.num_samples, len(chosen), "calibration"),
-        (options.eval_samples, len(evaluation), "evaluation"),
-    ):
-        if have < asked:
-            log.warning("asked for %d %s sequences, the data has %d", asked, what, have)
-    training = _retrim([pool[i] for i in others], train_len) if train_len else []
-    if train_len and not training:
-        raise UserError(
-            f"{source.origin}: no text is left for training after {limit} calibration windows; use more text"
-        )
-    return Splits(
-        _batches([pool[i] for i in chosen], tokenizer, options.micro_batch, classes),
-        _batches(evaluation, tokenizer, options.micro_batch, classes),
-        _batches(training, tokenizer, 1, classes),
-        {
-            "calibration": _told(source.origin, [pool[i] for i in chosen]),
-            "evaluation": _told(held_origin, evaluation),
-            "training": _told(source.origin, [pool[i] for i in others]) if train_len else None,
-            "rows_skipped": skipped,
+        refuse_text_without_words(source.origin, encoded, self.encoder.tokenizer)
+        return encoded
+
+    def _label_reader(self, source: Rows) -> LabelReader:
+        try:
+            sample = list(itertools.islice(source.labels or (), _AT_ONCE))
+            labels = label_reader(self.reader.config, sample, source.class_names)
+        except Unreadable as error:
+            raise UserError(str(error)) from None
+        if source.labels is None and labels.kind != NUMBERS:
+            raise UserError(
+                f"data {source.origin} has no column that is known to hold labels; name it with --data.label_column"
+            )
+        return labels
+
+    def _label(self, number: int, label: Any) -> Any:
+        if self.labels is None:
+            return None
+        try:
+            return self.labels.read(label)
+        except Unreadable as error:
+            raise Unreadable(f"row {number}: {error}") from None
+
+    def _hold_out(self, source: Rows, encoded: list[Encoded]) -> tuple[list[Encoded], list[Encoded], str]:
+        """Rows to choose from, evaluation rows, and where the latter come from."""
+        options = self.options
+        if options.evaluation:
+            apart = read_rows(options, options.evaluation, self.reader.task)
+            skipped, held_out = self.skipped, self._encode(apart)
+            self.skipped = skipped
+            return encoded, held_out, apart.origin
+        return *_last_rows(encoded, options, self.packs), f"the last rows of {source.origin}"
+
+    def _windows(self, rows: Sequence[Encoded]) -> list[Window]:
+        if self.packs:
+            return packed(rows, self.layout, self.options.seq_len)
+        return unpacked(rows, self.layout, self.options.seq_len, classes=self.classes)
+
+    def _draw(self, pool: Sequence[Window], origin: str) -> tuple[list[Window], list[Window]]:
+        """Windows for calibration, and the others, where the model is to be trained."""
+        options, trains = self.options, bool(self.train_len)
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        limit = min(options.num_samples, max(1, len(pool) * 3 // 4) if trains else len(pool))
+        others = [pool[i] for i in order[limit:]] if trains else []
+        if trains and not training_windows(others, self.layout, self.train_len, classes=self.classes):
+            raise UserError(f"{origin}: no text is left for training after {limit} calibration windows; use more text")
+        return [pool[i] for i in order[:limit]], others
+
+    def _warn(self, calibration: int, evaluation: int) -> None:
+        asked = self.options.num_samples, self.options.eval_samples
+        for wanted, found, name in zip(asked, (calibration, evaluation), ("calibration", "evaluation"), strict=True):
+            if found < wanted:
+                log.warning("asked for %d %s sequences, the data has %d", wanted, name, found)
+
+    def _made(
+        self, source: Rows, calibration: list[Window], held_out: tuple[list[Window], str], training: list[Window]
+    ) -> Splits:
+        options, layout, length = self.options, self.layout, self.options.seq_len
+        evaluation, held_origin = held_out
+        short = training_windows(training, layout, self.train_len, classes=self.classes) if training else []
+        collator = Collator(layout, length, self.reader.pad_token, self.labels)
+        used = {
+            "calibration": source.facts() | report_of(calibration, layout, length),
+            "evaluation": {"source": held_origin} | report_of(evaluation, layout, length),
+            "training": {"source": source.origin} | report_of(training, layout, length) if training else None,
+            "rows_skipped": self.skipped,
             "seq_len": options.seq_len,
             "seed": options.seed,
-        },
-    )
-
-
-def load_images(options: DataConfig, processor: Any, *, training: bool) -> Splits:
-    """Splits of an image classification dataset: evaluation rows last, or from `data.evaluation`."""
-    source = read_rows(options, options.name, classes=True, images=True)
-    wanted = options.num_samples * (5 if training else 1) + options.eval_samples
-    pairs = list(
-        itertools.islice(zip(source.values, source.labels, strict=True), None if options.evaluation else wanted)
-    )
-    if options.evaluation:
-        apart = read_rows(options, options.evaluation, classes=True, images=True)
-        held_out = list(itertools.islice(zip(apart.values, apart.labels, strict=True), options.eval_samples))
-    else:
-        cut = max(1, len(pairs) - options.eval_samples)
-        pairs, held_out = pairs[:cut], pairs[cut:]
-    if not pairs or not held_out:
-        raise UserError(
-            f"{source.origin}: {len(pairs) + len(held_out)} images are too few for calibration and evaluation"
+        }
+        splits = Splits(
+            collator.batches(calibration, options.micro_batch),
+            collator.batches(evaluation, options.micro_batch),
+            collator.batches(short, 1, self.train_len),
+            used,
         )
-
-    def batches(chosen: list[tuple[Any, int]], size: int) -> list[Batch]:
-        return [
-            {
-                "pixel_values": processor([image.convert("RGB") for image, _ in part], return_tensors="pt")[
-                    "pixel_values"
-                ],
-                "labels": torch.tensor([label for _, label in part]),
-            }
-            for part in (chosen[i : i + size] for i in range(0, len(chosen), size))
-        ]
-
-    count = min(options.num_samples, len(pairs))
-    return Splits(
-        batches(pairs[:count], options.micro_batch),
-        batches(held_out, options.micro_batch),
-        batches(pairs[count:], 1) if training else [],
-        {"calibration": {"source": source.origin, "sequences": count}, "evaluation": {"sequences": len(held_out)}},
-    )
+        check_ids([*splits.calibration, *splits.evaluation, *splits.training], self.reader)
+        if self.reader.task == "seq2seq-lm":
+            start = decoder_start(self.reader.config) if self.reader.config is not None else 0
+            for name in ("calibration", "evaluation", "training"):
+                setattr(splits, name, [continuation(batch, start) for batch in getattr(splits, name)])
+        return splits
 
 
-def _encode(source: Rows, tokenizer: Any, options: DataConfig) -> tuple[list[_Window], int]:
-    """Each usable row's tokens (without special tokens), up to MAX_TOKENS, and how many rows were skipped."""
-    encoded, skipped, total = [], 0, 0
-    labels = iter(source.labels) if source.labels is not None else itertools.repeat(None)
-    numbered = enumerate(zip(source.values, labels, strict=False))
-    while chunk := list(itertools.islice(numbered, 512)):
-        usable = [
-            (number, text, label) for number, (value, label) in chunk if (text := _text(value, tokenizer)).strip()
-        ]
-        skipped += len(chunk) - len(usable)
-        if not usable:
-            continue
-        texts = [text + (source.separator if options.packing and label is None else "") for _, text, label in usable]
-        for (number, _, label), tokens in zip(
-            usable, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True
-        ):
-            encoded.append(_Window(tokens, number, number, label))
-            total += len(tokens)
-        if total > MAX_TOKENS:
-            break
-    if not encoded:
-        raise UserError(f"{source.origin} has no text in {skipped} rows; name the column with --data.column")
-    return encoded, skipped
-
-
-def _text(value: Any, tokenizer: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "the rows are chat messages and the tokenizer has no chat template; use text, or a chat model"
-            )
-        return tokenizer.apply_chat_template(value, tokenize=False)
-    raise UserError(
-        f"a row holds {type(value).__name__}, accepted: text or a list of chat messages; name the column with "
-        "--data.column"
-    )
-
-
-def _hold_out(encoded: list[_Window], options: DataConfig, packed: bool) -> tuple[list[_Window], list[_Window]]:
+def _last_rows(encoded: list[Encoded], options: DataConfig, packs: bool) -> tuple[list[Encoded], list[Encoded]]:
     """Last rows apart: enough for the asked evaluation windows, at most half of the rows and of the tokens."""
-    total, wanted = sum(len(w.tokens) for w in encoded), options.eval_samples * options.seq_len
-    if not packed:
-        cut = len(encoded) - min(options.eval_samples, len(encoded) // 2)
-        return encoded[:cut], encoded[cut:]
-    taken, cut = 0, len(encoded)
-    while cut > 1 and taken < min(wanted, total // 2):
-        cut -= 1
-        taken += len(encoded[cut].tokens)
-    return encoded[:cut], encoded[cut:]
-
-
-def _windows(rows: Sequence[_Window], tokenizer: Any, seq_len: int, packed: bool) -> list[_Window]:
-    prefix = _prefix(tokenizer)
-    if not packed:
-        cut = [_Window((prefix + row.tokens)[:seq_len], row.first_row, row.last_row, row.label) for row in rows]
-        return [window for window in cut if len(window.tokens) > 1]
-    tokens = [token for row in rows for token in row.tokens]
-    origin = [row.first_row for row in rows for _ in row.tokens]
-    body = seq_len - len(prefix)
-    return [
-        _Window(prefix + tokens[i : i + body], origin[i], origin[i + body - 1])
-        for i in range(0, len(tokens) - body + 1, body)
-    ]
-
-
-def _prefix(tokenizer: Any) -> list[int]:
-    """[bos] when the tokenizer itself would put it in front of a text."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def _retrim(windows: Sequence[_Window], train_len: int) -> list[_Window]:
-    """Windows cut into training sequences of train_len (a shorter row stays whole)."""
-    cut = []
-    for window in windows:
-        step = min(train_len, len(window.tokens))
-        starts = range(0, len(window.tokens) - step + 1, step) if window.label is None else (0,)
-        cut += [_Window(window.tokens[s : s + step], window.first_row, window.last_row, window.label) for s in starts]
-    return cut
-
-
-def _batches(windows: Sequence[_Window], tokenizer: Any, size: int, classes: bool) -> list[Batch]:
-    pad = next(
-        (
-            t
-            for t in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
-            if t is not None
-        ),
-        0,
-    )
-    return [_collate(windows[i : i + size], pad, classes) for i in range(0, len(windows), size)]
-
-
-def _collate(windows: Sequence[_Window], pad: int, classes: bool) -> Batch:
-    """Right-padded batch; the mask is left out when nothing is padded (attention is then faster, and equal)."""
-    length = max(len(window.tokens) for window in windows)
-    ids = torch.tensor([w.tokens + [pad] * (length - len(w.tokens)) for w in windows])
-    mask = torch.tensor([[1] * len(w.tokens) + [0] * (length - len(w.tokens)) for w in windows])
-    labels = torch.tensor([w.label for w in windows]) if classes else ids.masked_fill(mask == 0, IGNORED)
-    batch = {"input_ids": ids, "labels": labels}
-    return batch if bool(mask.all()) and not classes else {**batch, "attention_mask": mask}
-
-
-def _told(origin: str, windows: Sequence[_Window]) -> dict[str, Any]:
-    rows = sorted({(w.first_row, w.last_row) for w in windows})
-    return {
-        "source": origin,
-        "sequences": len(windows),
-        "tokens": sum(len(w.tokens) for w in windows),
-        "rows": _ranges(rows),
-    }
-
-
-def _ranges(spans: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Sorted (first, last) row spans merged into as few as cover them."""
-    merged: list[list[int]] = []
-    for first, last in spans:
-        if merged and first <= merged[-1][1] + 1:
-            merged[-1][1] = max(merged[-1][1], last)
-        else:
-            merged.append([first, last])
-    return merged
+    total, wanted = sum(len(row.tokens) for row in encoded), options.eval_samples * options.seq_len
+    if not packs:
+        boundary = len(encoded) - min(options.eval_samples, len(encoded) // 2)
+        return encoded[:boundary], encoded[boundary:]
+    taken, boundary = 0, len(encoded)
+    while boundary > 1 and taken < min(wanted, total // 2):
+        boundary -= 1
+        taken += len(encoded[boundary].tokens)
+    return encoded[:boundary], encoded[boundary:]

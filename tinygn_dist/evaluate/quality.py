@@ -40,6 +40,10 @@ def sequence_losses(problem: Problem, doing: str) -> tuple[torch.Tensor, torch.T
     if not totals.isfinite().all():
         bad = int((~totals.isfinite()).nonzero()[0])
         raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
+    if not counts.sum():
+        raise UserError(
+            f"none of {len(counts)} sequences has a token or an answer that counts, so there is no loss; check the labels"
+        )
     return totals, counts
 
 
@@ -50,13 +54,42 @@ def quality(problem: Problem, task: str, doing: str) -> dict[str, float]:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "feature-extraction":
         return {"feature_distance": loss, "embedding_similarity": _embedding_similarity(problem)}
-    right = torch.zeros(2, dtype=torch.float64)
-    for micro_batch, logits in problem.forwards(lambda batch: problem.model(**model_inputs(batch)).logits):
+    if "labels" not in problem.batches[0]:
+        return {"score_distance": loss}
+    return {"loss": loss} | head_figures(*_answers(problem))
+
+
+def _answers(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, outputs) fp64 logits of a head and the labels that belong to them, on every rank."""
+    labels = torch.cat([batch["labels"] for batch in problem.batches])
+    logits = torch.zeros(len(labels), problem.bare.config.num_labels, dtype=torch.float64)
+    for micro_batch, found in problem.forwards(lambda batch: problem.model(**model_inputs(batch)).logits):
         if micro_batch.counts:
-            hits = logits.argmax(-1) == micro_batch.batch["labels"]
-            right += torch.tensor([int(hits.sum()), len(hits)], dtype=torch.float64)
-    problem.backend.sum_over_data([right])
-    return {"loss": loss, "accuracy": float(right[0] / right[1])}
+            logits[micro_batch.sequences] = found.double().cpu()
+    problem.backend.sum_over_data([logits])
+    return logits, labels
+
+
+def head_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """(rows, outputs) logits against labels, whose dtype says of which kind (objective.head_losses): the accuracy of one
+    class; of several labels the micro-averaged F1 and the share of rows that are right whole; of numbers the correlation
+    of ranks (Spearman's) over all outputs, left out where either side is constant."""
+    if labels.is_floating_point():
+        found, wanted = logits.flatten(), labels.flatten().double()
+        constant = len(found) < 2 or not found.std() or not wanted.std()
+        return {} if constant else {"spearman": float(torch.corrcoef(torch.stack([ranks(found), ranks(wanted)]))[0, 1])}
+    if labels.dtype == torch.bool:
+        chosen = logits > 0
+        right, either = float((chosen & labels).sum()), float(chosen.sum() + labels.sum())
+        return {"f1": 2 * right / max(either, 1.0), "accuracy": float((chosen == labels).all(1).double().mean())}
+    return {"accuracy": float((logits.argmax(-1) == labels).double().mean())}
+
+
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    """(n,) fp64 ranks from 0; equal values have their mean rank."""
+    _, group, sizes = values.unique(sorted=True, return_inverse=True, return_counts=True)
+    ends = sizes.cumsum(0).double()
+    return (ends - (sizes.double() + 1) / 2)[group]
 
 
 def _embedding_similarity(problem: Problem) -> float:

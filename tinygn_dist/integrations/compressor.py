@@ -22,7 +22,7 @@ from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.models.anatomy import Anatomy, Matrix, read_anatomy
-from tinygn_dist.models.objective import Batch, add_reference, decoder_start, objective_of
+from tinygn_dist.models.objective import Batch, add_reference, needs_reference, objective_of
 from tinygn_dist.prune.sparsity import sparsify
 from tinygn_dist.prune.structured.methods import method_of
 from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
@@ -103,7 +103,7 @@ class Compressor:
         with self.backend.together("reading the data"):
             splits = self.backend.main_first(
                 lambda: calibration.load_splits(
-                    self.config.data, self._task, processor, 0, start=decoder_start(bare.config)
+                    self.config.data, calibration.Reader(self._task, processor, bare.config)
                 )
             )
         self.backend.agree(splits.fingerprint(), "the data")
@@ -228,7 +228,7 @@ class Compressor:
         return Checkpoints(folder / _STATE, identity, self.backend, keep=1)
 
     def _problem(self, model: nn.Module, batches: list[Batch]) -> Problem:
-        if self._task == "feature-extraction":
+        if needs_reference(self._task, batches):
             batches = add_reference(model, batches, self.backend.device)
         costs, objective = costs_of(self.config.prune), objective_of(self._task)
         return Problem(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)

@@ -6,7 +6,7 @@ Per-token losses are computed in fp32 and summed in fp64: finite differences sub
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +65,7 @@ def decoder_start(config: Any) -> int:
 
 
 def continuation(batch: Batch, start: int) -> Batch:
-    """Windows of text cut in two: an encoder-decoder reads the first half and is to write the second (the prefix language
+    """Windows of text in two halves: an encoder-decoder reads the first and is to write the second (the prefix language
     modelling of Raffel et al. 2020). batch: (batch, seq) without padding; start: what the targets begin with."""
     half = batch["input_ids"].shape[1] // 2
     source, target = batch["input_ids"][:, :half], batch["input_ids"][:, half:]
@@ -82,8 +82,8 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
 class _CrossEntropy(torch.autograd.Function):
     """(tokens,) fp32 losses of (tokens, vocab) logits, some tokens at a time.
 
-    The logits of a language model outweigh all layers' activations. Autograd would keep as much again for their softmax, once
-    more for its gradient, and for bf16 logits all of it and a copy in fp32; here nothing is kept but the logits.
+    The logits of a language model outweigh all layers' activations. Autograd would keep as much again for their softmax,
+    once more for its gradient, and for bf16 logits all of it and a copy in fp32; here nothing is kept but the logits.
     """
 
     @staticmethod
@@ -125,10 +125,52 @@ def seq2seq_lm(model: nn.Module, batch: Batch) -> Losses:
 
 
 def classification(model: nn.Module, batch: Batch) -> Losses:
-    """Cross-entropy of one class per sequence or image. labels: (batch,) int64."""
-    logits = model(**model_inputs(batch)).logits
-    losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
-    return Losses(losses.double(), torch.ones_like(batch["labels"]), losses)
+    """Loss of a head's answer for each sequence or image, as `head_losses`; where the batch has no labels, the squared
+    distance of the scores from the dense model's. batch["reference"]: (batch, outputs) its scores."""
+    return head_losses(model(**model_inputs(batch)).logits, answers_of(batch))
+
+
+def answers_of(batch: Batch) -> torch.Tensor:
+    """What a head is to answer: the labels, or the dense model's scores."""
+    return batch["labels"] if "labels" in batch else batch["reference"]
+
+
+def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
+    """Losses of (batch, outputs) logits; the dtype of the labels says of which kind, as `problem_type` does in transformers.
+
+    int64 (batch,): cross-entropy of one class. bool (batch, outputs): binary cross-entropy of several, their mean. Floats
+    (batch,) or (batch, outputs): squared error, the mean over the outputs.
+    """
+    if labels.is_floating_point():
+        losses = (logits.float() - labels.float().view_as(logits)).square().mean(1)
+    elif labels.dtype == torch.bool:
+        losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(1)
+    else:
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return Losses(losses.double(), torch.ones(len(labels), dtype=torch.int64, device=labels.device), losses)
+
+
+def head_distance(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float) -> Losses:
+    """How far a head's (batch, outputs) logits are from the teacher's, for the same kinds of labels: the divergence of
+    classes, the mean divergence of yes and no for each of several, and the mean squared distance of numbers."""
+    if labels.is_floating_point():
+        return head_losses(student, teacher.detach())
+    if labels.dtype == torch.bool:
+        student, teacher = (torch.stack([logits, torch.zeros_like(logits)], -1) for logits in (student, teacher))
+        counts = torch.ones_like(student[..., 0], dtype=torch.bool)
+        away = distillation(student, teacher, counts, temperature)
+        return Losses(away.total / counts.shape[1], torch.ones_like(away.count))
+    counts = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
+    return distillation(student[:, None], teacher[:, None], counts, temperature)
+
+
+def num_counted(batch: Batch) -> int:
+    """Tokens (or items) of a batch that its loss is a mean over."""
+    if "labels" not in batch or batch["labels"].dim() == 1 or batch["labels"].dtype != torch.int64:
+        return len(next(iter(batch.values())))
+    if "reference" in batch:
+        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def feature_match(model: nn.Module, batch: Batch) -> Losses:
@@ -144,14 +186,21 @@ def feature_match(model: nn.Module, batch: Batch) -> Losses:
 
 
 def add_reference(model: nn.Module, batches: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches with the model's present features as their reference, which waits where the batches do. device: the model's."""
-    told = []
+    """The batches with the model's present features (or its head's scores) as their reference, which waits where the batches
+    do. device: the model's."""
+    made = []
     with torch.no_grad():
         for batch in batches:
             there = {name: value.to(device) for name, value in model_inputs(batch).items()}
-            reference = model(**there).last_hidden_state.to(next(iter(batch.values())).device)
-            told.append({**batch, "reference": reference})
-    return told
+            output = model(**there)
+            reference = output.logits.float() if "logits" in output else output.last_hidden_state
+            made.append({**batch, "reference": reference.to(next(iter(batch.values())).device)})
+    return made
+
+
+def needs_reference(task: str, batches: Sequence[Batch]) -> bool:
+    """Whether the loss is a distance to the dense model: of encoders without a head, and of scores without labels."""
+    return task == "feature-extraction" or any("labels" not in batch for batch in batches)
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> Losses:

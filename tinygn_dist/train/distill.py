@@ -6,9 +6,22 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from tinygn_dist.config import RecoverConfig
-from tinygn_dist.models.objective import IGNORED, Batch, Losses, distillation, feature_match, model_inputs, token_losses
+from tinygn_dist.errors import UserError
+from tinygn_dist.models.objective import (
+    IGNORED,
+    Batch,
+    Losses,
+    answers_of,
+    distillation,
+    feature_match,
+    head_distance,
+    head_losses,
+    model_inputs,
+    token_losses,
+)
 from tinygn_dist.train.teacher_cache import TeacherCache, coarse_distillation
 
 
@@ -23,6 +36,8 @@ def student_losses(
     if teacher is not None and options.distill_hidden:
         asked["output_hidden_states"] = True
     output = model(**model_inputs(batch), **asked)
+    if answers_of(batch).dtype in (torch.bool, torch.float32):
+        return _head_losses(output, teacher, batch, options, asked)
     logits, labels = by_token(output.logits, task), batch["labels"]
     labels = labels[:, 1:] if task == "causal-lm" else labels if task == "seq2seq-lm" else labels[:, None]
     own, counts = token_losses(logits, labels), labels != IGNORED
@@ -41,6 +56,33 @@ def student_losses(
         hidden = hidden_distance(output.hidden_states[1:], wanted.hidden_states[1:], batch.get("attention_mask"))
         total = total + options.distill_hidden * hidden * own.count
     return Losses(total, own.count)
+
+
+def _head_losses(
+    output: ModelOutput,
+    teacher: nn.Module | TeacherCache | None,
+    batch: Batch,
+    options: RecoverConfig,
+    asked: dict[str, bool],
+) -> Losses:
+    """The same for a head that answers with numbers or several labels."""
+    own = head_losses(output.logits, answers_of(batch))
+    if teacher is None:
+        return own
+    if isinstance(teacher, TeacherCache):
+        raise UserError(
+            "recover.teacher_top_k with a head that answers with numbers or several labels, accepted: 0, as there are no most "
+            "probable classes to keep"
+        )
+    with torch.no_grad():
+        wanted = teacher(**model_inputs(batch), **asked)
+    if options.distill:
+        away = head_distance(output.logits, wanted.logits, answers_of(batch), options.temperature)
+        own = _mixed(own, away, options)
+    if options.distill_hidden:
+        hidden = hidden_distance(output.hidden_states[1:], wanted.hidden_states[1:], batch.get("attention_mask"))
+        own = Losses(own.total + options.distill_hidden * hidden * own.count, own.count)
+    return own
 
 
 def _mixed(own: Losses, away: Losses, options: RecoverConfig) -> Losses:

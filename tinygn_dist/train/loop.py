@@ -16,7 +16,7 @@ from tinygn_dist.config import RecoverConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.models.anatomy import Matrix
-from tinygn_dist.models.objective import IGNORED, Batch, Losses
+from tinygn_dist.models.objective import Batch, Losses, num_counted
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.distill import student_losses
 from tinygn_dist.train.forward_only.loop import ForwardOnly
@@ -286,11 +286,3 @@ def window_numbers(count: int, options: RecoverConfig, stop: int) -> Iterator[li
             order += torch.randperm(count, generator=generator).tolist()
         yield order[: options.batch_size]
         del order[: options.batch_size]
-
-
-def num_counted(batch: Batch) -> int:
-    """Tokens (or items) of a sequence that its loss is a mean over."""
-    if "reference" in batch:
-        return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-    labels = batch["labels"]
-    return int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
