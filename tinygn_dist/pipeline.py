@@ -20,7 +20,6 @@ from tinygn_dist.data import splits as calibration
 from tinygn_dist.data.self_generated import write_rows
 from tinygn_dist.data.sources import SELF
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.estimator import peak_gib
 from tinygn_dist.estimate.gates import check_step
 from tinygn_dist.estimate.problem import Problem, costs_of
 from tinygn_dist.evaluate.lm_tasks import check_tasks
@@ -35,7 +34,7 @@ from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
 from tinygn_dist.prune.structured.size_goal import sparsity_of
 from tinygn_dist.run.recovery import TrainingStage
 from tinygn_dist.run.report import REPORT_FILE, Report, versions
-from tinygn_dist.runtime.cpu_matmul import fast_matmul
+from tinygn_dist.runtime.memory import peak_gib
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.runtime.stage_timer import Stages, give_back
 from tinygn_dist.train import reconstruct
@@ -57,7 +56,7 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
     with backend.together("checking the request"):
         run.check()
     run.measure_costs()
-    with output_folder.only_writer(run.destination, backend), fast_matmul(backend.device):
+    with output_folder.only_writer(run.destination, backend):
         run.every_stage()
     return run.report
 

@@ -25,7 +25,6 @@ from tinygn_dist.models.anatomy import Matrix, read_anatomy
 from tinygn_dist.models.objective import model_inputs, real_tokens
 from tinygn_dist.prune.sparsity import budgets, sparsify
 from tinygn_dist.prune.sparsity.levels import Level
-from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 HALF = pruning(pattern="unstructured", sparsity=0.5)
 IN_GROUPS = changed(HALF, **{"gram_gib": 0.0})
@@ -114,14 +113,13 @@ def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(fami
     # few tokens leave Gram matrices so near to singular that rounding moves what is solved on them by some per cent
     problem, by_hand, at_once = (tiny.problem(family, count=48, size=4, length=16) for _ in range(3))
     sparsify.sparsify(problem, problem.anatomy.matrices, options)
-    with fast_matmul(problem.backend.device):  # a tie goes by the last bit of a product
-        for layer in range(problem.anatomy.num_layers):
-            matrices = [matrix for matrix in by_hand.anatomy.matrices if matrix.layer == layer]
-            for matrix, gram in zip(matrices, _grams(by_hand, matrices), strict=True):
-                weight = matrix.oriented(by_hand.bare.get_parameter(matrix.parameter).data)
-                goal = obs.LayerGoal(round(0.5 * matrix.numel), row_energy=torch.ones(len(weight)))
-                solved = obs.prune(weight, gram.float(), goal)
-                weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
+    for layer in range(problem.anatomy.num_layers):
+        matrices = [matrix for matrix in by_hand.anatomy.matrices if matrix.layer == layer]
+        for matrix, gram in zip(matrices, _grams(by_hand, matrices), strict=True):
+            weight = matrix.oriented(by_hand.bare.get_parameter(matrix.parameter).data)
+            goal = obs.LayerGoal(round(0.5 * matrix.numel), row_energy=torch.ones(len(weight)))
+            solved = obs.prune(weight, gram.float(), goal)
+            weight.copy_(least_squares.refit_masked(weight, solved.weight, solved.keep, gram.float(), 8, 0.01))
     sparsify.sparsify(at_once, at_once.anatomy.matrices, changed(options, **{"gram_gib": 16.0}))
     apart = []
     for matrix in by_hand.anatomy.matrices:  # rounding of a near-singular Gram matrix may flip a tie

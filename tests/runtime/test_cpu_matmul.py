@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.conftest import ROOT
+from tinygn_dist.config import Config
+from tinygn_dist.pipeline import compress
 from tinygn_dist.runtime import cpu_matmul
 
 
@@ -40,3 +45,23 @@ def test_what_is_timed_has_the_products_of_the_caller(monkeypatch: pytest.Monkey
             assert matmul.fp32_precision == "ieee"
     finally:
         matmul.fp32_precision = before
+
+
+def test_only_the_command_line_switches_them_on() -> None:
+    """The flag is the process's, which inside a user's own script is not ours."""
+    package = ROOT / "tinygn_dist"
+    users = {path.relative_to(package) for path in package.rglob("*.py") if "fast_matmul(" in path.read_text()}
+    assert users == {Path("cli/main.py"), Path("runtime/cpu_matmul.py")}
+
+
+def test_the_library_leaves_the_products_alone(
+    saved_model, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matmul, seen = torch.backends.mkldnn.matmul, set()
+    before, forward = matmul.fp32_precision, torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda s, x: seen.add(matmul.fp32_precision) or forward(s, x))
+    data = {"name": str(text_file), "num_samples": 4, "eval_samples": 2, "seq_len": 16}
+    prune = {"pattern": "unstructured", "sparsity": 0.5}
+    model, output = {"name": str(saved_model("llama"))}, {"dir": str(tmp_path / "out")}
+    compress(Config(model=model, data=data, prune=prune, output=output, evaluate={"latency": False}))
+    assert seen == {before} and matmul.fp32_precision == before

@@ -30,6 +30,7 @@ from tinygn_dist.backends.launcher import accelerate_arguments, launch, processe
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
 from tinygn_dist.registry import experimental
+from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 ALIASES = {
     "model": "model.name",
@@ -95,7 +96,8 @@ def _compress(arguments: argparse.Namespace, overrides: dict[str, Any], argv: li
 
     asked_to_stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.set())
-    report = compress(config, backend, asked_to_stop.is_set)
+    with fast_matmul(backend.device):  # here, where the process is ours, and not in `compress`
+        report = compress(config, backend, asked_to_stop.is_set)
     if backend.is_main:
         report.print()
     backend.close()

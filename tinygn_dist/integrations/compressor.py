@@ -28,7 +28,6 @@ from tinygn_dist.prune.structured.methods import method_of
 from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
 from tinygn_dist.prune.structured.size_goal import sparsity_of
-from tinygn_dist.runtime.cpu_matmul import fast_matmul
 from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.train.gradual_masks import GradualMasks, Update, plan_of
 from tinygn_dist.train.state_io import read_masks, read_step_statistics, write_masks, write_step_statistics
@@ -113,8 +112,7 @@ class Compressor:
         training = model.training
         model = self.backend.prepare(model.eval())
         problem = self._problem(model, self._batches)
-        with fast_matmul(self.backend.device):
-            found = method.remove(problem, units, prune)
+        found = method.remove(problem, units, prune)
         kept = found.kept
         self.backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(model.config, self._anatomy, kept)

@@ -9,7 +9,7 @@ import torch
 
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate import estimator
+from tinygn_dist.estimate.estimator import resolve_estimator
 from tinygn_dist.estimate.hessians import gram_gib, layer_groups
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import criteria
@@ -21,7 +21,6 @@ from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.solve import task_of, warn_unreached
 from tinygn_dist.prune.sparsity.weight_scores import scores
-from tinygn_dist.runtime.cpu_matmul import fast_matmul
 
 
 @dataclass(frozen=True)
@@ -61,22 +60,18 @@ def sparsify(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig,
     """Choose masks and apply them to the live weights (criterion obs also updates what is kept). goal: by default all that
     the options ask for."""
     goal = goal or goal_of(options)
-    with fast_matmul(problem.backend.device):
-        by = _by_solver if goal.criterion == SOLVER else _by_scores
-        chosen = by(problem, matrices, options, goal)
+    by = _by_solver if goal.criterion == SOLVER else _by_scores
+    chosen = by(problem, matrices, options, goal)
     chosen.apply_(problem.model, problem.backend)
     return chosen
 
 
 def _by_solver(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig, goal: MaskGoal) -> Masks:
-    backprop, notes = options.estimator != "finite-difference", ()
-    if options.estimator == "auto":
-        beside = round(min(gram_gib(matrices), options.solver.gram_gib) * 2**30)
-        chosen, why = estimator.choose(problem, beside)
-        backprop, notes = chosen == "backprop", (why,)
+    beside = round(min(gram_gib(matrices), options.solver.gram_gib) * 2**30)
+    estimator, note = resolve_estimator(problem, options.estimator, beside)
     levels = levels_of_passes(goal.level, goal.passes)
-    masks = solve_in_passes(problem, matrices, task_of(options, goal.level, backprop), levels)
-    return Masks(matrices, masks.by_name, (*notes, *masks.notes))
+    masks = solve_in_passes(problem, matrices, task_of(options, goal.level, estimator == "backprop"), levels)
+    return Masks(matrices, masks.by_name, (*([note] if note else []), *masks.notes))
 
 
 def _by_scores(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig, goal: MaskGoal) -> Masks:

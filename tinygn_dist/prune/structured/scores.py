@@ -43,7 +43,11 @@ def score_units(
     """
     scores = scores or UnitScores()
     if options.criterion == "gate" and most != Mix():  # the only one that has a choice
-        options = resolve_estimator(problem, options)
+        estimator, note = resolve_estimator(problem, options.estimator)
+        options = options.model_copy(update={"estimator": estimator})
+        if note and not any(old.startswith(f"estimator {estimator}") for old in problem.notes):
+            log.info("%s", note)
+            problem.notes.append(note)
     if most.layers:
         criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
         if criterion == "removal":
