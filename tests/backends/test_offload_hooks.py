@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 
 
 class Shared(nn.Module):
-    """One matrix that two modules read, a module inside another that has weights of its own, and one that runs twice."""
+    """One matrix that two modules read, a module inside another that has weights of its own, and one that runs
+    twice."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     python -m tests.contract.one_mask_table > docs/one-mask.md
 
 Launches tests/contract/sharded_job.py once per layout and number of processes. A cell is "same" when the fingerprint is
-that of one plain process, else the fingerprint found. With --keep FOLDER what a job found is kept there, and a run that was
-interrupted goes on.
+that of one plain process, else the fingerprint found. With --keep FOLDER what a job found is kept there, and a run that
+was interrupted goes on.
 """
 
 from __future__ import annotations

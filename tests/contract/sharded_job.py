@@ -1,7 +1,7 @@
 """What every rank of a launched job checks and measures for tests/contract/test_sharded.py.
 
-`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [--offload KIND] [CHECK ...]`: asserts what
-can be judged inside the job, and writes what must be the same on every backend (fingerprints, digests, losses) to
+`accelerate launch --config_file ... tests/contract/sharded_job.py FOLDER SHARDED [--offload KIND] [CHECK ...]`: asserts
+what can be judged inside the job, and writes what must be the same on every backend (fingerprints, digests, losses) to
 FOLDER/facts.json.
 """
 
@@ -25,7 +25,7 @@ from torch import nn
 from tests import plain
 from tests.contract.gradual_checks import gradual, resumed
 from tests.contract.reconstruct_checks import reconstructed
-from tests.contract.sharded_models import NO_DOWN, digest, gpt2, llama, mixtral, problem, rows
+from tests.contract.sharded_models import NO_DOWN, deepseek, digest, gpt2, llama, mixtral, problem, rows
 from tests.contract.unit_checks import stacks, to_a_latency
 from tests.one_card import share_cards
 from tests.options import pruning
@@ -40,9 +40,12 @@ from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.cli.main import leave
 from tinygn_dist.config import Config, DistributedConfig, ModelConfig, RecoverConfig
 from tinygn_dist.errors import Stopped
+from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.maths.schedules import Plan
+from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.models.objective import objective_of
 from tinygn_dist.pipeline import compress
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
@@ -140,7 +143,8 @@ def nothing_stays(backend: Backend) -> None:
 
 
 def loading(backend: Backend, sharded: int, folder: Path) -> None:
-    """From a checkpoint, the same model; where `sharded` ranks hold it, each reads and keeps its share and nothing else."""
+    """From a checkpoint, the same model; where `sharded` ranks hold it, each reads and keeps its share and nothing
+    else."""
     for name, build in (("tied", lambda: llama(True)), ("experts", mixtral)):
         reference = build()
         wanted, expected = tensors_of(reference), {n: t.dtype for n, t in reference.state_dict().items()}
@@ -202,7 +206,8 @@ def held_storage() -> int:
 
 
 def sums(backend: Backend, sharded: int) -> None:
-    """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the weights."""
+    """`sharded`: ranks that hold the weights once between them. Data differ on all ranks, whatever holds the
+    weights."""
     problem(backend, llama())
     assert int(backend.sum_over_shards(torch.ones(1))) == sharded
     data = torch.tensor([float(2**backend.rank)])
@@ -288,6 +293,33 @@ def _five_steps(backend: Backend, model: nn.Module, chosen: Masks, asked: Recove
     for parameter in frozen:
         parameter.requires_grad_(True)
     return losses
+
+
+def two_dtypes(backend: Backend) -> dict[str, object]:
+    """A model in bf16 that keeps its routers in fp32: masks, gradients, and training, after which all is as it was."""
+    found: dict[str, object] = {}
+    for name, case in {"wanda": {"criterion": "wanda"}, "obs": {"estimator": "finite-difference"}}.items():
+        model = deepseek()
+        here = Problem(
+            backend.prepare(model),
+            read_anatomy(model, needs_units=False),
+            objective_of("causal-lm"),
+            rows(),
+            backend,
+            Progress(),
+        )
+        assert {p.dtype for p in here.model.parameters()} == {torch.bfloat16, torch.float32}
+        options = PruneConfig(pattern="unstructured", sparsity=0.5, **case)
+        chosen = sparsify(here, here.anatomy.choose_matrices(options.matrices, options.ignore), options)
+        found[name] = chosen.fingerprint(here.model, backend)
+    gradients = weight_gradients(here, here.anatomy.matrices[:2], squares=True)
+    assert all(bool(gradients.sum(matrix.name).isfinite().all()) for matrix in here.anatomy.matrices[:2])
+    before = {name: (tensor.dtype, tensor.requires_grad) for name, tensor in here.model.named_parameters()}
+    with backend.in_fp32(here.model):
+        assert all(parameter.requires_grad for parameter in here.model.parameters())
+        losses = _five_steps(backend, here.model, chosen, RecoverConfig(steps=2, batch_size=8, distill=0))
+    assert before == {name: (tensor.dtype, tensor.requires_grad) for name, tensor in here.model.named_parameters()}
+    return found | {"loss": losses[0]}
 
 
 def _told(backend: Backend, here: Problem, losses: list[float], chosen: Masks) -> dict[str, float]:
@@ -391,6 +423,7 @@ def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:
         ("reconstructed", lambda: reconstructed(backend)),
         ("stacks", lambda: stacks(backend)),
         ("latency", lambda: None if offload != "none" else to_a_latency(backend, folder)),  # refused by the config
+        ("two dtypes", lambda: two_dtypes(backend)),
         ("training", lambda: training_keeps_zeros(backend, torch.float32, False)),
         ("training tied", lambda: training_keeps_zeros(backend, torch.float32, True)),
         ("training bf16", lambda: training_keeps_zeros(backend, torch.bfloat16, False)),

@@ -40,13 +40,30 @@ def gpt2() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """3 experts in one tensor do not divide by 2: under FSDP2 a rank holds whole experts, under ZeRO-3 a part of one."""
+    """3 experts in one tensor do not divide by 2: under FSDP2 a rank holds whole experts, under ZeRO-3 a part of
+    one."""
     config = hf.MixtralConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, num_local_experts=3, num_experts_per_tok=2,
         attn_implementation="eager", bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return seeded(config)
+
+
+def deepseek() -> nn.Module:
+    """bf16 weights beside routers in fp32, as its class keeps them."""
+    config = hf.DeepseekV3Config(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2,
+        n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=12, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=64, attn_implementation="eager", bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    model = seeded(config).bfloat16()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.data = parameter.data.float()
+    return model
 
 
 def seeded(config: hf.PretrainedConfig, auto: Any = hf.AutoModelForCausalLM) -> nn.Module:

@@ -177,7 +177,7 @@ def test_write_mask_leaves_plain_zeros(ranks: Ranks, family: str):
     assert not torch.signbit(weight[~kept]).any()
 
 
-# -- agreement and errors --------------------------------------------------------------------------------------------------
+# -- agreement and errors ----------------------------------------------------------------------------------------------
 def _everyone(backend: Backend) -> list[Any]:
     return backend.everyone({"rank": backend.rank, "big": "x" * backend.rank})
 

@@ -67,8 +67,8 @@ def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
 
 
 def probe(backend: Backend) -> tuple[list[list[float]], list[int], int]:
-    """Means of a race over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and places of
-    the latter; the layers this rank ran for the former."""
+    """Means of a race over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and
+    places of the latter; the layers this rank ran for the former."""
     problem, layers = tiny.problem("llama", backend, count=3, size=1), [0]
     for layer in problem.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))

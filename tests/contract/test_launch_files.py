@@ -26,7 +26,7 @@ CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
 SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sbatch")])
 
 
-# -- configs ---------------------------------------------------------------------------------------------------------------
+# -- configs -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_its_config(path: Path):
     """Its own reader refuses unknown keys."""
@@ -65,7 +65,7 @@ def test_what_is_broken_upstream_is_refused_before_it_starts(monkeypatch: pytest
     assert named in told and "accepted" in told and "configs/accelerate/fsdp2.yaml" in told and "\n" not in told
 
 
-# -- scripts ---------------------------------------------------------------------------------------------------------------
+# -- scripts -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_bash_reads_every_script(path: Path):
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
@@ -168,7 +168,7 @@ def test_torchrun_alone_is_two_processes_without_a_gpu_and_refuses_a_typo(stubs:
     assert typo.returncode == 2 and typo.stderr.count("\n") == 1 and "accepted" in typo.stderr
 
 
-# -- manifests -------------------------------------------------------------------------------------------------------------
+# -- manifests ---------------------------------------------------------------------------------------------------------
 MANIFESTS = {"pytorchjob": "PyTorchJob", "trainjob": "TrainJob"}
 KUBEFLOW = json.loads((ROOT / "tests/contract/schemas/kubeflow.json").read_text())
 

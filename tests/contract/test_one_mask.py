@@ -141,9 +141,9 @@ def _taken_over(backend: Backend, family: str, count: int, asked: dict[str, Any]
 
 @pytest.mark.parametrize(("family", "count", "asked"), TAKEN_OVER)
 def test_layers_are_judged_and_taken_over_alike(ranks: Ranks, family: str, count: int, asked: dict[str, Any]):
-    """The same layers, weights and biases as on one process: where layers are judged in several rounds, where sums of one
-    layer fit at a time, where a budget ends between two layers or at once, and where heads and channels are fitted to the
-    shorter model."""
+    """The same layers, weights and biases as on one process: where layers are judged in several rounds, where sums of
+    one layer fit at a time, where a budget ends between two layers or at once, and where heads and channels are fitted
+    to the shorter model."""
     wanted = _taken_over(make_backend(DistributedConfig()), family, count, asked)
     for found in ranks.call(_taken_over, family, count, asked):
         assert found["kept"] == wanted["kept"] and found["order"] == wanted["order"]
@@ -188,7 +188,8 @@ def _budgets_of_some(backend: Backend, least: int) -> str:
 
 
 def test_budgets_of_a_quarter_of_the_sequences_are_those_of_one_process(ranks: Ranks):
-    """A count of micro-batches that no number of ranks divides: what tokens weigh is found by each rank's own numbers."""
+    """A count of micro-batches that no number of ranks divides: what tokens weigh is found by each rank's own
+    numbers."""
     few, all_of_them = (_budgets_of_some(make_backend(DistributedConfig()), least) for least in (1, 99))
     assert few != all_of_them
     assert ranks.call(_budgets_of_some, 1) == [few] * ranks.size
@@ -210,7 +211,7 @@ def test_fewer_micro_batches_than_ranks(ranks: Ranks, criterion: str, room: floa
     assert ranks.call(_few_rows, criterion, room) == [wanted] * ranks.size
 
 
-# -- zeros stay zero -------------------------------------------------------------------------------------------------------
+# -- zeros stay zero ---------------------------------------------------------------------------------------------------
 def _trained(backend: Backend, accumulate: int) -> dict[str, Any]:
     """Three dense steps first, so that AdamW has momentum for every weight; then the mask, then five more steps with
     weight decay and clipping, looked at after every one."""

@@ -132,6 +132,14 @@ and_four = pytest.mark.parametrize(
 
 
 @layouts
+def test_a_few_weights_in_another_dtype(run: Any, layout: str):
+    """Routers in fp32 beside bf16: the masks of one process, and training goes on from there."""
+    found, alone = run(layout)["two dtypes"], run("alone")["two dtypes"]
+    assert found["wanda"] == alone["wanda"] and found["obs"] == alone["obs"]
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+
+
+@layouts
 def test_the_backend_asked_for_runs_and_its_pieces_fit(run: Any, layout: str):
     """Partition, gather and cut, and both sums are asserted inside the job."""
     facts = run(layout)
@@ -165,7 +173,8 @@ def test_the_same_block_reconstruction(run: Any, layout: str):
 
 @layouts
 def test_the_same_units_of_several_stacks_as_one_process(run: Any, layout: str):
-    """T5, BART, ConvNeXt, and Gemma 3n and BART with uneven widths: what stays, every bit of the smaller model, and its loss."""
+    """T5, BART, ConvNeXt, and Gemma 3n and BART with uneven widths: what stays, every bit of the smaller model, and its
+    loss."""
     wanted, found = run("alone")["stacks"], run(layout)["stacks"]
     assert len(wanted) == 5 and wanted.keys() == found.keys()
     for name, (kept, weights, loss) in wanted.items():

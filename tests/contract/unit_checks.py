@@ -1,4 +1,5 @@
-"""Units of models with several stacks of layers, and to a latency, on whatever backend runs tests/contract/sharded_job.py."""
+"""Units of models with several stacks of layers, and to a latency, on whatever backend runs
+tests/contract/sharded_job.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which estimator fits in memory: what autograd keeps is counted right, nothing is kept meanwhile, the choice follows."""
+"""Which estimator fits in memory: what autograd keeps is counted right, nothing is kept meanwhile, the choice
+follows."""
 
 from __future__ import annotations
 

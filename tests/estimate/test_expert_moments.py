@@ -238,8 +238,8 @@ def test_unrouted_experts_go_first(moe, caplog):
 
 
 def test_units_tries_mixes_with_experts(backend):
-    """Candidates are measured with their experts taken from the router, and the live weights come back. (On one micro-batch, which
-    serves for the fit and for the comparison.)"""
+    """Candidates are measured with their experts taken from the router, and the live weights come back. (On one
+    micro-batch, which serves for the fit and for the comparison.)"""
     moe = make_problem(build("mixtral"), backend)
     moe = replace(moe, batches=moe.batches[:1])
     options = pruning(pattern="units", sparsity=0.4)

@@ -21,8 +21,8 @@ from tinygn_dist.prune.sparsity.sparsify import sparsify
 @pytest.mark.parametrize("weight", [0.0, 4.0])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classifier"])
 def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
-    """sum_t (weight + s_t / mean s) x x^T and sum_t dy^2 |x|^2 of every weight, over real tokens, from gradients that torch
-    keeps for us."""
+    """sum_t (weight + s_t / mean s) x x^T and sum_t dy^2 |x|^2 of every weight, over real tokens, from gradients that
+    torch keeps for us."""
     problem = tiny.problem(family)
     found = loss_moments(problem, problem.anatomy.matrices, weight)
     gram, rows = {}, {}
@@ -41,8 +41,8 @@ def test_loss_moments_equal_plain_autograd(family: str, weight: float) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_recomputed_layers_give_the_same_gradients_and_keep_nothing_in_between(family: str) -> None:
-    """Between forward and backward none of the memory is held that matrices inside of layers wrote; plain autograd holds some.
-    The layers' forwards are as they were afterwards."""
+    """Between forward and backward none of the memory is held that matrices inside of layers wrote; plain autograd
+    holds some. The layers' forwards are as they were afterwards."""
     problem = tiny.problem(family)
     bare, batch = problem.bare, problem.batches[0]
     layers = [bare.get_submodule(problem.anatomy.path_of(layer)) for layer in range(problem.anatomy.num_layers)]

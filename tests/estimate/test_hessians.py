@@ -33,13 +33,13 @@ ONE_LAYER = HessianOptions(room_gib=0)
 FORWARD_ONLY = HessianOptions(backprop=False, competing=True)
 
 
-# -- the same statistics ---------------------------------------------------------------------------------------------------
+# -- the same statistics -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "model_type", [t for t in family_cases.CASES if t not in ("gemma3n_text", *family_cases.SEVERAL_STACKS)]
 )
 def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
-    """Of a model that does not change in between: what a layer is handed is what it reads in a whole forward, and the weights
-    of tokens are those of one pass."""
+    """Of a model that does not change in between: what a layer is handed is what it reads in a whole forward, and the
+    weights of tokens are those of one pass."""
     problem = family_cases.make_problem(family_cases.build(model_type), Replicated(Accelerator(cpu=True)))
     matrices = problem.anatomy.matrices
     wanted = loss_moments(problem, matrices, 0.0)
@@ -61,8 +61,8 @@ def test_layer_by_layer_equals_all_at_once(model_type: str) -> None:
 def test_budgets_of_groups_come_from_the_first_sequences(
     monkeypatch: pytest.MonkeyPatch, least: int, sequences: int
 ) -> None:
-    """A quarter of twelve, or whole micro-batches of three that hold as many as are asked at least; the energies of rows are of
-    all, and so is what is solved on."""
+    """A quarter of twelve, or whole micro-batches of three that hold as many as are asked at least; the energies of
+    rows are of all, and so is what is solved on."""
     monkeypatch.setattr(hessians, "BUDGET_SEQUENCES", least)
     problem = tiny.problem("llama", count=4, size=3)
     matrices = problem.anatomy.matrices
@@ -105,7 +105,7 @@ def test_gram_matrices_are_whole_also_where_they_have_several_blocks(
                     family_cases.close(gram, plain[matrix.name])
 
 
-# -- inputs from what is compressed ----------------------------------------------------------------------------------------
+# -- inputs from what is compressed ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_every_layer_is_solved_on_what_the_compressed_layers_before_it_give(family: str) -> None:
     """Against whole forwards of a second model, whose layers are solved one after the other by hand."""
@@ -173,7 +173,7 @@ def test_token_weights_of_experts_that_now_read_other_tokens() -> None:
     assert found.of(name, 99, now).tolist() == [1.0] * 30
 
 
-# -- what it costs ---------------------------------------------------------------------------------------------------------
+# -- what it costs -----------------------------------------------------------------------------------------------------
 def _peak_gib(monkeypatch: pytest.MonkeyPatch, options: PruneConfig) -> float:
     """The most that square fp64 sums took at the same time."""
     alive: list[weakref.ref] = []
@@ -224,7 +224,7 @@ def test_a_layer_runs_twice_for_the_solver_and_once_for_budgets() -> None:
     assert "prune.solver.gram_gib 0" in masks.notes[0] and "3 groups" in masks.notes[0]
 
 
-# -- groups and refusals ---------------------------------------------------------------------------------------------------
+# -- groups and refusals -----------------------------------------------------------------------------------------------
 def test_groups_are_consecutive_layers_that_fit() -> None:
     anatomy = read_anatomy(tiny.build("llama", num_hidden_layers=7), needs_units=True)
     matrices = [matrix for matrix in anatomy.matrices if matrix.layer not in (0, 3)]
@@ -251,7 +251,7 @@ def test_a_model_without_a_list_of_layers_is_refused_before_it_loads() -> None:
     sparsify.check(anatomy, anatomy.matrices, changed(IN_GROUPS, **{"criterion": "wanda"}))
 
 
-# -- the cut ---------------------------------------------------------------------------------------------------------------
+# -- the cut -----------------------------------------------------------------------------------------------------------
 def test_counts_by_size_find_the_cut() -> None:
     """Against sorting all of them: the counts add up, and are right to what a sixteenth of an octave blurs."""
     generator = torch.Generator().manual_seed(0)

@@ -69,8 +69,9 @@ def test_probes_leave_no_trace_and_never_go_backward(monkeypatch: pytest.MonkeyP
 
 
 def test_a_layer_the_loss_does_not_hear_loses_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an MLP writes is made small, so what its other weights do matters little, though they are as large as any. The
-    global cut takes them all, a budget of three quarters of the way leaves a quarter of their equal share: 0.5 / 4."""
+    """What an MLP writes is made small, so what its other weights do matters little, though they are as large as any.
+    The global cut takes them all, a budget of three quarters of the way leaves a quarter of their equal share: 0.5 /
+    4."""
     problem = tiny.problem("llama")
     monkeypatch.setattr(torch.Tensor, "backward", None)
     with torch.no_grad():

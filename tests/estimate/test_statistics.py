@@ -50,7 +50,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch, backend) -> Iterator[Callable[..
     torch.set_default_dtype(before)
 
 
-# -- removal probes ------------------------------------------------------------------------------------------------------
+# -- removal probes ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 def test_probe_of_a_layer_is_the_loss_without_it(settings, family: str):
     problem = settings(family)
@@ -205,7 +205,7 @@ def test_cached_inputs_beyond_their_room_wait_in_files(settings, monkeypatch: py
     assert len(files) == 2 * len(problem.batches)
 
 
-# -- derivatives ---------------------------------------------------------------------------------------------------------
+# -- derivatives -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 def test_gate_gradients_are_sums_of_weight_times_gradient(in_float64, family: str):
     """d f / d gate of a unit is the sum of w * g over the weights it feeds: plain autograd, sequence by sequence."""
@@ -271,7 +271,7 @@ def test_weight_gradients_are_those_of_plain_backward(settings, family: str):
         torch.testing.assert_close(squares.sum(matrix.name), wanted[matrix.name][1], rtol=1e-3, atol=1e-8)
 
 
-# -- statistics of inputs --------------------------------------------------------------------------------------------------
+# -- statistics of inputs ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ALL)
 @pytest.mark.parametrize("full", [False, True])
 def test_input_moments_are_x_t_x_without_padding(settings, family: str, full: bool):
@@ -329,7 +329,7 @@ def test_block_influence_is_the_cosine_of_input_and_output(settings, family: str
     assert tokens.tolist() == [sum(real)] * 3
 
 
-# -- no trace ------------------------------------------------------------------------------------------------------------
+# -- no trace ----------------------------------------------------------------------------------------------------------
 ESTIMATES: dict[str, Callable[[Problem], Any]] = {
     "removal": lambda s: measure(s, [Probe(0), Probe(1, s.anatomy.of_kind("channels")[1], (0,)), Probe(2, factor=0.5)]),
     "gate derivatives": lambda s: gate_derivatives(s, [Probe(0), Probe(2, s.anatomy.of_kind("channels")[2], (3,))]),

@@ -6,12 +6,15 @@ Traps that shape this file (torch 2.13, Accelerate 1.15):
 - With the CPU offload policy shards lie in CPU memory. Whole weights that are gathered to be worked on are on the
   device.
 - Edits inside an `unshard()` are thrown away: weights are written through the local shards only.
+- Weights of one group that learn must have one dtype. Models that keep a few in fp32 (routers of experts) hold two in
+  bf16: those few do not learn then, which estimation does not ask of them. Training is in fp32, where all are alike.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from tinygn_dist.backends import collectives
@@ -34,6 +38,8 @@ from tinygn_dist.backends.wrappers import refuse_spread
 from tinygn_dist.maths.bit_zeros import keep_only_
 from tinygn_dist.models.anatomy import Matrix
 
+_NOT_LEARNING = "_tinygn_not_learning"
+"""where a model keeps the names of weights that would learn, were they of their group's dtype"""
 _WRAPPING = ("auto_wrap_policy", "transformer_cls_names_to_wrap")
 
 
@@ -72,6 +78,7 @@ class FSDP2(Backend):
         model.set_reshard_after_forward(True)
         whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not whole, f"{whole[0]} is not sharded"
+        _let_one_dtype_learn(model)
         return model
 
     def place(self, origin: Origin) -> nn.Module:
@@ -95,15 +102,16 @@ class FSDP2(Backend):
         self._accelerator.free_memory(*prepared)
 
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+        for name in model.__dict__.pop(_NOT_LEARNING):
+            model.get_parameter(name).requires_grad_(True)
         wanted = {id(t): dtypes[name] for name, t in [*model.named_parameters(), *model.named_buffers()]}
         model._apply(lambda tensor: tensor.to(wanted.get(id(tensor), tensor.dtype)))
-        sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in sharded:  # what FSDP2 keeps between forwards was made for the old dtype
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for parameter in group.fsdp_params:
-                    parameter.all_gather_outputs = []
-                    parameter.__dict__.pop("_unsharded_param", None)
-                group.lazy_init()
+        _let_one_dtype_learn(model)
+        for group in _groups(model):  # what FSDP2 keeps between forwards was made for the old dtype
+            for parameter in group.fsdp_params:
+                parameter.all_gather_outputs = []
+                parameter.__dict__.pop("_unsharded_param", None)
+            group.lazy_init()
 
     def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
         return share_padded(items, self.rank, self.num_ranks)
@@ -254,6 +262,27 @@ class FSDP2(Backend):
         num_ranks = dist.get_world_size(group)
         length = -(-shape[0] // num_ranks) * math.prod(shape[1:])
         return Slices(shape, 0, length, dist.get_rank(group), num_ranks, group)
+
+
+def _groups(model: nn.Module) -> Iterator[FSDPParamGroup]:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            yield from module._get_fsdp_state()._fsdp_param_groups
+
+
+def _let_one_dtype_learn(model: nn.Module) -> None:
+    """In every group the dtype that most of its numbers have."""
+    names, still = {id(parameter): name for name, parameter in model.named_parameters()}, []
+    for group in _groups(model):
+        sizes: Counter[torch.dtype] = Counter()
+        learning = [each.sharded_param for each in group.fsdp_params if each.sharded_param.requires_grad]
+        for parameter in learning:
+            sizes[parameter.dtype] += parameter.numel()
+        for parameter in learning:
+            if parameter.dtype != sizes.most_common(1)[0][0]:
+                parameter.requires_grad_(False)
+                still.append(names[id(parameter)])
+    model.__dict__[_NOT_LEARNING] = still
 
 
 @contextlib.contextmanager
