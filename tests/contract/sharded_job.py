@@ -309,7 +309,7 @@ def two_dtypes(backend: Backend) -> dict[str, object]:
             Progress(),
         )
         assert {p.dtype for p in here.model.parameters()} == {torch.bfloat16, torch.float32}
-        options = PruneConfig(pattern="unstructured", sparsity=0.5, **case)
+        options = pruning(pattern="unstructured", sparsity=0.5, **case)
         chosen = sparsify(here, here.anatomy.choose_matrices(options.matrices, options.ignore), options)
         found[name] = chosen.fingerprint(here.model, backend)
     gradients = weight_gradients(here, here.anatomy.matrices[:2], squares=True)
