@@ -47,7 +47,7 @@ AUTO_MAP = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_mo
 def wrapped(model: nn.Module, **asked: object) -> nn.Module:
     made = peft.get_peft_model(model, peft.LoraConfig(r=2, **asked))
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.add_(1.0)
     return made

