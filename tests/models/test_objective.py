@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 
 from tests import tiny
 from tinygn_dist.config import RecoverConfig
@@ -15,6 +16,9 @@ from tinygn_dist.models.objective import (
     classification,
     distillation,
     feature_match,
+    head_distance,
+    needs_reference,
+    num_counted,
     token_losses,
 )
 from tinygn_dist.train.distill import student_losses
@@ -160,3 +164,89 @@ def test_distill_share_mixes_both_terms():
 def test_means_divide_sums_once():
     losses = Losses(torch.tensor([6.0, 2.0], dtype=torch.float64), torch.tensor([3, 1]))
     assert float(losses.mean()) == 2.0
+
+
+def _labels_of(problem_type: str, outputs: int, generator: torch.Generator) -> torch.Tensor:
+    if problem_type == "single_label_classification":
+        return torch.randint(outputs, (4,), generator=generator)
+    if problem_type == "multi_label_classification":
+        return torch.rand(4, outputs, generator=generator) > 0.5
+    numbers = torch.randn(4, outputs, generator=generator)
+    return numbers[:, 0] if outputs == 1 else numbers
+
+
+HEADS = [
+    ("single_label_classification", 3),
+    ("multi_label_classification", 3),
+    ("multi_label_classification", 1),
+    ("regression", 1),
+    ("regression", 2),
+]
+
+
+@pytest.mark.parametrize("problem_type, outputs", HEADS)
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_the_loss_of_a_head_is_the_models_own(family: str, problem_type: str, outputs: int):
+    config = tiny.CONFIGS[family]()
+    config.num_labels, config.problem_type, config.pad_token_id = outputs, problem_type, 0
+    torch.manual_seed(0)
+    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (
+        torch.randint(3, tiny.VOCAB, (4, 7), generator=generator),
+        _labels_of(problem_type, outputs, generator),
+    )
+    own = labels.float() if labels.dtype == torch.bool else labels
+    with torch.no_grad():
+        found = classification(model, {"input_ids": ids, "labels": labels})
+        wanted = model(input_ids=ids, labels=own).loss
+    assert float(found.mean()) == pytest.approx(float(wanted), rel=1e-5)
+    assert found.count.tolist() == [1] * 4 and found.total.dtype == torch.float64 and float(found.total.min()) > 0
+    assert num_counted({"input_ids": ids, "labels": labels}) == 4
+
+
+def test_without_labels_the_loss_is_the_distance_to_the_dense_scores():
+    config = tiny.CONFIGS["llama"]()
+    config.num_labels, config.pad_token_id = 1, 0
+    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    assert needs_reference("sequence-classification", [batch])
+    (batch,) = add_reference(model, [batch], torch.device("cpu"))
+    with torch.no_grad():
+        assert float(classification(model, batch).total.abs().max()) == 0
+        moved = classification(model, {**batch, "reference": batch["reference"] + 0.5})
+    torch.testing.assert_close(moved.total, torch.full((2,), 0.25, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert num_counted(batch) == 2
+
+
+def test_the_distance_of_heads_against_the_definitions():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, 3, generator=generator)
+    several, numbers, one = torch.zeros(4, 3, dtype=torch.bool), torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    p, q = (logits.double() for logits in (teacher, student))
+    yes = p.sigmoid() * (F.logsigmoid(p) - F.logsigmoid(q)) + (-p).sigmoid() * (F.logsigmoid(-p) - F.logsigmoid(-q))
+    kl = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1)
+    for labels, wanted in ((several, yes.mean(1)), (numbers, (p - q).square().mean(1)), (one, kl)):
+        found = head_distance(student, teacher, labels, 1.0)
+        torch.testing.assert_close(found.total, wanted, rtol=1e-5, atol=1e-6)
+        assert found.count.tolist() == [1] * 4
+        assert float(head_distance(teacher, teacher, labels, 2.0).total.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("problem_type, outputs", HEADS[1:])
+def test_students_of_such_heads(problem_type: str, outputs: int):
+    config = tiny.CONFIGS["bert"]()
+    config.num_labels, config.problem_type = outputs, problem_type
+    student, teacher = (hf.AutoModelForSequenceClassification.from_config(config).eval() for _ in range(2))
+    labels = _labels_of(problem_type, outputs, torch.Generator().manual_seed(1))
+    batch = {"input_ids": torch.randint(3, tiny.VOCAB, (4, 7)), "labels": labels}
+
+    def total(share: float, *models: torch.nn.Module) -> torch.Tensor:
+        options = RecoverConfig(steps=1, distill=share)
+        return student_losses(*models, "sequence-classification", batch, options).total
+
+    with torch.no_grad():
+        own, away = total(0.0, student, teacher), total(1.0, student, teacher)
+        torch.testing.assert_close(own, classification(student, batch).total)
+        torch.testing.assert_close(total(0.3, student, teacher), 0.7 * own + 0.3 * away)
+        assert float(total(1.0, teacher, teacher).abs().max()) < 1e-9 < float(away.min())
