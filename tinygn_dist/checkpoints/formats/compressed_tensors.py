@@ -64,7 +64,12 @@ def encoded(weight: str, values: torch.Tensor, scales: Scales, how: Stored) -> d
 
 
 def decoded(weight: str, tensors: Mapping[str, torch.Tensor], how: Stored) -> torch.Tensor:
-    """(out, in) values in the dtype of the scales. tensors: those of `kinds` by name; a scale may be one for the
+    """(out, in) values in the dtype of the scales. tensors: as `stored_codes` takes them."""
+    return stored_codes(weight, tensors, how).values().to(tensors[f"{weight}_scale"].dtype)
+
+
+def stored_codes(weight: str, tensors: Mapping[str, torch.Tensor], how: Stored) -> Quantised:
+    """Codes, scales and zero points as they lie on disk. tensors: those of `kinds` by name; a scale may be one for the
     tensor."""
     scale, grid = tensors[f"{weight}_scale"], how.grid
     if how.layout == "pack-quantized":
@@ -78,7 +83,7 @@ def decoded(weight: str, tensors: Mapping[str, torch.Tensor], how: Stored) -> to
         zero_point = tensors[f"{weight}_zero_point"]
         if how.layout == "pack-quantized":
             zero_point = unpack(zero_point.t(), grid.bits, len(scale)).t()
-    return Quantised(codes, scale.float(), zero_point).values().to(scale.dtype)
+    return Quantised(codes, scale.float(), zero_point)
 
 
 def quantization_config(stored: Mapping[str, Stored], others: Sequence[str]) -> dict[str, Any]:
