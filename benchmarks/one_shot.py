@@ -69,11 +69,11 @@ METHODS = {
     "obs layer by layer": ["--prune.solver.gram_gib", "0"],
     "obs admm": ["--prune.solver.method", "admm"],
     "obs one pass": ["--prune.solver.passes", "1"],
-    "obs reconstructed": ["--prune.solver.passes", "2", "--prune.reconstruct", "2"],
+    "obs reconstructed": ["--prune.solver.passes", "2", "--reconstruct.epochs", "2"],
     "obs": [],
 }
 PEER = "llm-compressor SparseGPT"
-STAGES = ("compress", "reconstruct")
+STAGES = ("prune", "reconstruct")
 """of a report, whose seconds are told"""
 
 

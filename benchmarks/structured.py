@@ -95,7 +95,7 @@ def _told(asked: argparse.Namespace) -> str:
 def _figures(fraction: float, name: str, asked: argparse.Namespace) -> list[str]:
     if name in OURS:
         report = _compressed(asked, ["--sparsity", str(fraction), *OURS[name]])
-        return _cells(report, report["seconds"]["compress"])
+        return _cells(report, report["seconds"]["prune"])
     if name == "dense":
         return _cells(_compressed(asked, AS_IT_IS), None)
     with tempfile.TemporaryDirectory() as folder:

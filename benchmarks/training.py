@@ -29,7 +29,7 @@ PATTERNS = {
 SCHEDULES = {"one-shot": [], "gradual": ["--schedule.kind", "cubic"]}
 DISTILLED = {"alone": 0.0, "distilled": 0.5}
 HEAD = (
-    "| pattern | schedule | training | perplexity before | compressed | trained | parameters | zeros | compress s "
+    "| pattern | schedule | training | perplexity before | compressed | trained | parameters | zeros | prune s "
     "| train s per step |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -97,7 +97,7 @@ def _figures(pattern: str, schedule: str, training: str, asked: argparse.Namespa
         *perplexities,
         f"{report['after']['num_params']:,}",
         f"{zeros:.1%}",
-        f"{seconds['compress']:.0f}",
+        f"{seconds['prune']:.0f}",
         f"{seconds['recover'] / asked.steps:.2f}",
     ]
 

@@ -9,8 +9,8 @@ from tinygn_dist.backends import Backend
 from tinygn_dist.config import PruneConfig, RecoverConfig, ScheduleConfig
 from tinygn_dist.evaluate.quality import mean_loss
 from tinygn_dist.models.anatomy import Matrix
+from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks, plan_of
 from tinygn_dist.runtime.progress import Progress
-from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
 from tinygn_dist.train.loop import Course, InTraining, Recovery
 
 GRADUAL_CASES = {

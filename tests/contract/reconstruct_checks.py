@@ -10,15 +10,17 @@ from torch import nn
 from tests import plain
 from tests.contract.sharded_models import llama, mixtral, problem
 from tinygn_dist.backends import Backend
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import PruneConfig, ReconstructConfig
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.train.reconstruct import blocks_of, reconstruct
+from tinygn_dist.train.reconstruct import Movable, blocks_of, reconstruct
 
 CASES: dict[str, tuple[Callable[[], nn.Module], torch.dtype]] = {
     "llama": (llama, torch.float32),
     "experts": (mixtral, torch.float32),
     "llama bf16": (llama, torch.bfloat16),
 }
+
+TUNED = ReconstructConfig(epochs=2, rate=0.02, batch_size=3)
 
 
 def reconstructed(backend: Backend) -> dict[str, dict[str, float]]:
@@ -28,13 +30,12 @@ def reconstructed(backend: Backend) -> dict[str, dict[str, float]]:
 
 def _reconstructed(backend: Backend, build: Callable[[], nn.Module], dtype: torch.dtype) -> dict[str, float]:
     sparse, dense = (problem(backend, build().to(dtype)) for _ in range(2))
-    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion="magnitude", reconstruct=2)
-    options = options.model_copy(update={"reconstruct_rate": 0.02, "reconstruct_batch": 3})
+    options = PruneConfig(pattern="unstructured", sparsity=0.5, criterion="magnitude")
     masks = sparsify(sparse, sparse.anatomy.matrices, options)
     before = masks.fingerprint(sparse.model, backend)
     layers = range(sparse.anatomy.num_layers)
     blocks = blocks_of(layers, len(layers))
-    told = reconstruct(sparse, dense, blocks, sparse.anatomy.matrices, masks.by_name, options)
+    told = reconstruct(sparse, dense, blocks, Movable(sparse.anatomy.matrices, masks.by_name), TUNED)
     assert masks.violations(sparse.model, backend) == 0 and masks.fingerprint(sparse.model, backend) == before
     backend.agree(told, "what reconstruction reached")
     state = plain.full_state(backend, sparse.model)

@@ -111,6 +111,12 @@ STOPPED: dict[str, tuple[dict, str]] = {
     "top-kast": ({"regrow": "top-kast"}, "all"),
     "lora": ({}, "lora"),
 }
+TRAINED = {"steps": 6, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, "evaluate_every": 2, "keep_best": True}
+RECIPE = [
+    {"prune": FEWER_CHANNELS},
+    {"prune": {"pattern": "2:4", "criterion": "magnitude", **NO_DOWN}},
+    {"recover": TRAINED},
+]
 
 
 def pieces(backend: Backend) -> None:
@@ -374,33 +380,43 @@ def stopped_runs(backend: Backend, folder: Path) -> dict[str, float]:
     for name, (schedule, train) in STOPPED.items():
         if train == "lora" and type(backend) is Offloaded:
             continue
-        done = {}
-        for way in ("whole", "parts"):
-            output = folder / f"stopped-{name}-{way}"
-            config = Config(
-                model={"name": str(folder / "model")},
-                data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
-                prune=HALF,
-                schedule={"every": 2, **schedule},
-                recover={"steps": 6, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, "evaluate_every": 2}
-                | {"keep_best": True, "train": train},
-                evaluate={"latency": False},
-                checkpoint={"resume": "auto"},
-                output={"dir": str(output)},
-            )
-            for steps in (2, 2) if way == "parts" else ():
-                seen = iter(range(99))
-                try:
-                    compress(config, backend, lambda seen=seen, steps=steps: next(seen) >= steps)
-                except Stopped:
-                    continue
-                raise AssertionError("the run was not stopped")
-            report = compress(config, backend)
-            assert len(report.recovery.get("resumed_after_steps", [])) == (2 if way == "parts" else 0)
-            done[way] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
-            found[name] = report.after["loss"]
-        assert done["whole"] == done["parts"], f"{name}: another result after two stops"
+        asked = {"prune": HALF, "schedule": {"every": 2, **schedule}, "recover": TRAINED | {"train": train}}
+        found[name] = _stopped(backend, folder, name, asked, (2, 2))
+    found["recipe"] = _stopped(
+        backend, folder, "recipe", {"steps": RECIPE}, (0, 2)
+    )  # after its first step, and in the last
     return found
+
+
+def _stopped(backend: Backend, folder: Path, name: str, asked: dict[str, object], stops: tuple[int, ...]) -> float:
+    """stops: how often each part of the run is asked whether to stop, and is told no."""
+    done, loss = {}, 0.0
+    for way in ("whole", "parts"):
+        output = folder / f"stopped-{name}-{way}"
+        config = Config(
+            model={"name": str(folder / "model")},
+            data={"name": str(folder / "rows.txt"), "num_samples": 3, "seq_len": 12, "eval_samples": 3},
+            evaluate={"latency": False},
+            checkpoint={"resume": "auto"},
+            output={"dir": str(output)},
+            **asked,
+        )
+        for steps in stops if way == "parts" else ():
+            calls = iter(range(99))
+            try:
+                compress(config, backend, lambda calls=calls, steps=steps: next(calls) >= steps)
+            except Stopped:
+                continue
+            raise AssertionError("the run was not stopped")
+        report = compress(config, backend)
+        assert len(report.recovery.get("resumed_after_steps", [])) == 2 * (way == "parts")
+        done[way] = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+        loss = report.after["loss"]
+        if name == "recipe":
+            assert [row["step"] for row in report.steps] == ["prune", "prune", "recover"]
+            assert report.sparsity["targeted_weights"] == 0.5 and report.parameters["removed"] > 0
+    assert done["whole"] == done["parts"], f"{name}: another result after two stops"
+    return loss
 
 
 def main(folder: Path, sharded: int, offload: str, wanted: list[str]) -> None:

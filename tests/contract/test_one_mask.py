@@ -18,10 +18,10 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import DistributedConfig, RecoverConfig, ScheduleConfig
 from tinygn_dist.estimate import hessians
 from tinygn_dist.maths.schedules import Plan
+from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 from tinygn_dist.runtime.progress import Progress
-from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.loop import Course, Recovery
 
 SCOPES = {"row": ("unstructured", "row"), "layer": ("unstructured", "layer"), "global": ("unstructured", "global")}

@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import Config, PruneConfig, ScheduleConfig
-from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
+from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks, plan_of
 
 RATE, STEPS = 0.05, 12
 HALF = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)

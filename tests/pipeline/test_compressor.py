@@ -156,7 +156,7 @@ def test_forgotten_calls_are_told(started, tmp_path: Path):
     [
         ({"schedule.kind": "cubic"}, None, "needs attach.*num_steps"),
         ({"prune.pattern": "channels", "schedule.kind": "cubic"}, 10, "units can only go before your optimizer"),
-        ({"prune.reconstruct": 2}, None, "prune.reconstruct 2 is for `tinygn compress`"),
+        ({"reconstruct.epochs": 2}, None, "a step reconstruct is for `tinygn compress`"),
     ],
 )
 def test_what_cannot_work_is_told(started, asked: dict, steps: int | None, message: str):

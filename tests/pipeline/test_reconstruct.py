@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.pipeline.conftest import report_of
-from tinygn_dist.run import recovery
+from tinygn_dist.run import state
 
-TUNED = ["--prune.reconstruct=3", "--prune.reconstruct_rate=0.01", "--data.num_samples=8", "--data.micro_batch=1"]
+TUNED = ["--reconstruct.epochs=3", "--reconstruct.rate=0.01", "--data.num_samples=8", "--data.micro_batch=1"]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_layers_come_closer_to_the_dense_model(
 ):
     asked = [f"--pattern={pattern}", f"--sparsity={sparsity}", "--data", text_file]
     asked.append("--prune.compensate=false")  # a re-fit of units leaves nothing to gain on so small a model
-    done = compress(saved_model("llama"), tmp_path / "plain", *asked, *TUNED, "--prune.reconstruct=0")
+    done = compress(saved_model("llama"), tmp_path / "plain", *asked, *TUNED, "--reconstruct.epochs=0")
     assert done.code == 0, done.err
     assert report_of(tmp_path / "plain")["reconstruction"] == {}
     done = compress(saved_model("llama"), tmp_path / "tuned", *asked, *TUNED)
@@ -45,7 +45,7 @@ def test_layers_come_closer_to_the_dense_model(
 def test_recovery_follows_with_the_same_dense_model_as_teacher(compress, saved_model, text_file, tmp_path):
     asked = ["--pattern=unstructured", "--sparsity=0.5", "--criterion=magnitude", "--recover-steps=2"]
     asked += ["--recover.seq_len=16", "--recover.batch_size=2", "--data", text_file]
-    with mock.patch.object(recovery, "placed", None):  # no third copy
+    with mock.patch.object(state, "placed", None):  # no third copy
         done = compress(saved_model("llama"), tmp_path / "out", *asked, *TUNED)
     assert done.code == 0, done.err
     report = report_of(tmp_path / "out")
@@ -56,11 +56,14 @@ def test_recovery_follows_with_the_same_dense_model_as_teacher(compress, saved_m
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--pattern=hidden"], "prune.reconstruct 3 compares hidden states .* pattern hidden"),
-        (["--data.num_samples=1"], "prune.reconstruct 3 with 1 micro-batches of calibration data, accepted: 2 or more"),
+        (["--pattern=hidden"], "reconstruct.epochs 3 compares hidden states .* pattern hidden"),
+        (
+            ["--data.num_samples=1"],
+            "reconstruct.epochs 3 with 1 micro-batches of calibration data, accepted: 2 or more",
+        ),
         (
             ["--schedule.kind=cubic", "--recover-steps=400"],
-            "prune.reconstruct 3 with schedule.kind cubic .* accepted: one-shot",
+            "reconstruct.epochs 3 with schedule.kind cubic .* accepted: one-shot",
         ),
     ],
 )

@@ -56,7 +56,7 @@ def test_units_go_round_by_round(
     done = compress(saved_model("llama"), tmp_path / "out", "--data", text_file, *asked, *TRAINED, "--schedule.every=3")
     assert done.code == 0, done.err
     report = report_of(tmp_path / "out")
-    assert len(report["earlier_rounds"]) == earlier and report["recovery"]["steps"] == 8
+    assert len(report["earlier_selections"]) == earlier and report["recovery"]["steps"] == 8
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert sum(p.numel() for p in model.parameters()) == report["after"]["num_params"]
     dense = AutoModelForCausalLM.from_pretrained(saved_model("llama"))

@@ -13,14 +13,17 @@ from tests import tiny
 from tests.pipeline.test_resume import asked, stopped_after, weights
 from tinygn_dist import pipeline
 from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints import sharded_load
 from tinygn_dist.errors import Stopped
+from tinygn_dist.run import loading, verified_export
 
 SPARSE = {"prune.pattern": "2:4", "prune.criterion": "magnitude", "recover.distill": 0.8, "checkpoint.every": 0}
 CACHED = {**SPARSE, "recover.teacher_cache_gib": 0.1, "recover.teacher_top_k": tiny.VOCAB}
 
 
 def placed_models(config, backend: Backend) -> int:
-    with mock.patch.object(pipeline, "placed", wraps=pipeline.placed) as placed:
+    placed = mock.Mock(wraps=sharded_load.placed)
+    with mock.patch.object(loading, "placed", placed), mock.patch.object(verified_export, "placed", placed):
         pipeline.compress(config, backend)
     return placed.call_count
 

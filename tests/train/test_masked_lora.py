@@ -14,8 +14,8 @@ from tinygn_dist.config import Config, PruneConfig, RecoverConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.schedules import Plan
+from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks
 from tinygn_dist.runtime.progress import Progress
-from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.loop import Course, Recovery, check_training
 from tinygn_dist.train.masked_lora import LowRankUpdates
 

@@ -14,16 +14,17 @@ from tests import plain, tiny
 from tests.plain import LAYERS
 from tests.ranks import Ranks
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import PruneConfig, ReconstructConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import Matrix, read_anatomy
 from tinygn_dist.models.objective import Batch
 from tinygn_dist.prune.sparsity.sparsify import sparsify
-from tinygn_dist.train.reconstruct import Block, blocks_of, check, reconstruct
+from tinygn_dist.train.reconstruct import Block, Movable, blocks_of, check, reconstruct
 
-HALF = PruneConfig(pattern="unstructured", sparsity=0.5, criterion="magnitude", reconstruct=3, reconstruct_rate=0.02)
-TOO_FAST = HALF.model_copy(update={"reconstruct_rate": 100.0})
+HALF = PruneConfig(pattern="unstructured", sparsity=0.5, criterion="magnitude")
+TUNED = ReconstructConfig(epochs=3, rate=0.02)
+TOO_FAST = ReconstructConfig(epochs=3, rate=100.0)
 
 
 def halved(
@@ -34,10 +35,13 @@ def halved(
     return sparse, dense, sparsify(sparse, sparse.anatomy.matrices, HALF).by_name
 
 
-def run(sparse: Problem, dense: Problem, keep: dict, options: PruneConfig, matrices: Sequence[Matrix] | None = None):
+def run(
+    sparse: Problem, dense: Problem, keep: dict, options: ReconstructConfig, matrices: Sequence[Matrix] | None = None
+):
     layers = range(dense.anatomy.num_layers)
     blocks = blocks_of(layers, len(layers))
-    return reconstruct(sparse, dense, blocks, sparse.anatomy.matrices if matrices is None else matrices, keep, options)
+    movable = Movable(sparse.anatomy.matrices if matrices is None else matrices, keep)
+    return reconstruct(sparse, dense, blocks, movable, options)
 
 
 def hidden_states(model: nn.Module, family: str, batch: Batch) -> list[torch.Tensor]:
@@ -87,11 +91,11 @@ def test_a_layer_does_the_work_of_removed_ones_after_it():
     student = replace(dense, model=short, anatomy=read_anatomy(short, needs_units=True))
     own, other = (hidden_states(s.bare, "llama", dense.batches[-1]) for s in (student, dense))
     wanted = [relative_error(own[0], other[1]), relative_error(own[1], other[2])]
-    blocks, asked = blocks_of((0, 2), 3), {"reconstruct_rate": 100.0}
-    told = reconstruct(student, dense, blocks, student.anatomy.matrices, {}, HALF.model_copy(update=asked))
+    blocks, movable = blocks_of((0, 2), 3), Movable(student.anatomy.matrices)
+    told = reconstruct(student, dense, blocks, movable, TOO_FAST)
     assert [layer["before"] for layer in told["layers"]] == pytest.approx(wanted, rel=1e-5)
 
-    told = reconstruct(student, dense, blocks, student.anatomy.matrices, {}, HALF)
+    told = reconstruct(student, dense, blocks, movable, TUNED)
     own = hidden_states(student.bare, "llama", dense.batches[-1])
     assert told["layers"][1]["after"] == pytest.approx(relative_error(own[1], other[2]), rel=1e-5)
     assert told["layers"][1]["after"] < 0.9 * wanted[1]
@@ -105,7 +109,7 @@ def test_a_linear_layer_reaches_the_least_squares_optimum():
     sparse, dense = (replace(problem, batches=[*problem.batches, *problem.batches]) for problem in (sparse, dense))
     (matrix,) = (t for t in sparse.anatomy.matrices if t.layer == 0 and "down_proj" in t.name)
     optimum = best_rows(sparse, dense, matrix, keep[matrix.name])
-    options = HALF.model_copy(update={"reconstruct": 400, "reconstruct_rate": 0.05})
+    options = ReconstructConfig(epochs=400, rate=0.05)
     told = run(sparse, dense, keep, options, [matrix])["layers"][0]
     assert optimum < 0.9 * told["before"]
     assert told["after"] == pytest.approx(optimum, rel=2e-3) and told["after"] > optimum * (1 - 1e-5)
@@ -133,7 +137,7 @@ def test_layers_come_closer_and_nothing_else_moves(family: str):
     sparse, dense, keep = halved(family, count=9)
     before, original = tiny.state_bytes(sparse.bare), tiny.state_bytes(dense.bare)
     chosen = [matrix for matrix in sparse.anatomy.matrices if matrix.layer != 1]
-    told = run(sparse, dense, keep, HALF, chosen)
+    told = run(sparse, dense, keep, TUNED, chosen)
     errors = [(layer["before"], layer["after"], layer["epoch"]) for layer in told["layers"]]
     assert all(after < 0.9 * first and epoch > 0 for first, after, epoch in (errors[0], errors[2]))
     assert errors[1][0] == errors[1][1] and errors[1][2] == 0  # none of its weights was to move
@@ -159,7 +163,7 @@ def test_what_gets_worse_on_held_out_sequences_is_not_taken():
 def test_bf16_weights_take_steps_that_are_smaller_than_their_resolution():
     sparse, dense = (tiny.problem("llama", model=tiny.build("llama").bfloat16(), count=9) for _ in range(2))
     keep = sparsify(sparse, sparse.anatomy.matrices, HALF).by_name
-    told = run(sparse, dense, keep, HALF.model_copy(update={"reconstruct": 8, "reconstruct_rate": 2e-3}))
+    told = run(sparse, dense, keep, ReconstructConfig(epochs=8, rate=2e-3))
     assert all(layer["after"] < 0.97 * layer["before"] for layer in told["layers"])
     assert {p.dtype for p in sparse.bare.parameters()} == {torch.bfloat16}
 
@@ -167,7 +171,7 @@ def test_bf16_weights_take_steps_that_are_smaller_than_their_resolution():
 # -- the same on any number of ranks --------------------------------------------------------------------------------------
 def reconstructed(backend: Backend) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     sparse, dense, keep = halved("llama", backend, count=12)
-    told = run(sparse, dense, keep, HALF.model_copy(update={"reconstruct_batch": 6}))
+    told = run(sparse, dense, keep, ReconstructConfig(epochs=3, rate=0.02, batch_size=6))
     return told, tiny.state_bytes(sparse.bare)
 
 
@@ -185,10 +189,6 @@ def test_the_same_on_two_processes(process_groups: Callable[..., Ranks], backend
 # -- refusals ------------------------------------------------------------------------------------------------------------
 def test_what_has_no_hidden_states_to_compare_is_refused():
     anatomy = tiny.problem("llama").anatomy
-    check(anatomy, HALF)
-    with pytest.raises(UserError, match="pattern hidden leaves narrower ones"):
-        check(anatomy, PruneConfig(pattern="hidden", reconstruct=1))
-    without = replace(anatomy, stacks=())
-    with pytest.raises(UserError, match="prune.reconstruct 3 .* no single list of layers"):
-        check(without, HALF)
-    check(without, PruneConfig(pattern="unstructured"))
+    check(anatomy, TUNED)
+    with pytest.raises(UserError, match="reconstruct.epochs 3 .* no single list of layers"):
+        check(replace(anatomy, stacks=()), TUNED)

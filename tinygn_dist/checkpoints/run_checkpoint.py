@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from tinygn_dist.checkpoints.safetensors_io import StoredTensors
 from tinygn_dist.errors import UserError
 
 MANIFEST = "manifest.json"
+CONSTRAINT = "constraint"
+"""under it and its step's number lies what a constraint writes"""
 _DRAFT = ".partial-"
 _FILE_BYTES = 1 << 30
 
@@ -138,6 +141,9 @@ class Writer:
         if self._bytes >= _FILE_BYTES:
             self._write()
 
+    def under(self, place: str) -> WriterUnder:
+        return WriterUnder(self, place)
+
     def close(self) -> dict[str, int]:
         """Bytes of each file this rank wrote, which are on the disk."""
         if self._waiting:
@@ -154,6 +160,17 @@ class Writer:
         _flush(path)
         self._files[path.name] = path.stat().st_size
         self._waiting, self._bytes = {}, 0
+
+
+@dataclass(frozen=True)
+class WriterUnder:
+    """A place of its own in a checkpoint that is being written."""
+
+    whole: Writer
+    place: str
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        self.whole.add(f"{self.place}|{name}", tensor)
 
 
 class Saved:
@@ -174,9 +191,27 @@ class Saved:
         with safe_open(self._where[name], framework="pt") as content:
             return content.get_tensor(name)
 
+    def under(self, place: str) -> SavedUnder:
+        return SavedUnder(self, place)
+
     def run(self, name: str, low: int, high: int) -> torch.Tensor:
         """Flat elements [low, high) of a tensor, and no more of the file than holds them."""
         return StoredTensors([self._where[name]]).run(name, low, high)
+
+
+@dataclass(frozen=True)
+class SavedUnder:
+    """What `WriterUnder` wrote at one place."""
+
+    whole: Saved
+    place: str
+
+    def names(self, prefix: str) -> list[str]:
+        found = self.whole.names(f"{self.place}|{prefix}")
+        return [name.removeprefix(f"{self.place}|") for name in found]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.whole.tensor(f"{self.place}|{name}")
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -27,7 +27,7 @@ from rich.logging import RichHandler
 
 from tinygn_dist.backends import make_backend, world_size
 from tinygn_dist.backends.launcher import accelerate_arguments, launch, processes_asked
-from tinygn_dist.config import Config, Section, load_config
+from tinygn_dist.config import Config, Section, inner_section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
 from tinygn_dist.registry import experimental
 from tinygn_dist.runtime.cpu_matmul import fast_matmul
@@ -147,24 +147,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _every_key() -> str:
     lines = ["every key, as --section.key VALUE or in a recipe:"]
-    for section, field in Config.model_fields.items():
-        lines += [f"\n  {section}:", *_keys_of(field.annotation, section)]
+    for section in Config.model_fields:
+        lines += [f"\n  {section}:", *_keys_of(Config, section, section)]
     lines.append("\n  experiments (prune.experiments or schedule.experiments, by what uses them):")
     for name, options in experimental("OPTIONS", type[Section]).items():
-        lines += _keys_of(options, f"experiments.{name}")
+        for key in options.model_fields:
+            lines += _keys_of(options, key, f"experiments.{name}.{key}")
     return "\n".join(lines) + "\n"
 
 
-def _keys_of(section: type[Section], prefix: str) -> Iterator[str]:
-    """A line for each key, those of sections within it too."""
-    for name, key in section.model_fields.items():
-        inner = key.annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
-            yield from _keys_of(inner, f"{prefix}.{name}")
-            continue
-        default = "required" if key.is_required() else key.default
-        text = " ".join((key.description or "").split())
-        yield f"    {prefix}.{name} [{default}]  {text}"
+def _keys_of(outer: type[Section], key: str, path: str) -> Iterator[str]:
+    """A line for a key, or one for each key of the section that it holds."""
+    inner, field = inner_section(outer, key), outer.model_fields[key]
+    if inner is not None:
+        for name in inner.model_fields:
+            yield from _keys_of(inner, name, f"{path}.{name}")
+        return
+    default = "required" if field.is_required() else field.default
+    yield f"    {path} [{default}]  {' '.join((field.description or '').split())}"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -145,7 +145,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         )
     processor = load.load_processor(source)
     anatomy = read_anatomy(load.skeleton(source), needs_units=False)
-    train_len = recipe.get("recover", {}).get("seq_len", 0) if recipe.get("recover", {}).get("steps") else 0
+    trainings = [step["recover"] for step in recipe.get("steps", ()) if step["recover"]]
+    train_len = trainings[0]["seq_len"] if trainings else 0
     splits = calibration.load_splits(data, calibration.Reader(source.task, processor, source.config), train_len)
     if needs_reference(source.task, splits.evaluation):
         raise UserError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ from pydantic import model_validator
 
 from tinygn_dist.config.checkpoint import CheckpointConfig
 from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.reconstruct import ReconstructConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
 from tinygn_dist.config.schedule import ScheduleConfig
 from tinygn_dist.config.section import Section, make
 from tinygn_dist.config.solver import DEFAULT_SHARE, SolverConfig
+from tinygn_dist.config.steps import StepConfig, check_order, check_schedule, usual_order
 from tinygn_dist.errors import UserError
 
 __all__ = [
     "DEFAULT_SHARE",
+    "FLAT",
     "NM",
     "UNIT_CRITERIA",
     "UNIT_KINDS",
@@ -38,69 +43,84 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PruneConfig",
+    "ReconstructConfig",
     "RecoverConfig",
     "ScheduleConfig",
     "Section",
     "SolverConfig",
+    "StepConfig",
+    "inner_section",
     "load_config",
     "make",
 ]
 
 
+FLAT = frozenset({"prune", "schedule", "reconstruct", "recover"})
+"""sections that stand for the usual order of steps"""
+
+
 class Config(Section):
+    """model, data, evaluate, checkpoint, output and distributed are of the whole run. What is done is a list of `steps`, or
+    the sections prune, schedule, reconstruct and recover, which stand for the usual order. `recipe` is the list of both."""
+
     model: ModelConfig
     data: DataConfig = DataConfig()
+    steps: tuple[StepConfig, ...] = ()
+    """the recipe as a list, such as [{prune: {pattern: units}}, {prune: {pattern: "2:4"}}, {recover: {steps: 100}}]; in place of the
+    sections prune, schedule, reconstruct and recover"""
     prune: PruneConfig = PruneConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    reconstruct: ReconstructConfig = ReconstructConfig()
     recover: RecoverConfig = RecoverConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
     distributed: DistributedConfig = DistributedConfig()
 
+    @property
+    def recipe(self) -> tuple[StepConfig, ...]:
+        """The steps, in order."""
+        return self.steps or usual_order(self)
+
+    @property
+    def trainings(self) -> tuple[RecoverConfig, ...]:
+        return tuple(step.recover for step in self.recipe if step.recover and step.recover.steps)
+
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Config:
-        prune, schedule = self.prune, self.schedule
-        if schedule.regrow != "none" and prune.pattern != "unstructured":
-            raise ValueError(
-                f"schedule.regrow {schedule.regrow!r} with pattern {prune.pattern!r}, accepted: pattern unstructured"
-            )
-        if prune.unit_kinds and schedule.criterion != "auto":
-            raise ValueError(
-                f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; use "
-                "prune.criterion"
-            )
-        if prune.unit_kinds and schedule.kind == "admm":
-            raise ValueError(
-                f"schedule.kind admm zeroes weights and pattern {prune.pattern!r} removes units; use iterative"
-            )
-        if prune.unit_kinds and prune.counts is not None and schedule.kind != "one-shot":
-            raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")
-        if prune.asks_latency and (schedule.kind != "one-shot" or self.distributed.offload != "none"):
-            raise ValueError(
-                f"prune.goal {prune.goal} with schedule.kind {schedule.kind} and distributed.offload "
-                f"{self.distributed.offload}, accepted: one-shot and none; use params="
-            )
-        batches = -(-self.data.num_samples // self.data.micro_batch)
-        for asked, needed in (
-            (f"solver.allocation {prune.solver.allocation}", prune.fewest_micro_batches),
-            (f"reconstruct {prune.reconstruct}", 2 if prune.reconstruct else 1),
-        ):
-            if batches < needed:
-                raise ValueError(
-                    f"prune.{asked} with {batches} micro-batches of calibration data, accepted: {needed} or more, as some are "
-                    "held out; raise data.num_samples or lower data.micro_batch"
-                )
-        if prune.reconstruct and schedule.changes:
-            raise ValueError(
-                f"prune.reconstruct {prune.reconstruct} with schedule.kind {schedule.kind} and regrow {schedule.regrow}, accepted: "
-                "one-shot and none, as what is left must not change afterwards"
-            )
-        self._training_fits()
+    def _fits_together(self) -> Config:
+        if self.steps and (both := self.model_fields_set & FLAT):
+            raise ValueError(f"got steps and {', '.join(sorted(both))}, accepted: steps alone, or the sections alone")
+        check_order(self.recipe)
+        for number, step in enumerate(self.recipe):
+            self._calibration_suffices(step)
+            if step.prune:
+                after = self.recipe[number + 1 :][:1]
+                recover = (after[0].recover if after else None) or self.recover
+                check_schedule(step.prune, step.schedule, recover)
+                if step.prune.asks_latency and self.distributed.offload != "none":
+                    raise ValueError(
+                        f"prune.goal {step.prune.goal} with distributed.offload {self.distributed.offload}, accepted: none; "
+                        "use params="
+                    )
+            if step.recover:
+                self._training_fits(step.recover)
         return self
 
-    def _training_fits(self) -> None:
-        recover, schedule = self.recover, self.schedule
+    def _calibration_suffices(self, step: StepConfig) -> None:
+        batches = -(-self.data.num_samples // self.data.micro_batch)
+        asked, needed = "", 1
+        if step.prune:
+            asked = f"prune.solver.allocation {step.prune.solver.allocation}"
+            needed = step.prune.fewest_micro_batches
+        if step.reconstruct:
+            asked, needed = f"reconstruct.epochs {step.reconstruct.epochs}", 2
+        if batches < needed:
+            raise ValueError(
+                f"{asked} with {batches} micro-batches of calibration data, accepted: {needed} or more, as some are held out; "
+                "raise data.num_samples or lower data.micro_batch"
+            )
+
+    def _training_fits(self, recover: RecoverConfig) -> None:
         if self.distributed.offload == "disk" and recover.steps and not recover.forward_only:
             raise ValueError(
                 f"recover.optimizer {recover.optimizer} with distributed.offload disk: gradients and optimizer state need "
@@ -115,26 +135,6 @@ class Config(Section):
                 f"checkpoint.every {self.checkpoint.every} with recover.optimizer {recover.optimizer}, whose training is "
                 "not saved on the way; use another optimizer, or leave it at 0"
             )
-        if recover.distill_hidden and self.prune.pattern in ("layers", "units", "filters"):
-            raise ValueError(
-                f"recover.distill_hidden compares layer by layer, and pattern {self.prune.pattern} may remove layers; accepted: "
-                "patterns that keep them all; set it to 0"
-            )
-        if not schedule.changes or self.prune.unit_kinds:
-            return
-        told = f"and schedule.kind {schedule.kind} with regrow {schedule.regrow} changes them"
-        if recover.forward_only or not recover.saved_on_the_way:
-            raise ValueError(
-                f"recover.optimizer {recover.optimizer} keeps its masks, {told}; use adamw, sgd or nesterov"
-            )
-        looks = schedule.kind == "admm" or schedule.criterion == "movement" or schedule.regrow == "top-kast"
-        if recover.train != "all" and looks:
-            raise ValueError(
-                f"schedule.kind {schedule.kind} with criterion {schedule.criterion} and regrow {schedule.regrow} looks at how matrices train, and "
-                f"recover.train {recover.train} leaves them alone; use all"
-            )
-        if recover.train == "lora":
-            raise ValueError(f"recover.train lora keeps its masks, {told}; use all, or kind one-shot")
 
     def fingerprint(self) -> str:
         """16 hex digits over everything that can change the result (not where it is written, how it is launched, or what is kept on the way)."""
@@ -149,8 +149,8 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
     """
     asked = _read_recipe(Path(recipe)) if recipe else {}
     for dotted, value in (overrides or {}).items():
-        node = asked
         *path, key = dotted.split(".")
+        node = _step_of(asked, path[0]) if asked.get("steps") and path and path[0] in FLAT else asked
         for part in path:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
@@ -158,6 +158,16 @@ def load_config(recipe: str | Path | None = None, overrides: dict[str, Any] | No
         node[key] = value
     _refuse_unknown(asked, Config, "")
     return make(Config, asked)
+
+
+def _step_of(asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """The only step of a recipe's list that a short argument such as --recover.steps can mean."""
+    named = [step for step in asked["steps"] if isinstance(step, dict) and name in step]
+    if len(named) != 1:
+        raise UserError(
+            f"--{name}.* with a recipe of {len(named)} {name} steps, accepted: exactly one; change the recipe's file"
+        )
+    return named[0]
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -174,16 +184,38 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return asked
 
 
+def inner_section(section: type[Section], key: str) -> type[Section] | None:
+    """The section that a key of another one holds, None for a plain value."""
+    annotation = section.model_fields[key].annotation
+    kinds = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
 def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) -> None:
     for key, value in asked.items():
         if key not in section.model_fields:
             near = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else "accepted: " + ", ".join(section.model_fields)
             raise UserError(f"unknown key {prefix}{key}; {hint}")
-        inner = section.model_fields[key].annotation
-        if isinstance(inner, type) and issubclass(inner, Section):
+        if key == "steps" and section is Config:
+            _refuse_unknown_steps(value)
+        inner = inner_section(section, key)
+        if inner is not None:
             if not isinstance(value, dict):
                 raise UserError(
                     f"{prefix}{key}: got {value!r}, accepted: a mapping with " + ", ".join(inner.model_fields)
                 )
             _refuse_unknown(value, inner, f"{prefix}{key}.")
+
+
+def _refuse_unknown_steps(steps: Any) -> None:
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise UserError(
+            f"steps: got {steps!r}, accepted: a list such as [{{prune: {{pattern: units}}}}, {{recover: {{steps: 100}}}}]"
+        )
+    for number, step in enumerate(steps):
+        _refuse_unknown(step, StepConfig, f"steps.{number}.")

@@ -57,15 +57,6 @@ class PruneConfig(Section):
     """criterion obs: how masks and updates are found together"""
     experiments: Options = {}
     """options of experiments by their names, such as {owl: {spread: 0.1}}"""
-    reconstruct: int = Field(0, ge=0)
-    """after masks or units are chosen, so many epochs over the calibration sequences in which the weights that are left of one
-    layer after the other are tuned to the dense model's hidden states; one in eight sequences is held out, and on those no
-    layer gets worse. Keeps a second, dense model, as distillation does. At 50 % of SmolLM2-135M two epochs on 64 sequences and
-    a second pass of the solver gain 6 % of the perplexity in seven times the time; recover.steps gain more"""
-    reconstruct_rate: float = Field(5e-3, gt=0)
-    """learning rate of that (Adam, falling to zero), relative to each matrix's root mean square"""
-    reconstruct_batch: int = Field(2, ge=1)
-    """sequences per step of that, over all ranks"""
     most_mixes: int = Field(12, ge=1)
     """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
     probe_samples: int = Field(8, ge=1)

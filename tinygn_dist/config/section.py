@@ -39,4 +39,4 @@ def make(section: type[SectionType], values: dict[str, Any]) -> SectionType:
             raise UserError(f"{where} is missing; give it in the recipe or as --{where}") from None
         told = first["msg"].removeprefix("Value error, ")
         got = "" if "got " in told or first["type"] == "value_error" else f" (got {first['input']!r})"
-        raise UserError(f"{where}: {told}{got}") from None
+        raise UserError(f"{where}: {told}{got}" if where else told) from None

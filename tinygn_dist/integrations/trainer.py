@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from tinygn_dist.config import Config
 from tinygn_dist.errors import UserError
 from tinygn_dist.integrations.compressor import Compressor
-from tinygn_dist.train.gradual_masks import Update
+from tinygn_dist.prune.sparsity.gradual_masks import Update
 
 
 class TinyGNCallback(TrainerCallback):
@@ -28,10 +28,11 @@ class TinyGNCallback(TrainerCallback):
     def __init__(self, config: Config, trainer: Trainer, resume_from: str | Path | None = None) -> None:
         """resume_from: the checkpoint folder that train(resume_from_checkpoint=...) is given, where it lies outside of
         args.output_dir. Raises UserError for a unit pattern."""
-        if config.prune.unit_kinds:
+        patterns = [step.prune.pattern for step in config.recipe if step.prune and step.prune.unit_kinds]
+        if patterns:
             raise UserError(
-                f"pattern {config.prune.pattern} removes units, which have to go before the Trainer makes its optimizer; "
-                "use `tinygn compress` first, or Compressor.compress, and train the smaller model"
+                f"pattern {patterns[0]} removes units, which have to go before the Trainer makes its optimizer; use `tinygn "
+                "compress` first, or Compressor.compress, and train the smaller model"
             )
         self._accelerator = trainer.accelerator
         self._config, self._resume_from = config, resume_from
@@ -41,7 +42,7 @@ class TinyGNCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
         model, optimizer = facts["model"], facts["optimizer"]
-        self.compressor = Compressor(self._config, self._accelerator)
+        self.compressor = self.compressor or Compressor(self._config, self._accelerator)
         self.compressor.compress(model, facts["processing_class"])
         if state.global_step:
             self.compressor.load_state(self._checkpoint(args, state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,15 +33,18 @@ class Report:
     sparsity: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     """mask or unit fingerprint, kept counts, scores with standard errors, tried mixes"""
-    earlier_rounds: list[dict[str, Any]] = field(default_factory=list)
+    earlier_selections: list[dict[str, Any]] = field(default_factory=list)
     """the selections before the last one, each by index in the model it was made of"""
     parameters: dict[str, Any] = field(default_factory=dict)
     """all parameters accounted for: pruned, kept and why"""
     latency: dict[str, Any] = field(default_factory=dict)
-    """of a matrix latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
+    """of a goal latency=...: the table of costs, and least seconds of the dense and of the smaller model"""
     reconstruction: dict[str, Any] = field(default_factory=dict)
     """of each layer, the relative error of its output on held-out sequences before and after"""
     recovery: dict[str, Any] = field(default_factory=dict)
+    """of the last training"""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """a row for each step of the recipe that ran, in order"""
     data: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -51,6 +55,13 @@ class Report:
     """per rank, what torch held on its GPU; empty where there is none"""
     notes: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def add(self, step: str, facts: Mapping[str, Any]) -> None:
+        """What a step found, by field. Fields hold the last step's; selections before it are kept, parameters add up."""
+        if step == "prune" and self.selection and "selection" in facts:
+            self.earlier_selections.append(self.selection)
+        for name, value in facts.items():
+            setattr(self, name, self.parameters | value if name == "parameters" else value)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, default=str)
@@ -94,11 +105,8 @@ class Report:
         return rows
 
     def asked(self) -> str:
-        """The pattern, with its goal or sparsity where it has one."""
-        prune = self.recipe["prune"]
-        if prune["goal"]:
-            return f"{prune['pattern']} {prune['goal']}"
-        return prune["pattern"] if ":" in prune["pattern"] else f"{prune['pattern']} {prune['sparsity']:.0%}"
+        """The steps of the recipe: of each pruning its pattern, and the goal or sparsity where it has one."""
+        return ", then ".join(filter(None, map(_asked, self.recipe["steps"])))
 
     def print(self, console: Console | None = None) -> None:
         console = console or Console()
@@ -114,20 +122,27 @@ class Report:
 
     def to_markdown(self) -> str:
         """The model card."""
-        prune, data = self.recipe["prune"], self.data
+        data = self.data
         table = "\n".join(f"| {name} | {before} | {after} |" for name, before, after in self.rows())
         notes = "".join(f"\n- {note}" for note in self.notes)
         recovery = f"{self.recovery['steps']} steps on {self.recovery['tokens']:,} tokens" if self.recovery else "none"
         front = f"---\nbase_model: {self.model}\ntags:\n- pruned\n- tinygn_dist\n---\n"
         return (
-            f"{front}\n# {Path(self.output).name}\n\n`{self.model}` compressed with tinygn_dist: pattern `{prune['pattern']}`, "
-            f"sparsity {prune['sparsity']:g}, criterion `{prune['criterion']}`.\n\n| | before | after |\n|---|---|---|\n{table}\n\n"
+            f"{front}\n# {Path(self.output).name}\n\n`{self.model}` compressed with tinygn_dist: {self.asked()}.\n\n| | before | after |\n|---|---|---|\n{table}\n\n"
             f"- calibration: {data['calibration']['sequences']} sequences of {data['calibration']['source']}\n"
             f"- evaluation: {data['evaluation']['sequences']} sequences, used for nothing else\n- recovery: {recovery}\n"
             f"- selection fingerprint: `{self.selection.get('fingerprint')}`, {self.num_processes} processes{notes}\n\n"
             "Loads with plain `from_pretrained`. Every figure was measured on the files in this folder; the full record is "
             f"`{REPORT_FILE}`.\n"
         )
+
+
+def _asked(step: Mapping[str, Any]) -> str:
+    prune, recover = step["prune"], step["recover"]
+    if prune is None:
+        return f"{recover['steps']} steps of recovery" if recover else "block reconstruction"
+    amount = "" if ":" in prune["pattern"] else prune["goal"] or f"{prune['sparsity']:.0%}"
+    return f"{prune['pattern']} {amount}".strip()
 
 
 def versions() -> dict[str, str]:

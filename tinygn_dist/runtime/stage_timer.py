@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Stages:
-    """seconds: of the clock, by stage. cpu_seconds: of this process."""
+    """seconds: of the clock, by stage; stages of one name add up. cpu_seconds: of this process."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -26,8 +26,8 @@ class Stages:
         start, used = time.monotonic(), time.process_time()
         yield
         give_back()
-        self.seconds[name] = round(time.monotonic() - start, 2)
-        self.cpu_seconds[name] = time.process_time() - used
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
+        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - used
 
 
 def give_back() -> None:

@@ -18,9 +18,9 @@ from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import Batch, Losses, num_counted
 from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.step import Constraint, kept_weights
 from tinygn_dist.train.distill import student_losses
 from tinygn_dist.train.forward_only.loop import ForwardOnly
-from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.masked_lora import LowRankUpdates, check_targets, is_low_rank
 from tinygn_dist.train.teacher_cache import TeacherCache
 
@@ -92,27 +92,27 @@ class Recovery:
     stopping: Callable[[], bool] = lambda: False
     """whether this rank was asked to end the run"""
 
-    def run(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int | None = None) -> None:
+    def run(self, model: nn.Module, constraints: Sequence[Constraint], course: Course, stop: int | None = None) -> None:
         """Train a placed model in place up to step `stop` (the end of the plan by default).
 
         Runs in fp32 and returns the weights to their dtype: a step of lr * g below half a bf16 ulp would vanish.
         """
         if self.options.forward_only:
             with self.backend.in_fp32(model):
-                self._descend(model, masks, course, self.plan.total if stop is None else stop)
+                self._descend(model, constraints, course, self.plan.total if stop is None else stop)
             return
         with self.backend.in_fp32(model):
             model.train()
-            self._train(model, masks, course, self.plan.total if stop is None else stop)
+            self._train(model, constraints, course, self.plan.total if stop is None else stop)
             self.backend.spread_buffers(model)
             model.eval()
 
-    def _train(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
-        updates = self._low_rank(model, masks) if self.options.train == "lora" else None
+    def _train(self, model: nn.Module, constraints: Sequence[Constraint], course: Course, stop: int) -> None:
+        updates = self._low_rank(model, constraints) if self.options.train == "lora" else None
         frozen = freeze(model, self.options, self.backend)
         optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], self.options)
         wrapped, prepared = self.backend.prepare(model, optimizer)
-        handles = masks.attach(wrapped, prepared) if masks else []
+        handles = [handle for each in constraints for handle in each.attach(wrapped, prepared)]
         self.begin(InTraining(wrapped, prepared, course))
         with self.progress.bar("recovering", stop - course.step) as advance:
             for batch in windows(self.sequences, self.options, course.step, stop):
@@ -133,23 +133,26 @@ class Recovery:
         self.backend.release(model, wrapped, prepared)
         if updates:
             updates.merge(model)
-        if masks:  # in the masters that the weights were just read from
-            wrong = masks.masks.violations(model, self.backend)
-            assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
+        self._check_constraints(model, constraints)  # in the masters that the weights were just read from
         for parameter in frozen:
             parameter.requires_grad_(True)
 
-    def _low_rank(self, model: nn.Module, masks: GradualMasks | None) -> LowRankUpdates:
-        keep = masks.masks.by_name if masks else {}
+    def _check_constraints(self, model: nn.Module, constraints: Sequence[Constraint]) -> None:
+        for constraint in constraints:
+            wrong = constraint.violations(model, self.backend)
+            assert wrong == 0, f"{wrong} weights break {type(constraint).__name__} after recovery"
+
+    def _low_rank(self, model: nn.Module, constraints: Sequence[Constraint]) -> LowRankUpdates:
+        keep = kept_weights(constraints)
         return LowRankUpdates(model, self.matrices(), keep, self.options.lora_rank, self.options.seed, self.backend)
 
-    def _descend(self, model: nn.Module, masks: GradualMasks | None, course: Course, stop: int) -> None:
+    def _descend(self, model: nn.Module, constraints: Sequence[Constraint], course: Course, stop: int) -> None:
         """The same by forward passes alone; the model stays in eval mode."""
 
         def objective(student: nn.Module, batch: Batch) -> Losses:
             return student_losses(student, self.teacher, self.task, batch, self.options)
 
-        keep = masks.masks.by_name if masks else {}
+        keep = kept_weights(constraints)
         training = ForwardOnly(model, self.matrices(), keep, objective, self.options, self.backend)
         now = InTraining(model, None, course, forward_only=training)
         self.begin(now)
@@ -170,9 +173,7 @@ class Recovery:
                 "batch_size and directions, or set learning_rate",
                 course.step,
             )
-        if masks:
-            wrong = masks.masks.violations(model, self.backend)
-            assert wrong == 0, f"{wrong} masked weights are not zero after recovery"
+        self._check_constraints(model, constraints)
 
     def _check(self, loss: float, rate: float | None = None) -> None:
         if not math.isfinite(loss):

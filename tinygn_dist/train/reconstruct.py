@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tinygn_dist.config import PruneConfig
+from tinygn_dist.config import ReconstructConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.hooks import first
@@ -25,6 +25,7 @@ from tinygn_dist.estimate.problem import MicroBatch, Problem, batch_size
 from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.models.objective import Batch
 from tinygn_dist.runtime.progress import Progress
+from tinygn_dist.step import Live, Outcome, Request, Step, kept_weights
 from tinygn_dist.train.forward_only.update_rules import BETAS
 
 HELD_OUT = 8
@@ -40,7 +41,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Tuned:
     """Mean squared error per token of a layer's output on held-out sequences, relative to the dense output's square; epoch:
     the one whose weights were taken, 0 for those from before."""
 
@@ -50,20 +51,41 @@ class Outcome:
     epoch: int
 
 
-def check(anatomy: Anatomy, options: PruneConfig) -> None:
+@dataclass
+class Reconstruct(Step):
+    """The step `reconstruct`."""
+
+    options: ReconstructConfig
+
+    name = "reconstruct"
+
+    def check(self, request: Request) -> None:
+        check(request.anatomy, self.options)
+
+    def run(self, live: Live) -> Outcome:
+        problem, keep = live.problem(), kept_weights(live.constraints)
+        dense = live.dense()
+        matrices = [matrix for matrix in problem.anatomy.matrices if not keep or matrix.name in keep]
+        blocks = blocks_of(live.layers, dense.anatomy.num_layers)
+        found = reconstruct(problem, dense, blocks, Movable(matrices, keep), self.options)
+        return Outcome(facts={"reconstruction": found})
+
+
+@dataclass(frozen=True)
+class Movable:
+    """What may be tuned. keep: masks by matrix name, shaped like this rank's shards; a matrix without one moves as a
+    whole."""
+
+    matrices: Sequence[Matrix]
+    keep: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def check(anatomy: Anatomy, options: ReconstructConfig) -> None:
     """UserError, before weights load, for a model that cannot be worked on layer by layer."""
-    if not options.reconstruct:
-        return
-    asked = f"prune.reconstruct {options.reconstruct}"
     if not anatomy.layers_path:
         raise UserError(
-            f"{asked} tunes one layer after the other, and {anatomy.model_class} has no single list of layers that can run by themselves; "
-            "leave it at 0, and use recover.steps"
-        )
-    if options.pattern == "hidden":
-        raise UserError(
-            f"{asked} compares hidden states with the dense model's, and pattern hidden leaves narrower ones; leave it at 0, "
-            "and use recover.steps"
+            f"reconstruct.epochs {options.epochs} tunes one layer after the other, and {anatomy.model_class} has no single "
+            "list of layers that can run by themselves; leave it at 0, and use recover.steps"
         )
 
 
@@ -78,29 +100,27 @@ def reconstruct(
     problem: Problem,
     dense: Problem,
     blocks: Sequence[Block],
-    matrices: Sequence[Matrix],
-    keep: Mapping[str, torch.Tensor],
-    options: PruneConfig,
+    movable: Movable,
+    options: ReconstructConfig,
 ) -> dict[str, Any]:
-    """Tunes the live weights of `matrices`; returns what the report says.
+    """Tunes the live weights of `movable`; returns what the report says.
 
-    setting, dense: the compressed and the dense model, on the same batches. keep: masks by matrix name, shaped like this
-    rank's shards; a matrix without one moves as a whole. Norms and biases stay.
+    problem, dense: the compressed and the dense model, on the same batches. Norms and biases stay.
     """
     fit, held_out = problem.split(max(1, sum(map(batch_size, problem.batches)) // HELD_OUT))
-    parts = [_Part.of(group, problem, dense) for group in [*_groups(fit, options.reconstruct_batch), held_out.batches]]
+    parts = [_Part.of(group, problem, dense) for group in [*_groups(fit, options.batch_size), held_out.batches]]
     outcomes = []
-    with problem.progress.bar("reconstruction", len(blocks) * options.reconstruct) as advance:
+    with problem.progress.bar("reconstruction", len(blocks) * options.epochs) as advance:
         for block in blocks:
             for part in parts:
                 part.ask_dense(block)
-            moved = [_Moved(problem, t, keep.get(t.name)) for t in matrices if t.layer == block.layer]
+            moved = [_Moved(problem, t, movable.keep.get(t.name)) for t in movable.matrices if t.layer == block.layer]
             outcomes.append(_tune(block, moved, parts, options, advance))
             for part in parts:
                 part.go_on(block)
     return {
-        "epochs": options.reconstruct,
-        "learning_rate": options.reconstruct_rate,
+        "epochs": options.epochs,
+        "learning_rate": options.rate,
         "fitted_sequences": sum(map(batch_size, fit.batches)),
         "held_out_sequences": sum(map(batch_size, held_out.batches)),
         "layers": [asdict(outcome) for outcome in outcomes],
@@ -208,17 +228,17 @@ def _tune(
     block: Block,
     moved: Sequence[_Moved],
     parts: Sequence[_Part],
-    options: PruneConfig,
+    options: ReconstructConfig,
     advance: Callable[[], None],
-) -> Outcome:
+) -> Tuned:
     """parts: the micro-batches of each step, and last those held out. advance: called after every epoch."""
     *fit, held_out = parts
     problem, matrices = held_out.problem, [one.matrix for one in moved]
-    epochs, steps, done = options.reconstruct, options.reconstruct * len(fit), 0
+    epochs, steps, done = options.epochs, options.epochs * len(fit), 0
     before = best = held_out.error(block)
     taken = 0
     parameters = [problem.bare.get_parameter(name) for name in dict.fromkeys(t.parameter for t in matrices)]
-    order = torch.Generator().manual_seed(options.seed)
+    order = torch.Generator().manual_seed(0)
     optimizer = _optimizer(moved)
     with gradients_of(problem.bare, parameters):
         for epoch in range(1, epochs + 1):
@@ -226,7 +246,7 @@ def _tune(
                 gradients = fit[index].gradients(block, matrices)
                 for one, group in zip(moved, optimizer.param_groups, strict=True):
                     one.take(gradients.pop(one.matrix.name))
-                    group["lr"] = options.reconstruct_rate * (1 - done / steps) * one.rms
+                    group["lr"] = options.rate * (1 - done / steps) * one.rms
                 optimizer.step()
                 for one in moved:
                     one.show()
@@ -239,7 +259,7 @@ def _tune(
             advance()
     for one in moved:
         one.take_best()
-    return Outcome(block.layer, before, best, taken)
+    return Tuned(block.layer, before, best, taken)
 
 
 def _optimizer(moved: Sequence[_Moved]) -> torch.optim.Optimizer | None:

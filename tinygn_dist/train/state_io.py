@@ -12,19 +12,14 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
-from tinygn_dist.checkpoints.run_checkpoint import Saved, Writer
+from tinygn_dist.checkpoints.run_checkpoint import CONSTRAINT, Saved, Writer
 from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.saved_masks import read_masks, write_masks
 from tinygn_dist.train.forward_only.loop import ForwardOnly
-from tinygn_dist.train.gradual_masks import GradualMasks
 from tinygn_dist.train.loop import InTraining
 
-_NOT_OF_TRAINING = (
-    "mask",
-    "moving",
-    "buffer",
-    "random",
-    "step_statistics",
-)  # kinds of tensors that no optimizer's state has
+_NOT_OF_TRAINING = ("moving", "buffer", "random", CONSTRAINT)
+"""kinds of tensors that no optimizer's state has"""
 
 
 def write_weights(
@@ -50,14 +45,6 @@ def write_weights(
             writer.add(f"buffer|{name}", bare.get_buffer(name))
     for name, state in _random_states() if states else ():
         writer.add(f"random|{name}|{backend.rank}", state)
-
-
-def write_masks(writer: Writer, masks: Masks, model: nn.Module, backend: Backend, kind: str = "mask") -> None:
-    """Collectives; each mask is written by one rank."""
-    owners = backend.deal([1.0] * len(masks.matrices))
-    for (name, packed), owner in zip(masks.packed(model, backend), owners, strict=True):
-        if owner == backend.rank:
-            writer.add(f"{kind}|{name}", packed)
 
 
 def saved_origin(saved: Saved, build: Callable[[], nn.Module], like: nn.Module) -> Origin:
@@ -107,11 +94,6 @@ def _read_random_states(saved: Saved, backend: Backend) -> None:
     _set_random_states({name: saved.tensor(f"random|{name}|{source}") for name, _ in _random_states()})
 
 
-def read_masks(saved: Saved, masks: Masks, model: nn.Module, backend: Backend, kind: str = "mask") -> None:
-    for full in saved.names(f"{kind}|"):
-        masks.unpack(full.removeprefix(f"{kind}|"), saved.tensor(full), model, backend)
-
-
 def write_forward_only(writer: Writer, training: ForwardOnly) -> None:
     """Numbers, and which weights move where that is a choice. Collectives."""
     probes = training.probes
@@ -131,21 +113,6 @@ def read_forward_only(saved: Saved, training: ForwardOnly) -> None:
         probes.keep = moving.by_name
     training.load_state_dict(saved.facts["forward_only"])
     _read_random_states(saved, probes.backend)
-
-
-def write_step_statistics(
-    writer: Writer, masks: GradualMasks, model: nn.Module, optimizer: Any, backend: Backend
-) -> None:
-    """What was summed up since the last mask update. Collectives; the main rank writes it."""
-    for name, whole in masks.step_statistics.whole(model, optimizer) if masks.step_statistics else ():
-        if backend.is_main:
-            writer.add(f"step_statistics|{name}", whole)
-
-
-def read_step_statistics(saved: Saved, masks: GradualMasks, model: nn.Module, optimizer: Any) -> None:
-    if masks.step_statistics:
-        found = {name.removeprefix("step_statistics|"): saved.tensor(name) for name in saved.names("step_statistics|")}
-        masks.step_statistics.take(model, optimizer, found)
 
 
 def _persistent(model: nn.Module) -> list[str]:

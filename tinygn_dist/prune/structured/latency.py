@@ -21,9 +21,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from tinygn_dist.backends.base import Backend
-from tinygn_dist.checkpoints import load
-from tinygn_dist.config import Config, EvaluateConfig, PruneConfig
+from tinygn_dist.config import EvaluateConfig, PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Latency, Mix, channel_step
 from tinygn_dist.models.anatomy import Anatomy
@@ -33,6 +31,7 @@ from tinygn_dist.prune.structured.layers_heads_channels import LayersHeadsChanne
 from tinygn_dist.prune.structured.removal import UnitGoal, UnitPlan
 from tinygn_dist.prune.structured.shrink import smaller_config
 from tinygn_dist.runtime.cpu_matmul import stock_matmul
+from tinygn_dist.step import Request
 
 log = logging.getLogger(__name__)
 _LEAST_LAYERS = 4
@@ -46,20 +45,21 @@ class LatencyGoal:
     """plan: the mixes that meet the goal by what layers cost on the main rank's device, the same on every rank. figures: for the
     report."""
 
-    def __init__(self, source: load.Source, config: Config, anatomy: Anatomy, backend: Backend, goal: UnitGoal) -> None:
+    def __init__(self, request: Request, options: PruneConfig, goal: UnitGoal) -> None:
         """A collective. UserError when no mix meets the goal."""
-        self._backend, self._anatomy, self._options, self._goal = backend, anatomy, config.prune, goal
-        dtype = load.dtype_of(source)
-        self._batch = inputs_of(source.config, source.task, config.evaluate)
+        anatomy, backend, dtype = request.anatomy, request.backend, request.dtype
+        self._backend, self._anatomy, self._options, self._goal = backend, anatomy, options, goal
+        config = request.skeleton.config
+        self._batch = inputs_of(config, request.task, request.evaluate)
         self._layers = Layers(
-            lambda smaller: load.rebuild(source, smaller, dtype),
-            source.config,
+            lambda smaller: request.build(smaller, dtype),
+            config,
             anatomy,
             dtype,
             self._batch,
             backend.device,
         )
-        self.table = self._on_main(lambda: cost_table(self._layers, config.prune))
+        self.table = self._on_main(lambda: cost_table(self._layers, options))
         self.figures = {"timed": told(self._batch), "table": asdict(self.table), "looked_at": []}
         self._timed: dict[Mix, float] = {}
         with backend.together("checking the request"):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinygn_dist.backends.base import Backend
+from tinygn_dist.checkpoints.run_checkpoint import SavedUnder, WriterUnder
 from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
@@ -27,6 +29,7 @@ from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.prune.sparsity.levels import Level, final_level, level_at
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
 from tinygn_dist.prune.sparsity.masks import Masks
+from tinygn_dist.prune.sparsity.saved_masks import read_masks, write_masks
 from tinygn_dist.prune.sparsity.sparsify import MaskGoal, criterion_of, sparsify
 
 log = logging.getLogger(__name__)
@@ -86,9 +89,9 @@ class GradualMasks:
         prune: PruneConfig,
         schedule: ScheduleConfig,
         plan: Plan,
-        going_on: dict[str, Any] | None = None,
+        going_on: Mapping[str, Any] | None = None,
     ) -> None:
-        """Chooses the first masks and applies them to the model of `setting`, whose batches score every update.
+        """Chooses the first masks and applies them to the model of `problem`, whose batches score every update.
 
         going_on: what `state` returned when masks of another run of the program were saved, which are then to be
         filled in; nothing is chosen.
@@ -105,11 +108,6 @@ class GradualMasks:
             self.load_state(going_on)
         elif self.step_statistics:
             self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(problem))
-
-    @property
-    def knows_before_training(self) -> bool:
-        """Whether there is something about the weights to save before the first step."""
-        return self.step_statistics is not None and self.step_statistics.knows_before_training
 
     def _all(self, matrices: Sequence[Matrix]) -> Masks:
         shards = {t.name: self._problem.backend.shard(self._problem.model, t).weight for t in matrices}
@@ -248,9 +246,41 @@ class GradualMasks:
         by_target = {name: 1 - kept[name] / size for name, size in sizes.items()}
         return Update(self.steps, 1 - sum(kept.values()) / sum(sizes.values()), removed, regrown, by_target)
 
+    # -- as a constraint (tinygn_dist/step.py) ------------------------------------------------------------------------
+    @property
+    def kept(self) -> Mapping[str, torch.Tensor]:
+        return self.masks.by_name
+
+    def violations(self, model: nn.Module, backend: Backend) -> int:
+        return self.masks.violations(model, backend)
+
+    def fingerprint(self, model: nn.Module, backend: Backend) -> str:
+        return self.masks.fingerprint(model, backend)
+
+    def write(self, writer: WriterUnder, model: nn.Module, optimizer: Any | None) -> dict[str, Any]:
+        """The masks, and what was summed up since the last update where that is known already."""
+        backend = self._problem.backend
+        write_masks(writer, self.masks, model, backend)
+        if self.step_statistics and (optimizer is not None or self.step_statistics.knows_before_training):
+            for name, whole in self.step_statistics.whole(model, optimizer):
+                if backend.is_main:
+                    writer.add(f"step_statistics|{name}", whole)
+        return self.state()
+
+    def read(self, saved: SavedUnder, model: nn.Module) -> None:
+        """The masks that `write` wrote."""
+        read_masks(saved, self.masks, model, self._problem.backend)
+
+    def resume_training(self, saved: SavedUnder, model: nn.Module, optimizer: Any) -> None:
+        """What `write` knew beside the masks, into a model prepared for training."""
+        names = saved.names("step_statistics|")
+        if self.step_statistics and names:
+            found = {name.removeprefix("step_statistics|"): saved.tensor(name) for name in names}
+            self.step_statistics.take(model, optimizer, found)
+
     def state(self) -> dict[str, Any]:
         """What has to be known, beside the masks, to go on. Plain values."""
         return {"steps": self.steps, "history": [asdict(update) for update in self.history]}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         self.steps, self.history = state["steps"], [Update(**update) for update in state["history"]]

@@ -12,7 +12,7 @@ from tests import plain, tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import Config, PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.train.gradual_masks import GradualMasks, plan_of
+from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks, plan_of
 
 MAGNITUDE = PruneConfig(pattern="unstructured", criterion="magnitude", sparsity=0.5)
 
