@@ -1,4 +1,5 @@
-"""Local copies of datasets as `load_dataset` reads them, paths as they are written, and rows by the names of their columns."""
+"""Local copies of datasets as `load_dataset` reads them, paths as they are written, and rows by the names of their
+columns."""
 
 from __future__ import annotations
 

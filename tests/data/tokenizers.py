@@ -1,4 +1,5 @@
-"""Tokenizers of every kind that matters for rows: what their post-processor adds, and what their chat template writes."""
+"""Tokenizers of every kind that matters for rows: what their post-processor adds, and what their chat template
+writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Classifiers, reward models and heads of several labels from the command line: a loss that says something, or one line."""
+"""Classifiers, reward models and heads of several labels from the command line: a loss that says something, or one
+line."""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def _as_parts(message: Message) -> Message:
 
 
 def _lost(messages: list[Message], text: str) -> str | None:
-    """Which content is not in the text. Left out on purpose: thoughts before an answer, and what is said beside a call of a
-    tool, which templates may drop."""
+    """Which content is not in the text. Left out on purpose: thoughts before an answer, and what is said beside a call
+    of a tool, which templates may drop."""
     squeezed = None
     for message in messages:
         if message.get("tool_calls"):

@@ -24,8 +24,8 @@ def check_reader(options: DataConfig, reader: Reader) -> None:
     without_pad = reader.config is not None and getattr(reader.text_config, "pad_token_id", None) is None
     if reader.task == "sequence-classification" and options.micro_batch > 1 and without_pad:
         raise UserError(
-            f"data.micro_batch {options.micro_batch} with a classifier whose config.json has no pad_token_id, by which it finds "
-            "the end of a row, accepted: 1; or set pad_token_id there"
+            f"data.micro_batch {options.micro_batch} with a classifier whose config.json has no pad_token_id, by "
+            "which it finds the end of a row, accepted: 1; or set pad_token_id there"
         )
 
 
@@ -38,8 +38,8 @@ def check_ids(batches: Sequence[Batch], reader: Reader) -> None:
     if largest >= size:
         word = reader.processor.convert_ids_to_tokens(largest)
         raise UserError(
-            f"the rows hold token {largest} ({word!r}) of a tokenizer of {len(reader.processor)} tokens, and the model's "
-            f"embedding has {size} rows; use the tokenizer that belongs to the model"
+            f"the rows hold token {largest} ({word!r}) of a tokenizer of {len(reader.processor)} tokens, and the "
+            f"model's embedding has {size} rows; use the tokenizer that belongs to the model"
         )
 
 
@@ -48,6 +48,6 @@ def refuse_text_without_words(origin: str, rows: Sequence[Encoded], tokenizer: P
     special = set(getattr(tokenizer, "all_special_ids", None) or ())
     if not any(token not in special for row in islice(rows, _ROWS_LOOKED_AT) for token in row.tokens):
         raise UserError(
-            f"{origin}: every token of the rows is a special or unknown one; name the column of the text with --data.column, or "
-            "use the tokenizer that belongs to the model"
+            f"{origin}: every token of the rows is a special or unknown one; name the column of the text with "
+            "--data.column, or use the tokenizer that belongs to the model"
         )

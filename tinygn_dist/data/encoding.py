@@ -34,8 +34,8 @@ class Reader:
 
     @property
     def pad_token(self) -> int:
-        """What a row is filled up with, one of the model's own tokens: decoders with a class head find a row's end by the
-        pad token of config.json."""
+        """What a row is filled up with, one of the model's own tokens: decoders with a class head find a row's end by
+        the pad token of config.json."""
         candidates = (
             getattr(self.text_config, "pad_token_id", None) if self.task == "sequence-classification" else None,
             getattr(self.processor, "pad_token_id", None),
@@ -47,8 +47,8 @@ class Reader:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row. tokens: without special tokens at its ends, unless complete. counted: which tokens are trained on; None for
-    all. types: token types of a pair of texts."""
+    """One row. tokens: without special tokens at its ends, unless complete. counted: which tokens are trained on; None
+    for all. types: token types of a pair of texts."""
 
     tokens: list[int]
     number: int
@@ -104,8 +104,8 @@ class _Written:
 
 
 class Encoder:
-    """Rows to token ids. The tokenizer is copied: calling a fast one changes the truncation and padding that it holds and
-    that a saved copy of it would carry."""
+    """Rows to token ids. The tokenizer is copied: calling a fast one changes the truncation and padding that it holds
+    and that a saved copy of it would carry."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest_pair: int) -> None:
         """longest_pair: tokens of a pair of texts at most."""
@@ -134,8 +134,8 @@ class Encoder:
         return ready + self._with_tokens(written)
 
     def specials_of(self, rows: Sequence[Encoded]) -> Specials:
-        """Of rows that have special tokens in them a start token alone, where each begins with it: it then stands at the
-        start of every window too."""
+        """Of rows that have special tokens in them a start token alone, where each begins with it: it then stands at
+        the start of every window too."""
         if not rows or not rows[0].complete:
             return self.specials
         begins = not self.specials.missing_before(rows[0].tokens)

@@ -21,8 +21,8 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 def image_batches(
     options: DataConfig, reader: Reader, training: bool
 ) -> tuple[list[Batch], list[Batch], list[Batch], dict[str, Any]]:
-    """Calibration, evaluation and training micro-batches, and what the report says. Evaluation rows are the last ones, or
-    those of `data.evaluation`."""
+    """Calibration, evaluation and training micro-batches, and what the report says. Evaluation rows are the last ones,
+    or those of `data.evaluation`."""
     source = read_rows(options, options.name, reader.task)
     wanted = options.num_samples * (5 if training else 1) + options.eval_samples
     labels, pairs = _labelled(source, reader, None if options.evaluation else wanted)
@@ -77,8 +77,8 @@ def _batches(pairs: Sequence[tuple[Any, Any]], size: int, labels: LabelReader, r
         pixels = reader.processor(images, return_tensors="pt")["pixel_values"]
         if pixels.shape[1] != channels:
             raise UserError(
-                f"the image processor gives {pixels.shape[1]} channels and the model reads {channels}; use the processor that "
-                "belongs to the model"
+                f"the image processor gives {pixels.shape[1]} channels and the model reads {channels}; use the "
+                "processor that belongs to the model"
             )
         made.append({"pixel_values": pixels, "labels": labels.tensor([label for _, label in some])})
     return made

@@ -21,8 +21,8 @@ Label = int | list[bool] | float | list[float]
 
 @dataclass(frozen=True)
 class LabelReader:
-    """kind: a value of `problem_type`. size: outputs of the head. names: number of each class by its name in small letters;
-    none where config.json only counts them. stored: what the dataset calls its classes 0, 1, ..."""
+    """kind: a value of `problem_type`. size: outputs of the head. names: number of each class by its name in small
+    letters; none where config.json only counts them. stored: what the dataset calls its classes 0, 1, ..."""
 
     kind: str
     size: int
@@ -50,8 +50,8 @@ class LabelReader:
             value = known if known is not None else int(value)
         if not _is_number(value) or value != int(value):
             raise Unreadable(
-                f"its label is {value!r} and the head answers one of {self.size} classes; a head for numbers or several labels "
-                "has num_labels and problem_type in config.json"
+                f"its label is {value!r} and the head answers one of {self.size} classes; a head for numbers or "
+                "several labels has num_labels and problem_type in config.json"
             )
         number = int(value)
         if self.stored and self.names and 0 <= number < len(self.stored):

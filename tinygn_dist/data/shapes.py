@@ -1,4 +1,5 @@
-"""Which columns make a row, and what of a row is trained on: one table for text, chats, pairs and ready-made token ids."""
+"""Which columns make a row, and what of a row is trained on: one table for text, chats, pairs and ready-made token
+ids."""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ def one_cell(name: str) -> Callable[[Cells], RowValue]:
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
-    """Messages with role and content, without keys that hold nothing: a parquet file gives every message the keys of all.
+    """Messages with role and content, without keys that hold nothing: a parquet file gives every message the keys of
+    all.
 
     Raises Unreadable, naming the keys that are not known.
     """
@@ -144,8 +146,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
             raise Unreadable(f"a message is from {message['from']!r}, accepted: {', '.join(_ROLES)}")
         return {"role": role, "content": message["value"]}
     raise Unreadable(
-        f"its messages have the keys {', '.join(map(str, message)) or '(none)'}, accepted: role and content, or from and "
-        "value; rename them, or name a column of text with --data.column"
+        f"its messages have the keys {', '.join(map(str, message)) or '(none)'}, accepted: role and content, or from "
+        "and value; rename them, or name a column of text with --data.column"
     )
 
 

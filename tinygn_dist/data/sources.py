@@ -40,7 +40,8 @@ _NAMED_FILES = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """Row values (what a Shape reads, or images), where they came from, and what joins two of them when they are packed.
+    """Row values (what a Shape reads, or images), where they came from, and what joins two of them when they are
+    packed.
 
     labels: as they are stored. class_names: what the dataset calls its classes. files: those that were really read.
     """
@@ -152,7 +153,8 @@ def _open_files(options: DataConfig, name: str, files: list[Path]) -> _Table:
     builder = _BUILDERS.get(known)
     if builder is None:
         raise UserError(
-            f"data {name}: got {files[0].suffix or 'no suffix'}, accepted: {', '.join(_BUILDERS)}, a folder, or a hub id"
+            f"data {name}: got {files[0].suffix or 'no suffix'}, accepted: {', '.join(_BUILDERS)}, a folder, or a hub "
+            "id"
         )
     for file in files:
         _refuse_pointer(name, file)
@@ -174,8 +176,8 @@ def _open_folder(options: DataConfig, name: str, folder: Path) -> _Table:
         return _open_files(options, name, documents)
     if glob.has_magic(str(folder.resolve())):
         raise UserError(
-            f"data folder {name} has one of the characters * ? [ in its path, which would be read as a pattern and could match "
-            "another folder; rename it, or name one file"
+            f"data folder {name} has one of the characters * ? [ in its path, which would be read as a pattern and "
+            "could match another folder; rename it, or name one file"
         )
     for file in inside:
         _refuse_pointer(name, file)

@@ -51,8 +51,8 @@ class Splits:
         """Make the last `count` training sequences validation. UserError when too few would be left to train on."""
         if len(self.training) < 2 * count:
             raise UserError(
-                f"recover.evaluate_samples {count} of {len(self.training)} training sequences, accepted: at most half of "
-                "them; give more text, or a smaller recover.evaluate_samples or recover.seq_len"
+                f"recover.evaluate_samples {count} of {len(self.training)} training sequences, accepted: at most half "
+                "of them; give more text, or a smaller recover.evaluate_samples or recover.seq_len"
             )
         self.training, self.validation = self.training[:-count], self.training[-count:]
 
@@ -77,8 +77,8 @@ class Splits:
 
 
 def load_splits(options: DataConfig, reader: Reader, train_len: int = 0, rows: Rows | None = None) -> Splits:
-    """Splits for a model, without any of its weights. train_len: tokens per training sequence, 0 for no training. rows: used
-    instead of reading `options.name` (self-generated text).
+    """Splits for a model, without any of its weights. train_len: tokens per training sequence, 0 for no training.
+    rows: used instead of reading `options.name` (self-generated text).
 
     Raises UserError when a row cannot be read, when an id or a label is none of the model's, and when there is not one
     usable window for each split.
@@ -118,9 +118,9 @@ class _TextSplits:
         for name, windows, size in (("evaluation", evaluation, held_out), ("calibration", pool, rest)):
             if not windows:
                 raise UserError(
-                    f"{source.origin}: {sum(len(row.tokens) for row in size)} tokens in {len(size)} rows are left for {name}, "
-                    f"one window needs {options.seq_len}, some of it trained on; use more text, a smaller --data.seq_len, or "
-                    "--data.packing false"
+                    f"{source.origin}: {sum(len(row.tokens) for row in size)} tokens in {len(size)} rows are left for "
+                    f"{name}, one window needs {options.seq_len}, some of it trained on; use more text, a smaller "
+                    "--data.seq_len, or --data.packing false"
                 )
         calibration, training = self._draw(pool, source.origin)
         self._warn(len(calibration), len(evaluation))

@@ -27,8 +27,8 @@ class Window:
 
 @dataclass(frozen=True)
 class Layout:
-    """How special tokens stand in a sequence. halves: an encoder-decoder reads the first half and writes the second, and each
-    has its own."""
+    """How special tokens stand in a sequence. halves: an encoder-decoder reads the first half and writes the second,
+    and each has its own."""
 
     specials: Specials
     halves: bool = False

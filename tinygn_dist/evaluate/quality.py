@@ -42,7 +42,8 @@ def sequence_losses(problem: Problem, doing: str) -> tuple[torch.Tensor, torch.T
         raise UserError(f"the loss of sequence {bad} is NaN or inf; check the model's dtype and the data")
     if not counts.sum():
         raise UserError(
-            f"none of {len(counts)} sequences has a token or an answer that counts, so there is no loss; check the labels"
+            f"none of {len(counts)} sequences has a token or an answer that counts, so there is no loss; check the "
+            "labels"
         )
     return totals, counts
 
@@ -71,9 +72,9 @@ def _answers(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def head_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """(rows, outputs) logits against labels, whose dtype says of which kind (objective.head_losses): the accuracy of one
-    class; of several labels the micro-averaged F1 and the share of rows that are right whole; of numbers the correlation
-    of ranks (Spearman's) over all outputs, left out where either side is constant."""
+    """(rows, outputs) logits against labels, whose dtype says of which kind (objective.head_losses): the accuracy of
+    one class; of several labels the micro-averaged F1 and the share of rows that are right whole; of numbers the
+    correlation of ranks (Spearman's) over all outputs, left out where either side is constant."""
     if labels.is_floating_point():
         found, wanted = logits.flatten(), labels.flatten().double()
         constant = len(found) < 2 or not found.std() or not wanted.std()

@@ -82,8 +82,9 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
 class _CrossEntropy(torch.autograd.Function):
     """(tokens,) fp32 losses of (tokens, vocab) logits, some tokens at a time.
 
-    The logits of a language model outweigh all layers' activations. Autograd would keep as much again for their softmax,
-    once more for its gradient, and for bf16 logits all of it and a copy in fp32; here nothing is kept but the logits.
+    The logits of a language model outweigh all layers' activations. Autograd would keep as much again for their
+    softmax, once more for its gradient, and for bf16 logits all of it and a copy in fp32; here nothing is kept but the
+    logits.
     """
 
     @staticmethod
@@ -136,10 +137,11 @@ def answers_of(batch: Batch) -> torch.Tensor:
 
 
 def head_losses(logits: torch.Tensor, labels: torch.Tensor) -> Losses:
-    """Losses of (batch, outputs) logits; the dtype of the labels says of which kind, as `problem_type` does in transformers.
+    """Losses of (batch, outputs) logits; the dtype of the labels says of which kind, as `problem_type` does in
+    transformers.
 
-    int64 (batch,): cross-entropy of one class. bool (batch, outputs): binary cross-entropy of several, their mean. Floats
-    (batch,) or (batch, outputs): squared error, the mean over the outputs.
+    int64 (batch,): cross-entropy of one class. bool (batch, outputs): binary cross-entropy of several, their mean.
+    Floats (batch,) or (batch, outputs): squared error, the mean over the outputs.
     """
     if labels.is_floating_point():
         losses = (logits.float() - labels.float().view_as(logits)).square().mean(1)
@@ -186,8 +188,8 @@ def feature_match(model: nn.Module, batch: Batch) -> Losses:
 
 
 def add_reference(model: nn.Module, batches: list[Batch], device: torch.device) -> list[Batch]:
-    """The batches with the model's present features (or its head's scores) as their reference, which waits where the batches
-    do. device: the model's."""
+    """The batches with the model's present features (or its head's scores) as their reference, which waits where the
+    batches do. device: the model's."""
     made = []
     with torch.no_grad():
         for batch in batches:
@@ -204,8 +206,8 @@ def needs_reference(task: str, batches: Sequence[Batch]) -> bool:
 
 
 def distillation(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> Losses:
-    """Divergence KL(teacher || student) per counted token, times temperature^2 (Hinton et al. 2015, so that its gradient
-    keeps the scale of the task's). Logits (batch, seq, vocab), counts (batch, seq) bool."""
+    """Divergence KL(teacher || student) per counted token, times temperature^2 (Hinton et al. 2015, so that its
+    gradient keeps the scale of the task's). Logits (batch, seq, vocab), counts (batch, seq) bool."""
     log_student = F.log_softmax(student.float() / temperature, -1)
     log_teacher = F.log_softmax(teacher.float() / temperature, -1)
     away = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(-1) * temperature**2

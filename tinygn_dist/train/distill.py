@@ -28,8 +28,8 @@ from tinygn_dist.train.teacher_cache import TeacherCache, coarse_distillation
 def student_losses(
     model: nn.Module, teacher: nn.Module | TeacherCache | None, task: str, batch: Batch, options: RecoverConfig
 ) -> Losses:
-    """(1 - d) * task loss + d * divergence from the teacher + h * distance of the hidden states, with d = options.distill
-    and h = options.distill_hidden, both 0 without a teacher. Sums over the tokens of each sequence."""
+    """(1 - d) * task loss + d * divergence from the teacher + h * distance of the hidden states, with d =
+    options.distill and h = options.distill_hidden, both 0 without a teacher. Sums over the tokens of each sequence."""
     if task == "feature-extraction":
         return feature_match(model, batch)
     asked = {"use_cache": False} if task in ("causal-lm", "seq2seq-lm") else {}
@@ -71,8 +71,8 @@ def _head_losses(
         return own
     if isinstance(teacher, TeacherCache):
         raise UserError(
-            "recover.teacher_top_k with a head that answers with numbers or several labels, accepted: 0, as there are no most "
-            "probable classes to keep"
+            "recover.teacher_top_k with a head that answers with numbers or several labels, accepted: 0, as there are "
+            "no most probable classes to keep"
         )
     with torch.no_grad():
         wanted = teacher(**model_inputs(batch), **asked)
@@ -99,8 +99,9 @@ def by_token(logits: torch.Tensor, task: str) -> torch.Tensor:
 def hidden_distance(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """(batch,) fp64: over the layers, the sum of |student - teacher|^2 / |teacher|^2, squares summed over a sequence's real
-    tokens (SquareHead, Kurtic et al. 2023). States (batch, seq, hidden) of each layer; mask (batch, seq), 1 for real."""
+    """(batch,) fp64: over the layers, the sum of |student - teacher|^2 / |teacher|^2, squares summed over a sequence's
+    real tokens (SquareHead, Kurtic et al. 2023). States (batch, seq, hidden) of each layer; mask (batch, seq), 1 for
+    real."""
     total = torch.zeros(len(student[0]), dtype=torch.float64, device=student[0].device)
     for own, wanted in zip(student, teacher, strict=True):
         away = (own.float() - wanted.float()).square().sum(-1, dtype=torch.float64)
