@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 import transformers as hf
 
 from tests.family_cases import build
-from tinygn_dist.evaluate.engines import llama_cpp, verdicts, vllm
+from tinygn_dist.checkpoints.config_files import readers
+from tinygn_dist.evaluate.engines import gguf_files, verdicts
 from tinygn_dist.models.anatomy import read_anatomy
 
 INPUTS = {"input_ids": torch.arange(3, 15).view(1, 12), "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
@@ -48,65 +50,49 @@ def _llama(**changes) -> hf.LlamaConfig:
 
 
 @pytest.mark.parametrize(
-    "changes, takes, part",
+    "sizes, allowed, part",
     [
-        ({}, True, "tensor parallel over 1"),
-        ({"num_attention_heads": 6, "num_key_value_heads": 2}, True, "tensor parallel over 1, 2"),
-        ({"head_dim": 48}, False, "head size 48"),
-        ({"num_key_value_heads": 2}, False, "9 heads are no multiple of 2 key/value heads"),
+        ({"intermediate_size": 1216}, "Q8_0, Q4_0", "Q4_K not: rows of 576, 1216 are no multiple of 256"),
+        ({}, "BF16", "Q8_0 not: rows of 1228 are no multiple of 32"),
+        ({"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}, "Q8_0, Q4_0, Q4_K", "llama"),
     ],
 )
-def test_vllm(changes: dict, takes: bool, part: str):
-    found = vllm(_llama(**changes), "causal-lm", "org/name")
-    assert found.takes is takes and part in found.why
-
-
-def test_vllm_wants_a_known_architecture_and_safetensors(tmp_path: Path):
-    config = _llama()
-    config.architectures = ["ViTForImageClassification"]
-    found = vllm(config, "image-classification", tmp_path)
-    assert not found.takes and "model registry" in found.why and "no safetensors" in found.why
-
-
-@pytest.mark.parametrize(
-    "width, part",
-    [
-        (1216, "Q8_0, Q4_0; K-quants fall back to 32-blocks for rows of 576, 1216"),
-        (1228, "rows of 1228 are no multiple"),
-    ],
-)
-def test_llama_cpp_names_the_formats_that_row_sizes_allow(width: int, part: str):
+def test_formats_that_row_sizes_allow(sizes: dict, allowed: str, part: str):
+    config = _llama(**sizes | {"num_key_value_heads": 1})
     with torch.device("meta"):
-        model = hf.LlamaForCausalLM(_llama(intermediate_size=width))
-    found = llama_cpp(model.config, "causal-lm", read_anatomy(model, needs_units=False))
-    assert found.takes and part in found.why
+        model = hf.LlamaForCausalLM(config)
+    found = gguf_files(model, read_anatomy(model, needs_units=False))
+    assert found.takes is None and f"{allowed};" in f"{found.why};" and part in found.why
 
 
-def test_llama_cpp_says_what_it_does_not_run():
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gpt2", "olmo2", "bert"])
+def test_names_are_those_that_gguf_knows(family: str):
+    model = build(family)
+    found = gguf_files(model, read_anatomy(model, needs_units=False))
+    assert (
+        found.takes is None
+        and f"every tensor has a name in architecture {family}" in found.why
+        or "no name" in found.why
+    )
+
+
+def test_what_gguf_does_not_know_is_not_claimed():
     model = build("vit")
-    found = llama_cpp(model.config, "image-classification", read_anatomy(model, needs_units=False))
-    assert not found.takes and "no architecture for model type vit" in found.why
+    found = gguf_files(model, read_anatomy(model, needs_units=False))
+    assert found.takes is None and "no architecture of the package gguf is called vit" in found.why
+    model = build("llama")
+    model.v_head = torch.nn.Linear(4, 1)
+    found = gguf_files(model, read_anatomy(model, needs_units=False))
+    assert found.takes is None and "2 tensors have no name in architecture llama, such as v_head.weight" in found.why
 
 
-@pytest.mark.parametrize(("widths", "uneven"), [([64, 64, 64, 64], False), ([64, 32, 16, 64], True)])
-def test_a_width_for_each_layer(widths: list[int], uneven: bool):
-    model = build("gemma3n_text", intermediate_size=widths, head_dim=64, num_kv_shared_layers=0)
-    model.config.architectures = ["Gemma3nForCausalLM"]
-    served = vllm(model.config, "causal-lm", "org/name")
-    assert served.takes and ("a width for each layer" in served.why) == uneven
-    found = llama_cpp(model.config, "causal-lm", read_anatomy(model, needs_units=False))
-    assert found.takes is not uneven
-    assert ("one feed-forward width for all layers, this model 16 to 64" in found.why) == uneven
-    model.config.num_kv_shared_layers = 1
-    shared = llama_cpp(model.config, "causal-lm", read_anatomy(model, needs_units=False))
-    assert not shared.takes and "keys and values of layers that share" in shared.why
-
-
-def test_a_config_that_says_head_sizes_layer_by_layer():
-    config = hf.Gemma4TextConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
-        global_head_dim=16, num_key_value_heads=2, layer_types=["sliding_attention", "full_attention"],
-        hidden_size_per_layer_input=0, architectures=["Gemma4ForCausalLM"],
-    )  # fmt: skip
-    found = vllm(config, "causal-lm", "org/name")
-    assert not found.takes and "head size 8" in found.why
+def test_the_version_that_a_folder_needs(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": 1e6}}))
+    assert readers(tmp_path) == ["needs transformers 5: config.json has rope_parameters and no rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e6}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "TokenizersBackend"}))
+    assert readers(tmp_path) == [
+        "config.json has rope_theta beside rope_parameters, for transformers 4",
+        "its tokenizer needs transformers 5, as the source's does",
+    ]
+    assert readers(tmp_path / "nowhere") == []

@@ -6,6 +6,7 @@ transformers 5 writes `rope_parameters` where transformers 4, and engines built 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -95,3 +96,25 @@ def _comparable(config: GenerationConfig) -> dict[str, Any]:
         for key, value in config.to_dict().items()
         if key not in ("transformers_version", "_from_model_config")
     }
+
+
+def readers(folder: Path) -> list[str]:
+    """Which versions of transformers read a folder's config and tokenizer, where that is a question."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    said = []
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    rotary = [section for section in sections if isinstance(section.get("rope_parameters"), dict)]
+    if any("rope_theta" not in section for section in rotary):
+        said.append("needs transformers 5: config.json has rope_parameters and no rope_theta")
+    elif rotary:
+        said.append("config.json has rope_theta beside rope_parameters, for transformers 4")
+    with contextlib.suppress(OSError, ValueError):
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend" or isinstance(
+            tokenizer.get("extra_special_tokens"), list
+        ):
+            said.append("its tokenizer needs transformers 5, as the source's does")
+    return said

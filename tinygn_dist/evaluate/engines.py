@@ -1,8 +1,7 @@
 """Which engines take a checkpoint, and why not.
 
-Stock transformers, torch.export and ONNX Runtime are really run on the folder; vLLM and llama.cpp live elsewhere, so the
-folder is held against what their loaders ask for (architecture, head sizes, divisible heads, row sizes of quantised
-formats). Sources: vLLM's model registry and attention backends, llama.cpp's convert_hf_to_gguf and llama-quantize.
+Stock transformers, torch.export and ONNX Runtime are run on the folder. Of GGUF the tables of the package `gguf`
+are asked, which llama.cpp keeps: names of tensors and row sizes of formats.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,57 +18,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gguf.constants import MODEL_ARCH_NAMES
+import transformers
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType
+from gguf.tensor_mapping import get_tensor_name_map
 from torch import nn
-from transformers import PretrainedConfig
 
+from tinygn_dist.checkpoints.config_files import readers
 from tinygn_dist.models.anatomy import Anatomy
 
 TOLERANCE = 1e-3
 """largest difference of an engine's outputs from transformers', relative to the largest output, that is rounding"""
-_VLLM = frozenset(
-    [
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "GemmaForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "Gemma3nForCausalLM",
-        "SmolLM3ForCausalLM",
-        "GraniteForCausalLM",
-        "Olmo2ForCausalLM",
-        "PhiForCausalLM",
-        "Phi3ForCausalLM",
-        "GPT2LMHeadModel",
-        "GPTNeoXForCausalLM",
-        "BloomForCausalLM",
-        "FalconForCausalLM",
-        "OPTForCausalLM",
-        "MixtralForCausalLM",
-        "Qwen2MoeForCausalLM",
-        "Qwen3MoeForCausalLM",
-        "OlmoeForCausalLM",
-        "GptOssForCausalLM",
-        "BertModel",
-        "RobertaModel",
-        "XLMRobertaModel",
-        "BertForSequenceClassification",
-        "RobertaForSequenceClassification",
-        "XLMRobertaForSequenceClassification",
-    ]
-)
-_VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-_LLAMA_CPP = {  # model_type -> name of the architecture in GGUF files
-    "llama": "llama", "mistral": "llama", "mixtral": "llama", "smollm3": "smollm3", "granite": "granite",
-    "qwen2": "qwen2", "qwen3": "qwen3", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gemma": "gemma",
-    "gemma2": "gemma2", "gemma3_text": "gemma3", "gemma3n_text": "gemma3n", "olmo2": "olmo2",
-    "olmoe": "olmoe", "phi": "phi2", "phi3": "phi3",
-    "gpt2": "gpt2", "gpt_neox": "gptneox", "bloom": "bloom", "falcon": "falcon", "gpt_oss": "gpt-oss", "bert": "bert",
-    "roberta": "bert", "xlm-roberta": "bert",
-}  # fmt: skip
-_LLAMA_CPP_TASKS = ("causal-lm", "feature-extraction")
+_QUANTISED = ("Q8_0", "Q4_0", "Q4_K")
+"""formats whose row sizes are looked up"""
 
 
 class Verdict(NamedTuple):
@@ -85,77 +46,42 @@ def verdicts(
     batch of what it reads, (batch, ...) each."""
     with torch.no_grad():
         expected = _Outputs(model, tuple(inputs))(*inputs.values())
-        exported, told = _attempt("torch.export", lambda: _export(model, inputs, expected))
+        exported, traced = _attempt("torch.export", lambda: _export(model, inputs, expected))
         onnx = _onnx(exported, inputs, expected)
-    stock = Verdict("transformers", bool(expected.isfinite().all()), f"{type(model).__name__} loaded and ran")
-    return [stock, told, onnx, vllm(model.config, task, folder), llama_cpp(model.config, task, anatomy)]
+    why = "; ".join([f"{type(model).__name__} loaded and ran with {transformers.__version__}", *readers(Path(folder))])
+    stock = Verdict("transformers", bool(expected.isfinite().all()), why)
+    return [stock, traced, onnx, gguf_files(model, anatomy)]
 
 
-def vllm(config: PretrainedConfig, task: str, folder: str) -> Verdict:
-    """Whether vLLM's loaders would take a checkpoint of this config."""
-    bad, (architecture,) = [], (config.architectures or [""])[:1]
-    if architecture not in _VLLM:
-        bad.append(f"{architecture or 'no architecture in config.json'} is not in its model registry")
-    bad += _uneven_heads(config)
-    head = _head_dim(config)
-    if head and task == "causal-lm" and head not in _VLLM_HEAD_SIZES:
-        bad.append(f"head size {head}, its attention kernels have {', '.join(map(str, _VLLM_HEAD_SIZES))}")
-    if Path(folder).is_dir() and not any(Path(folder).glob("*.safetensors")):
-        bad.append("no safetensors in the folder")
-    heads, groups = _heads(config)
-    ways = [n for n in (2, 4, 8) if heads and heads % n == 0 and (groups % n == 0 or n % groups == 0)]
-    split = f"; tensor parallel over 1{''.join(f', {n}' for n in ways)}" if heads else ""
-    sizes = "a width for each layer, which its class reads" if len(_widths(config)) > 1 else "uniform sizes"
-    return Verdict("vLLM", not bad, "; ".join(bad) or f"known architecture, {sizes}, standard names{split}")
-
-
-def llama_cpp(config: PretrainedConfig, task: str, anatomy: Anatomy) -> Verdict:
-    """Whether llama.cpp's converter would take it, and which quantised formats its row sizes allow."""
-    name, bad = _LLAMA_CPP.get(config.model_type), []
-    if name not in MODEL_ARCH_NAMES.values():
-        bad.append(f"its converter has no architecture for model type {config.model_type}")
-    if task not in _LLAMA_CPP_TASKS:
-        bad.append(f"it runs language and embedding models, not {task}")
-    bad += _uneven_heads(config)
-    if len(widths := _widths(config)) > 1:
-        bad.append(f"its loader has one feed-forward width for all layers, this model {min(widths)} to {max(widths)}")
-    if getattr(config, "num_kv_shared_layers", 0):
-        bad.append(
-            "its loader asks for keys and values of layers that share those of others, which transformers does not write"
-        )
+def gguf_files(model: nn.Module, anatomy: Anatomy) -> Verdict:
+    """What the tables of the package `gguf` say: which names it knows for the architecture, and which formats the rows
+    allow. Nothing is converted or run, so a checkpoint is refused or not known."""
+    config = model.config
+    names = {_letters(name): architecture for architecture, name in MODEL_ARCH_NAMES.items()}
+    architecture = names.get(_letters(config.model_type.removesuffix("_text")))
+    if architecture is None:
+        return Verdict("GGUF", None, f"not tried: no architecture of the package gguf is called {config.model_type}")
+    called, layers = MODEL_ARCH_NAMES[architecture], getattr(config, "num_hidden_layers", 0)
+    known = get_tensor_name_map(architecture, layers)
+    foreign = [name for name in model.state_dict() if known.get_name(name, (".weight", ".bias")) is None]
+    if foreign:
+        what = f"{len(foreign)} tensors have no name in architecture {called}, such as {foreign[0]}"
+        return Verdict("GGUF", None, f"not tried: {what}")
     rows = sorted({matrix.shape[1] for matrix in anatomy.matrices})
-    odd = [width for width in rows if width % 32]
-    coarse = [width for width in rows if width % 256]
-    why = f"as {name}; formats F32, F16, BF16{'' if odd else ', Q8_0, Q4_0'}{'' if coarse else ', K-quants'}"
-    if odd:
-        why += f" (rows of {', '.join(map(str, odd))} are no multiple of 32)"
-    elif coarse:
-        why += f"; K-quants fall back to 32-blocks for rows of {', '.join(map(str, coarse))} (no multiple of 256)"
-    return Verdict("llama.cpp", not bad, "; ".join(bad) or why)
+    formats, reasons = ["F32", "F16", "BF16"], []
+    for name in _QUANTISED:
+        block = GGML_QUANT_SIZES[GGMLQuantizationType[name]][0]
+        odd = [width for width in rows if width % block]
+        if odd:
+            reasons.append(f"{name} not: rows of {', '.join(map(str, odd))} are no multiple of {block}")
+        else:
+            formats.append(name)
+    why = f"not run; every tensor has a name in architecture {called}; formats {', '.join(formats)}"
+    return Verdict("GGUF", None, "; ".join([why, *reasons]))
 
 
-def _heads(config: PretrainedConfig) -> tuple[int, int]:
-    heads = getattr(config, "num_attention_heads", None) or 0
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    """Of the first layer, where the config says it layer by layer (Gemma 4)."""
-    heads, _ = _heads(config)
-    if getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[0]
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-
-
-def _widths(config: PretrainedConfig) -> set[int]:
-    """Of its layers, where the config has a list of them."""
-    widths = getattr(config, "intermediate_size", None)
-    return set(widths) if isinstance(widths, list | tuple) else set()
-
-
-def _uneven_heads(config: PretrainedConfig) -> list[str]:
-    heads, groups = _heads(config)
-    return [f"{heads} heads are no multiple of {groups} key/value heads"] if groups and heads % groups else []
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 class _Outputs(nn.Module):
@@ -214,7 +140,9 @@ def _onnx(program: Any, inputs: dict[str, torch.Tensor], expected: torch.Tensor)
             path = str(Path(folder) / "model.onnx")
             torch.onnx.export(program, tuple(inputs.values()), path, dynamo=True, verbose=False, external_data=True)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            fed = {told.name: value.numpy() for told, value in zip(session.get_inputs(), inputs.values(), strict=True)}
+            fed = {
+                asked.name: value.numpy() for asked, value in zip(session.get_inputs(), inputs.values(), strict=True)
+            }
             found = torch.from_numpy(session.run(None, fed)[0])
         return None, f"{onnxruntime.__version__} runs on CPU; largest difference {_difference(found, expected):.1g}"
 
