@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from tests import tiny
 from tests.options import pruning
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.maths.counter_rng import key_of, signs
+from tinygn_dist.models.objective import IGNORED
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 
 FAMILIES = ["llama", "gpt2", "bert-classifier"]
@@ -84,3 +87,21 @@ def test_a_layer_the_loss_does_not_hear_loses_most(monkeypatch: pytest.MonkeyPat
         quiet, other = (f"model.layers.{layer}.mlp.{name}.weight" for layer in (1, 0))
         assert kept[quiet] / sizes[quiet] == pytest.approx(0.125, abs=1e-3)
         assert kept[other] / sizes[other] > 0.5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
+def test_energies_do_not_depend_on_how_much_padding_there_is(family: str) -> None:
+    """The same three sequences of a batch, padded further; directions are drawn by token."""
+    problem = tiny.problem(family, count=2, size=3)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+
+    def longer(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.nn.functional.pad(value, (0, 6), value=fill[name]) if value.dim() == 2 else value
+            for name, value in batch.items()
+        }
+
+    matrices = problem.anatomy.matrices
+    wanted = output_energies(problem, matrices)
+    found = output_energies(replace(problem, batches=[longer(batch) for batch in problem.batches]), matrices)
+    torch.testing.assert_close(found, wanted, rtol=6e-2, atol=0)

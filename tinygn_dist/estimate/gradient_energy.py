@@ -175,6 +175,8 @@ def _each_gradient(
         def forward(hidden: torch.Tensor, output: Any) -> None:
             waiting, call = [of_rows(hidden.detach())], calls[name]
             calls[name] += 1
+            if not output.requires_grad:  # before the layers: no gradient gets there
+                return
             output.register_hook(lambda grad: arrived(name, waiting.pop(), grad, None, call))
 
         return Observer(forward, output=True)

@@ -18,6 +18,7 @@ from tinygn_dist.estimate.gradient_energy import LossMoments, TokenWeights, loss
 from tinygn_dist.estimate.input_moments import InputMoments, add_inputs, complete, input_hooks, input_moments
 from tinygn_dist.estimate.layer_inputs import run_layers
 from tinygn_dist.estimate.output_probes import output_energies
+from tinygn_dist.estimate.overflow import refuse_overflow
 from tinygn_dist.estimate.partial_forward import PrefixCache
 from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.estimate.saved_moments import in_parts
@@ -192,15 +193,14 @@ def _round(problem: Problem, jobs: Sequence[Job]) -> None:
 
     A collective. UserError on every rank where one has no value: the loss is looked at, gradients are not.
     """
+    bad: str | None = None
     with problem.backend.together("summing what weights read"):
         for job in jobs:
             if job.moments[0].numel():
                 job.moments[0] = fill_below(job.moments[0]).float()
-                if not all(bool(moment.isfinite().all()) for moment in job.moments):
-                    raise UserError(
-                        f"what {job.matrices[0].name} reads or its gradients hold NaN or inf, though no loss does; use "
-                        "--estimator finite-difference, which takes no gradient, or another model.dtype"
-                    )
+                if bad is None and not all(bool(moment.isfinite().all()) for moment in job.moments):
+                    bad = f"what {job.matrices[0].name} reads or its gradients hold NaN or inf, though no loss does"
+    refuse_overflow(problem, bad, "use --estimator finite-difference, which takes no gradient, or another model.dtype")
 
 
 def _probed(problem: Problem, matrices: Sequence[Matrix], options: HessianOptions) -> dict[str, float]:

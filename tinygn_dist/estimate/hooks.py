@@ -141,23 +141,25 @@ def shifted(bare: nn.Module, shifts: Mapping[str, torch.Tensor]) -> contextlib.A
 
 
 class Observer(ModelHook):
-    """Calls `seen(input, output)` with a module's first input and output; `output` is None for inputs only."""
+    """Calls `seen(input, output)` with a module's first input and output; `output` is None for inputs only. Not where the
+    hook is called for a module that does not run: transformers does so for weights that it multiplies itself."""
 
     def __init__(self, seen: Callable[[torch.Tensor, Any], None], *, output: bool = False) -> None:
         self.seen, self.output = seen, output
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = first_input(args, kwargs)
         if self.output:
             self._hidden = hidden
-        else:
+        elif hidden is not None:
             self.seen(hidden, None)
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         if self.output:
             hidden, self._hidden = self._hidden, None
-            self.seen(hidden, output)
+            if hidden is not None:
+                self.seen(hidden, output)
         return output
 
 
@@ -174,6 +176,13 @@ def routed_to(bare: nn.Module, kept: Mapping[UnitGroup, Sequence[int]]) -> conte
     return attached(
         [(bare.get_submodule(g.router), RouterMask(torch.tensor(units, device=device))) for g, units in kept.items()]
     )
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """What a module reads, given by place or by name; None where it is given nothing."""
+    named = (kwargs[name] for name in ("hidden_states", "input", "x") if name in kwargs)
+    value = args[0] if args else next(named, None)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def first(output: Any) -> torch.Tensor:

@@ -68,15 +68,17 @@ def input_moments(problem: Problem, matrices: Sequence[Matrix], *, full: bool) -
 
 
 def complete(found: InputMoments, problem: Problem) -> None:
-    """Gram matrices whole; and a rank without batches still takes part in the sums: names and shapes come from a rank
-    that had some."""
+    """Gram matrices whole; and every rank takes part in all sums, in one order: names and shapes come from the ranks whose
+    batches reached them."""
     for name in found.moments.names():
         if found.moments.sum(name).dim() == 2:
             found.moments.fill_gram(name)
-    sums, source_of = next((seen for seen in problem.backend.everyone(_layout(found)) if seen), ([], {}))
-    for name, shape in sums:
+    everywhere = [one for one in problem.backend.everyone(_layout(found)) if one]
+    shapes = {name: shape for sums, _ in everywhere for name, shape in sums}
+    for name, shape in shapes.items():
         found.moments.reserve(name, shape, problem.backend.device)
-    found.source_of = source_of
+    found.moments.reorder(shapes)
+    found.source_of = {name: source for _, source_of in reversed(everywhere) for name, source in source_of.items()}
 
 
 def block_influence(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:

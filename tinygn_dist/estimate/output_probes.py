@@ -20,7 +20,7 @@ import torch
 from accelerate.hooks import ModelHook
 from torch import nn
 
-from tinygn_dist.estimate.hooks import attached
+from tinygn_dist.estimate.hooks import attached, first_input
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counter_rng import key_of, signs
@@ -44,7 +44,7 @@ def output_energies(problem: Problem, matrices: Sequence[Matrix], seed: int = 0)
                 plain = problem.losses(batch).each
             for index, matrix in enumerate(matrices):
                 if matrix.index is None:
-                    nudge = _Nudge(key_of(seed, f"{matrix.name}/{micro_batch.number}"))
+                    nudge = _Nudge(key_of(seed, f"{matrix.name}/{micro_batch.number}"), micro_batch.real_tokens)
                     moved = _moved(problem, batch, cache, matrix, nudge)
                     if micro_batch.counts and nudge.scale > 0 and plain.any():
                         energy = float((moved - plain).double().square().sum()) / nudge.scale**2
@@ -71,18 +71,33 @@ def _layer_of(problem: Problem, matrix: Matrix) -> int | None:
 
 
 class _Nudge(ModelHook):
-    """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could
-    move."""
+    """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could move.
 
-    def __init__(self, key: int) -> None:
-        self.key, self.scale = key, 0.0
+    Signs are drawn by a token's number among the real ones, and padding stays where it is: how much of it there is, and on
+    which side, changes nothing.
+    """
+
+    def __init__(self, key: int, real: torch.Tensor | None) -> None:
+        """real: (tokens,) bool of the flattened micro-batch, None where all are."""
+        self.key, self.real, self.scale = key, real, 0.0
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-        self._length = args[0].float().square().sum(-1, keepdim=True).sqrt()
+        hidden = first_input(args, kwargs)
+        self._length = None if hidden is None else hidden.float().square().sum(-1, keepdim=True).sqrt()
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         length, self._length = self._length, None
+        if length is None:
+            return output
+        rows, width = output.numel() // output.shape[-1], output.shape[-1]
+        if self.real is None or len(self.real) != rows:  # a pooled sequence has no row for each token
+            return self._moved(output, length)
+        flat = output.reshape(rows, width).clone()
+        flat[self.real] = self._moved(flat[self.real], length.reshape(rows, 1)[self.real])
+        return flat.view(output.shape)
+
+    def _moved(self, output: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
         size, reach = float(output.float().square().mean().sqrt()), float(length.square().mean().sqrt())
         self.scale = torch.finfo(output.dtype).eps ** (1 / 3) * size / reach if reach > 0 else 0.0
         direction = signs(0, output.numel(), self.key, output.device).view(output.shape)

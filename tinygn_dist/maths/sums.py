@@ -7,7 +7,7 @@ result does not depend on the order of the batches nor on the number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -45,6 +45,10 @@ class Moments:
     def reserve(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
         """A zero sum, so that a rank without data still takes part in the reduction."""
         self._sums.setdefault(name, torch.zeros(shape, dtype=torch.float64, device=device))
+
+    def reorder(self, names: Iterable[str]) -> None:
+        """The same sums in this order, which holds all of their names."""
+        self._sums = {name: self._sums[name] for name in names}
 
     def sum(self, name: str) -> torch.Tensor:
         """The live fp64 sum."""

@@ -20,6 +20,7 @@ from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.problem import Problem
+from tinygn_dist.estimate.reach import reached_by_data
 from tinygn_dist.experiments.movement_and_admm import Best, Consensus, Movement, StepStatistics
 from tinygn_dist.experiments.top_kast import DenseWeights
 from tinygn_dist.maths import criteria
@@ -80,7 +81,8 @@ def _step_statistics(
 
 
 class GradualMasks:
-    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far."""
+    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far. notes: for the report, on how the
+    first masks were chosen."""
 
     def __init__(
         self,
@@ -98,16 +100,28 @@ class GradualMasks:
         """
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._problem = prune, schedule, replace(problem, parts=None)
+        matrices, self.notes = self._known(problem, matrices, going_on)
         self.step_statistics = _step_statistics(problem, matrices, schedule, plan.levels[-1])
         level = level_at(final_level(prune), plan.levels[0])
         if going_on is None and level is not None:
             self.masks = sparsify(problem, matrices, prune, self._goal(level, prune.criterion, prune.solver.passes))
         else:
             self.masks = self._all(matrices)
+        self.notes += self.masks.notes
         if going_on is not None:
             self.load_state(going_on)
         elif self.step_statistics:
             self.step_statistics.first_masks(self.masks.by_name, plan.levels[0], self._best(problem))
+
+    @staticmethod
+    def _known(
+        problem: Problem, matrices: Sequence[Matrix], going_on: Mapping[str, Any] | None
+    ) -> tuple[Sequence[Matrix], tuple[str, ...]]:
+        """The matrices that calibration data reaches, or those that had masks before; the others stay dense."""
+        if going_on is None:
+            return reached_by_data(problem, matrices)
+        before = set(going_on["matrices"])
+        return [matrix for matrix in matrices if matrix.name in before], ()
 
     def _all(self, matrices: Sequence[Matrix]) -> Masks:
         shards = {t.name: self._problem.backend.shard(self._problem.model, t).weight for t in matrices}
@@ -280,7 +294,8 @@ class GradualMasks:
 
     def state(self) -> dict[str, Any]:
         """What has to be known, beside the masks, to go on. Plain values."""
-        return {"steps": self.steps, "history": [asdict(update) for update in self.history]}
+        names = [matrix.name for matrix in self.masks.matrices]
+        return {"steps": self.steps, "matrices": names, "history": [asdict(update) for update in self.history]}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.steps, self.history = state["steps"], [Update(**update) for update in state["history"]]

@@ -12,6 +12,7 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.errors import UserError
+from tinygn_dist.estimate.overflow import refuse_overflow
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import num_kept
 from tinygn_dist.maths.top_k import keep_largest
@@ -37,7 +38,7 @@ def choose_masks(
 ) -> dict[str, torch.Tensor]:
     """Keep masks shaped like the scores, which are shaped like this rank's shards. scope: row, layer or global."""
     model, backend, sparsity = problem.model, problem.backend, level.sparsity
-    _refuse_nonfinite(matrices, scores, backend)
+    _refuse_nonfinite(problem, matrices, scores)
     if level.nm is not None:
         return {
             t.name: backend.by_rows(model, t, scores[t.name], lambda rows: keep_n_of_m(rows, *level.nm))
@@ -53,12 +54,15 @@ def choose_masks(
     return _keep_globally(model, matrices, scores, sparsity, backend)
 
 
-def _refuse_nonfinite(matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor], backend: Backend) -> None:
+def _refuse_nonfinite(problem: Problem, matrices: Sequence[Matrix], scores: Mapping[str, torch.Tensor]) -> None:
     """The same UserError on every rank when any rank's piece of a score is NaN or inf."""
     bad = next((t.name for t in matrices if not torch.isfinite(scores[t.name]).all()), None)
-    for rank, name in enumerate(backend.everyone(bad)):
-        if name is not None:
-            raise UserError(f"score of {name} is NaN or inf on rank {rank}; check the data and the weights")
+    rank = problem.backend.rank
+    refuse_overflow(
+        problem,
+        None if bad is None else f"score of {bad} is NaN or inf on rank {rank}",
+        "check the data and the weights",
+    )
 
 
 def keep_n_of_m(scores: torch.Tensor, n: int, m: int) -> torch.Tensor:

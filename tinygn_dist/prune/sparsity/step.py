@@ -40,7 +40,7 @@ class SetToZero(Step):
     def run(self, live: Live) -> Outcome:
         problem = live.problem()
         masks = GradualMasks(problem, self._matrices(problem), self.options, self.schedule, self.plan)
-        return Outcome(constraint=masks, facts=facts(masks, problem), notes=(*masks.masks.notes, STORED_DENSELY))
+        return Outcome(constraint=masks, facts=facts(masks, problem), notes=(*masks.notes, STORED_DENSELY))
 
     def restore(self, live: Live, saved: SavedUnder, state: Mapping[str, Any]) -> GradualMasks:
         problem = live.problem()
