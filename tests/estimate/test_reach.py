@@ -20,8 +20,8 @@ from tinygn_dist.estimate.reach import reached_by_data
 from tinygn_dist.maths.criteria import CRITERIA
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.models.objective import IGNORED, objective_of
-from tinygn_dist.runtime.progress import Progress
 from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks, plan_of
+from tinygn_dist.runtime.progress import Progress
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64)
