@@ -52,5 +52,7 @@ class _Finite(ModelHook):
             if not bool(hidden.isfinite().all()):
                 kind = str(hidden.dtype).removeprefix("torch.")
                 where = f"{self.name} gives NaN or inf in {kind}"
-                self.found.append(f"{where} from finite inputs" if self._began_finite else f"{self.name} reads NaN or inf")
+                self.found.append(
+                    f"{where} from finite inputs" if self._began_finite else f"{self.name} reads NaN or inf"
+                )
         return output
