@@ -15,7 +15,7 @@ from torch import nn
 
 from tests import tiny
 from tinygn_dist.backends import make_backend
-from tinygn_dist.backends.offload_hooks import homes_of, settle
+from tinygn_dist.backends.offload_hooks import offload, offloaded_parameters
 from tinygn_dist.backends.pieces import Origin, hollow
 from tinygn_dist.config import DistributedConfig
 from tinygn_dist.errors import UserError
@@ -37,8 +37,8 @@ class Shared(nn.Module):
         return self.other(torch.tanh(self.one(self.inner(self.inner(x * self.scale)) + x)) * self.scale)
 
 
-def resolve_estimator(model: nn.Module, folder: Path | None = None, device_bytes: float = 0) -> nn.Module:
-    settle(model, CPU, folder, device_bytes)
+def offloaded(model: nn.Module, folder: Path | None = None, device_bytes: float = 0) -> nn.Module:
+    offload(model, CPU, folder, device_bytes)
     return model
 
 
@@ -52,14 +52,14 @@ def test_between_uses_no_weight_is_there_and_outputs_are_the_same(tmp_path: Path
     model, batch = tiny.build("llama-tied"), tiny.batches("llama")[0]
     with torch.no_grad():
         wanted = model(input_ids=batch["input_ids"]).logits
-        resolve_estimator(model, tmp_path if on_disk else None)
+        offloaded(model, tmp_path if on_disk else None)
         assert present(model) == set()
         assert torch.equal(model(input_ids=batch["input_ids"]).logits, wanted)
         assert present(model) == set() and not list(tmp_path.iterdir())
 
 
 def test_one_layer_at_a_time_is_there_forward_and_backward():
-    model = resolve_estimator(tiny.build("llama"))
+    model = offloaded(tiny.build("llama"))
     seen: list[tuple[str, set[str]]] = []
 
     def watch(module: nn.Module, _: tuple, output: torch.Tensor) -> None:
@@ -78,7 +78,7 @@ def test_one_layer_at_a_time_is_there_forward_and_backward():
 def test_the_first_layers_stay_as_far_as_there_is_room():
     model = tiny.build("llama")
     first, layer = model.model.embed_tokens.weight.numel(), sum(p.numel() for p in model.model.layers[0].parameters())
-    resolve_estimator(model, None, 4 * (first + 2 * layer) + 3)
+    offloaded(model, None, 4 * (first + 2 * layer) + 3)
     stay = {n for n, _ in model.named_parameters() if "embed" in n or "layers.0." in n or "layers.1." in n}
     assert present(model) == stay
 
@@ -87,7 +87,7 @@ def test_the_first_layers_stay_as_far_as_there_is_room():
 def test_gradients_are_those_of_the_plain_model(checkpointing: bool):
     plain, batch = tiny.build("llama-tied").train(), tiny.batches("llama")[0]
     model = copy.deepcopy(plain)
-    resolve_estimator(model)
+    offloaded(model)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     for one in (plain, model):
         if checkpointing:
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_the_plain_model(checkpointing: bool):
 def test_gradients_of_shared_nested_and_repeated_modules():
     torch.manual_seed(0)
     plain = Shared()
-    model, x = resolve_estimator(copy.deepcopy(plain)), torch.randn(3, 4, requires_grad=True)
+    model, x = offloaded(copy.deepcopy(plain)), torch.randn(3, 4, requires_grad=True)
     y = x.detach().clone().requires_grad_()
     plain(x).square().sum().backward()
     model(y).square().sum().backward()
@@ -113,8 +113,8 @@ def test_gradients_of_shared_nested_and_repeated_modules():
 
 
 def test_an_edit_reaches_the_next_forward_and_the_cast_keeps_values(tmp_path: Path):
-    model = resolve_estimator(nn.Sequential(nn.Linear(3, 2, bias=False)), tmp_path)
-    (home,) = homes_of(model).values()
+    model = offloaded(nn.Sequential(nn.Linear(3, 2, bias=False)), tmp_path)
+    (home,) = offloaded_parameters(model).values()
     home.value.data.fill_(2.0)
     assert torch.equal(model(torch.ones(1, 3)), torch.full((1, 2), 6.0))
     home.cast(torch.bfloat16)
@@ -123,7 +123,7 @@ def test_an_edit_reaches_the_next_forward_and_the_cast_keeps_values(tmp_path: Pa
 
 
 def test_a_model_that_nobody_uses_is_freed():
-    model = resolve_estimator(tiny.build("llama"))
+    model = offloaded(tiny.build("llama"))
     model(input_ids=tiny.batches("llama")[0]["input_ids"]).logits.sum().backward()
     gone = weakref.ref(model)
     del model

@@ -132,7 +132,7 @@ def pieces(backend: Backend) -> None:
             held[shard.offset : shard.offset + shard.weight.numel()] += 1
             assert backend.sum_over_shards(held).eq(1).all(), f"{matrix.name}: not a partition"
             assert torch.equal(backend.gather(here.model, matrix, shard.weight), whole)
-            assert torch.equal(backend.cut(here.model, matrix, whole), shard.weight)
+            assert torch.equal(backend.shard_of(here.model, matrix, whole), shard.weight)
             positive = backend.gather(here.model, matrix, shard.weight > 0)
             assert torch.equal(positive, whole > 0)
 
@@ -220,7 +220,7 @@ def sums(backend: Backend, sharded: int) -> None:
     backend.sum_over_data([data])
     assert int(data) == 2**backend.num_ranks - 1
     for count in (1, 2, 5, 8):
-        mine = backend.share(range(count))
+        mine = backend.dealt(range(count))
         counted = [item for part in backend.everyone([i for i, real in mine if real]) for item in part]
         assert sorted(counted) == list(range(count))
         lengths = backend.everyone(len(mine))

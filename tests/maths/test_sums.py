@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinygn_dist.maths.sums import Moments, Shelf
+from tinygn_dist.maths.sums import Moments, ChunkedStore
 
 
 def contributions() -> list[torch.Tensor]:
@@ -77,7 +77,7 @@ def test_gram_is_the_weighted_sum_of_outer_products(shape: tuple[int, int]) -> N
 def test_what_is_put_on_a_shelf_stays_as_it_was() -> None:
     """Whatever comes after it, in blocks that hold one, some or less than one."""
     for at_once in (1, 7, 1000):
-        shelf, generator = Shelf(torch.bfloat16, at_once), torch.Generator().manual_seed(0)
+        shelf, generator = ChunkedStore(torch.bfloat16, at_once), torch.Generator().manual_seed(0)
         values = [torch.randn(shape, generator=generator) for shape in [(3,), (2, 2), (0,), (5,), (1, 6), (4,)]]
         put = [shelf.put(value) for value in values]
         assert all(torch.equal(one, value.bfloat16()) for one, value in zip(put, values, strict=True))

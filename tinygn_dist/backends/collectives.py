@@ -25,11 +25,6 @@ def sum_(tensor: torch.Tensor, owner: int | None = None, group: dist.ProcessGrou
     return _in_place(tensor, group, lambda wired: dist.reduce(wired, dst=owner, group=group))
 
 
-def max_(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Elementwise maximum in place over the group."""
-    return _in_place(tensor, group, lambda wired: dist.all_reduce(wired, op=dist.ReduceOp.MAX, group=group))
-
-
 def broadcast_(tensor: torch.Tensor, owner: int) -> torch.Tensor:
     """Overwrite every rank's tensor with the owner's."""
     return _in_place(tensor, None, lambda wired: dist.broadcast(wired, src=owner))

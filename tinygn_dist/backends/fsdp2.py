@@ -33,7 +33,7 @@ from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of
-from tinygn_dist.backends.slices import Slices, share_padded
+from tinygn_dist.backends.slices import Slices, dealt_padded
 from tinygn_dist.backends.wrappers import refuse_spread
 from tinygn_dist.maths.bit_zeros import keep_only_
 from tinygn_dist.models.anatomy import Matrix
@@ -113,8 +113,8 @@ class FSDP2(Backend):
                 parameter.__dict__.pop("_unsharded_param", None)
             group.lazy_init()
 
-    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
-        return share_padded(items, self.rank, self.num_ranks)
+    def dealt(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        return dealt_padded(items, self.rank, self.num_ranks)
 
     def on_main(self, work: Callable[[], Item]) -> Item | None:
         return work()  # its forwards need every rank
@@ -133,7 +133,7 @@ class FSDP2(Backend):
     def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
         return self._slices(model, matrix).gather(piece.to(self.device))
 
-    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+    def shard_of(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
         return self._as_piece(self._slices(model, matrix).cut(whole), matrix)
 
     def _as_piece(self, run: torch.Tensor, matrix: Matrix) -> torch.Tensor:
@@ -187,9 +187,6 @@ class FSDP2(Backend):
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         return collectives.sum_(tensor, group=self._shard_group)
-
-    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
-        return collectives.max_(tensor, group=self._shard_group)
 
     # -- writing -----------------------------------------------------------------------------------------------------
     def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""One process and a model that its device has no room for: weights wait in CPU memory or on disk (homes.py).
+"""One process and a model that its device has no room for: weights wait in CPU memory or on disk (offload_hooks.py).
 
 Pieces of weights, scores and masks lie where the weights wait; whole weights that are worked on, and statistics of
 activations, on the device.
@@ -18,7 +18,7 @@ from torch import nn
 
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.gradients import GradientSums, hooked
-from tinygn_dist.backends.offload_hooks import are_settled, homes_of, settle
+from tinygn_dist.backends.offload_hooks import is_offloaded, offload, offloaded_parameters
 from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import (
     Extras,
@@ -55,22 +55,22 @@ class Offloaded(Backend):
     # -- where the model is ------------------------------------------------------------------------------------------
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if optimizer is None:
-            if not are_settled(model):
-                self._settle(model)
+            if not is_offloaded(model):
+                self._offload(model)
             return model
-        homes = homes_of(model)
+        offloaded = offloaded_parameters(model)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                self._steps[parameter] = homes[parameter].value
-                if not homes[parameter].stays:
+                self._steps[parameter] = offloaded[parameter].value
+                if not offloaded[parameter].stays:
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._collect))
             group["params"] = [self._steps[parameter].requires_grad_() for parameter in group["params"]]
         self._training = True
         return model, self._accelerator.prepare_optimizer(optimizer)
 
-    def _settle(self, model: nn.Module) -> None:
+    def _offload(self, model: nn.Module) -> None:
         try:
-            settle(model, self.device, self._folder, self._device_bytes)
+            offload(model, self.device, self._folder, self._device_bytes)
         except OSError as error:
             needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             raise UserError(
@@ -89,8 +89,8 @@ class Offloaded(Backend):
         self._training = False
         for handle in self._handles:
             handle.remove()
-        for home in homes_of(model).values():
-            home.value.grad = None
+        for parameter in offloaded_parameters(model).values():
+            parameter.value.grad = None
         self._handles, self._steps = [], {}
         self._accelerator.free_memory(*prepared)
 
@@ -105,19 +105,19 @@ class Offloaded(Backend):
         return model
 
     def _cast(self, model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-        homes = homes_of(model)
+        offloaded = offloaded_parameters(model)
         for name, parameter in model.named_parameters():
-            homes[parameter].cast(dtypes[name])
+            offloaded[parameter].cast(dtypes[name])
         for name, buffer in model.named_buffers():
             buffer.data = buffer.data.to(dtypes[name])
 
     def _held(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        homes = homes_of(model)
-        return {n: homes[t].value.data if t in homes else t for n, t in tensors_of(model).items()}
+        offloaded = offloaded_parameters(model)
+        return {n: offloaded[t].value.data if t in offloaded else t for n, t in tensors_of(model).items()}
 
     # -- pieces of weights -------------------------------------------------------------------------------------------
     def _value(self, model: nn.Module, name: str) -> nn.Parameter:
-        return homes_of(model)[model.get_parameter(name)].value
+        return offloaded_parameters(model)[model.get_parameter(name)].value
 
     def shard(self, model: nn.Module, matrix: Matrix) -> Shard:
         return Shard(matrix.within(self._value(model, matrix.parameter).data), 0)
@@ -125,7 +125,7 @@ class Offloaded(Backend):
     def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
         return piece.to(self.device)
 
-    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+    def shard_of(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
         return whole.to(self._value(model, matrix.parameter).device)
 
     def whole(self, model: nn.Module, name: str) -> torch.Tensor:
@@ -140,7 +140,9 @@ class Offloaded(Backend):
         self, model: nn.Module, matrices: Sequence[Matrix], function: Callable[[torch.Tensor], torch.Tensor]
     ) -> Iterator[GradientSums]:
         sums = self._empty_sums(model, matrices, function)
-        places = [(model.get_parameter(t.parameter), t, lambda whole, t=t: self.cut(model, t, whole)) for t in matrices]
+        places = [
+            (model.get_parameter(t.parameter), t, lambda whole, t=t: self.shard_of(model, t, whole)) for t in matrices
+        ]
         with hooked(sums, places):
             yield sums
 
@@ -156,9 +158,9 @@ class Offloaded(Backend):
         extras = {}
         for job in jobs:
             for matrix, result in zip(job.matrices, solve(job, self._matrices(model, job)), strict=True):
-                self.write(model, matrix, self.cut(model, matrix, matrix.oriented(result.weight)))
+                self.write(model, matrix, self.shard_of(model, matrix, matrix.oriented(result.weight)))
                 extras[matrix.name] = {
-                    name: self.cut(model, matrix, matrix.oriented(value).contiguous())
+                    name: self.shard_of(model, matrix, matrix.oriented(value).contiguous())
                     if tuple(value.shape) == matrix.shape
                     else value
                     for name, value in result.extras.items()

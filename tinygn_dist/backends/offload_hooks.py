@@ -19,11 +19,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-_HOMES = "_tinygn_homes"
+_OFFLOADED = "_tinygn_offloaded"
 """where a model keeps them, past nn.Module's registration, so that they go together"""
 
 
-class Home:
+class OffloadedParameter:
     """One parameter. value: all of it where it waits, the copy that counts and that an optimizer steps; the parameter
     itself when it `stays` on the device."""
 
@@ -82,7 +82,7 @@ class Home:
             self._move_in(whole)
 
 
-class Homes(dict[nn.Parameter, Home]):
+class OffloadedParameters(dict[nn.Parameter, OffloadedParameter]):
     """Of every parameter of a model, tied ones once."""
 
 
@@ -94,62 +94,62 @@ class _Fetch(ModelHook):
     in a backward pass (gradient checkpointing) belongs to it: torch may end it early, before `post_forward`.
     """
 
-    def __init__(self, homes: list[Home]) -> None:
-        self._homes = homes
+    def __init__(self, offloaded: list[OffloadedParameter]) -> None:
+        self._parameters = offloaded
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
         if _in_backward():
             self._fetch_in_backward()
         else:
-            for home in self._homes:
-                home.fetch()
+            for parameter in self._parameters:
+                parameter.fetch()
         for tensor in _differentiable((args, kwargs)):
             tensor.register_hook(lambda _: self._leave_backward())
         return args, kwargs
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        for home in self._homes if not _in_backward() else ():
-            home.leave()
+        for parameter in self._parameters if not _in_backward() else ():
+            parameter.leave()
         for tensor in _differentiable(output):
             tensor.register_hook(lambda _: self._fetch_in_backward())
         return output
 
     def _fetch_in_backward(self) -> None:
-        for home in self._homes:
-            home.fetch_in_backward()
+        for parameter in self._parameters:
+            parameter.fetch_in_backward()
         torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
-        for home in self._homes:
-            home.leave_backward()
+        for parameter in self._parameters:
+            parameter.leave_backward()
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def settle(model: nn.Module, device: torch.device, folder: Path | None, device_bytes: float) -> None:
-    """Send the weights of a model home: to CPU memory, or to nameless files in `folder`. Blocks stay on the device, in
+def offload(model: nn.Module, device: torch.device, folder: Path | None, device_bytes: float) -> None:
+    """Send the weights of a model to CPU memory, or to nameless files in `folder`. Blocks stay on the device, in
     the model's order, until they take `device_bytes`. Raises OSError when the disk is full."""
-    homes, left = Homes(), device_bytes
+    offloaded, left = OffloadedParameters(), device_bytes
     for module, parameters in _blocks(model):
-        new = [parameter for parameter in dict.fromkeys(parameters) if parameter not in homes]
+        new = [parameter for parameter in dict.fromkeys(parameters) if parameter not in offloaded]
         left -= sum(parameter.numel() * parameter.element_size() for parameter in new)
-        homes |= {parameter: Home(parameter, device, folder, stays=left >= 0) for parameter in new}
-        coming = [homes[parameter] for parameter in dict.fromkeys(parameters) if not homes[parameter].stays]
+        offloaded |= {parameter: OffloadedParameter(parameter, device, folder, stays=left >= 0) for parameter in new}
+        coming = [offloaded[parameter] for parameter in dict.fromkeys(parameters) if not offloaded[parameter].stays]
         if coming:
             add_hook_to_module(module, _Fetch(coming))
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
-    model.__dict__[_HOMES] = homes
+    model.__dict__[_OFFLOADED] = offloaded
 
 
-def homes_of(model: nn.Module) -> Homes:
-    return model.__dict__[_HOMES]
+def offloaded_parameters(model: nn.Module) -> OffloadedParameters:
+    return model.__dict__[_OFFLOADED]
 
 
-def are_settled(model: nn.Module) -> bool:
-    return _HOMES in model.__dict__
+def is_offloaded(model: nn.Module) -> bool:
+    return _OFFLOADED in model.__dict__
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:

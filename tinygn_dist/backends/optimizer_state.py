@@ -1,4 +1,4 @@
-"""The part of the contract that concerns a model in training, and what is the same about it on every backend.
+"""Third part of the contract: a model in training, and what is the same about it on every backend.
 
 | operation                            | meaning                                                                   |
 |--------------------------------------|---------------------------------------------------------------------------|
@@ -26,7 +26,7 @@ checkpoint made of whole tensors fits any backend at any world size.
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tinygn_dist.backends.wrappers import refuse_spread, running_plainly, without, without_adapters
+from tinygn_dist.backends.row_work import RowWork
+from tinygn_dist.backends.wrappers import running_plainly
 from tinygn_dist.models.anatomy import Matrix
 
 
@@ -50,24 +51,13 @@ class Held:
     count: int
 
 
-class Training(ABC):
+class Training(RowWork):
     # -- what backends say -------------------------------------------------------------------------------------------
-    wrappers: tuple[type[nn.Module], ...] = ()
-    """what this backend puts around a model in training"""
     steps_plain_tensors = True
     """whether what the optimizer holds are plain tensors, and no DTensors"""
-    weights_wait = False
-    """whether weights are fetched to the device for each forward"""
-    recomputes = True
-    """whether a layer may run again inside of a backward"""
 
-    def running(self, model: nn.Module) -> nn.Module:
-        """What forwards outside of training go through: adapters count, wrappers of training and torch.compile do
-        not."""
-        return without(model, *self.wrappers)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        return without_adapters(self.running(model))
+    @abstractmethod
+    def release(self, model: nn.Module, *prepared: Any) -> None: ...
 
     @abstractmethod
     def no_sync(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager: ...
@@ -82,14 +72,6 @@ class Training(ABC):
     def adopt(self, model: nn.Module, optimizer: Any) -> None:
         """Where the live weights are what the optimizer steps, there is only to see that they are whole."""
         self.refuse_spread(model)
-
-    def refuse_spread(self, model: nn.Module) -> None:
-        """Refused for a caller's model that something else than this backend has spread."""
-        refuse_spread(self.running(model))
-
-    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
-        """Of a whole parameter or buffer of a placed model."""
-        return tuple(tensor.shape)
 
     def place_added(self, model: nn.Module, added: Sequence[nn.Module]) -> None:
         """Modules that were put into a placed model, with the same values on every rank and on its device, are placed

@@ -82,7 +82,7 @@ class Slices:
         return min(self.length, math.prod(self.shape))
 
 
-def share_padded(items: Sequence[Item], rank: int, num_ranks: int) -> list[tuple[Item, bool]]:
+def dealt_padded(items: Sequence[Item], rank: int, num_ranks: int) -> list[tuple[Item, bool]]:
     """Every num_ranks-th item; the short ranks run the last item once more without counting it, because a forward of
     a sharded model is a collective."""
     rounds = -(-len(items) // num_ranks)

@@ -22,7 +22,7 @@ from tinygn_dist.backends.base import Backend, Item
 from tinygn_dist.backends.gradients import GradientSums, hooked
 from tinygn_dist.backends.optimizer_state import Held
 from tinygn_dist.backends.pieces import Origin, Shard, tensor_named, tensors_of, without_storage
-from tinygn_dist.backends.slices import Slices, share_padded
+from tinygn_dist.backends.slices import Slices, dealt_padded
 from tinygn_dist.backends.zero_partitions import drop_whole, forget_models, live_run, master_run
 from tinygn_dist.maths.bit_zeros import keep_only_
 from tinygn_dist.models.anatomy import Matrix
@@ -204,8 +204,8 @@ class ZeroParameters(Zero):
             parameter.ds_tensor.data = parameter.ds_tensor.data.to(dtypes[name])
         self.prepare(model)
 
-    def share(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
-        return share_padded(items, self.rank, self.num_ranks)
+    def dealt(self, items: Sequence[Item]) -> list[tuple[Item, bool]]:
+        return dealt_padded(items, self.rank, self.num_ranks)
 
     def on_main(self, work: Callable[[], Item]) -> Item | None:
         return work()  # its forwards need every rank
@@ -227,7 +227,7 @@ class ZeroParameters(Zero):
     def gather(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> torch.Tensor:
         return self._slices(model, matrix).gather(piece.to(self.device))
 
-    def cut(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
+    def shard_of(self, model: nn.Module, matrix: Matrix, whole: torch.Tensor) -> torch.Tensor:
         return self._slices(model, matrix).cut(whole).to(self._shard_device(model, matrix))
 
     def _shard_device(self, model: nn.Module, matrix: Matrix) -> torch.device:
@@ -263,9 +263,6 @@ class ZeroParameters(Zero):
     # -- combining facts ---------------------------------------------------------------------------------------------
     def sum_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
         return collectives.sum_(tensor)
-
-    def max_over_shards(self, tensor: torch.Tensor) -> torch.Tensor:
-        return collectives.max_(tensor)
 
     # -- writing -----------------------------------------------------------------------------------------------------
     def write(self, model: nn.Module, matrix: Matrix, piece: torch.Tensor) -> None:

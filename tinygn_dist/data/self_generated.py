@@ -28,7 +28,7 @@ def write_rows(model: nn.Module, tokenizer: Any, options: DataConfig, backend: B
     num_batches = -(-int(wanted * _SURPLUS + 1) // _BATCH)
     start = next(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if t is not None)
     bare, written = backend.unwrap(model), []
-    mine = backend.share(range(num_batches))
+    mine = backend.dealt(range(num_batches))
     with torch.no_grad(), progress.bar("writing text", len(mine)) as advance, torch.random.fork_rng():
         for number, real in mine:
             torch.manual_seed(options.seed * 100_003 + number)

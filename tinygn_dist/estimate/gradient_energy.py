@@ -22,7 +22,7 @@ from tinygn_dist.estimate.backprop import gradients_of, recomputed
 from tinygn_dist.estimate.expert_moments import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.maths.sums import Moments, Shelf
+from tinygn_dist.maths.sums import Moments, ChunkedStore
 from tinygn_dist.models.anatomy import Matrix
 
 
@@ -97,7 +97,7 @@ class TokenWeights:
         for matrix in matrices:
             self.rows.reserve(matrix.name, (matrix.shape[0],), problem.backend.device)
 
-        kept = Shelf(torch.bfloat16)
+        kept = ChunkedStore(torch.bfloat16)
 
         def seen(name: str, gone: Arrived) -> None:
             weights = kept.put(token_weights(gone.tokens_energy, plain))  # exact, see `coarse`

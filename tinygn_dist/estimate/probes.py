@@ -81,7 +81,7 @@ def measure(
     out = {probe.layer for probe in without if probe.removes_layer}
     gone = [probe for probe in without if not probe.removes_layer]
     layers = [layer for layer in range(problem.anatomy.num_layers) if layer not in out]
-    mine = problem.backend.share(_dealt(problem, probes))
+    mine = problem.backend.dealt(_dealt(problem, probes))
     with torch.no_grad(), problem.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
         for work, counted in mine:
             micro_batch = problem.micro_batch(work.batch, counted)

@@ -78,7 +78,7 @@ class Problem:
     @property
     def num_turns(self) -> int:
         """How many micro-batches this rank runs."""
-        return len(self.backend.share(self.batches))
+        return len(self.backend.dealt(self.batches))
 
     def on_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.backend.device) for name, value in batch.items()}
@@ -86,7 +86,7 @@ class Problem:
     def micro_batches(self, doing: str | None = None) -> Iterator[MicroBatch]:
         """This rank's share of the micro-batches, one after the other. doing: what the progress bar says; None for no
         bar."""
-        mine = self.backend.share(range(len(self.batches)))
+        mine = self.backend.dealt(range(len(self.batches)))
         with (self.progress if doing else Progress()).bar(doing or "", len(mine)) as advance:
             for number, counts in mine:
                 yield self.micro_batch(number, counts)

@@ -127,7 +127,7 @@ class BesideGradients(StepStatistics):
                 continue
             whole = self.backend.join_held(model, optimizer, matrix.parameter, pieces[matrix.parameter])
             stored = whole[matrix.start : matrix.start + matrix.numel].view(matrix.stored_shape)
-            shards[matrix.name] = self.backend.cut(model, matrix, stored).reshape(held.shape)
+            shards[matrix.name] = self.backend.shard_of(model, matrix, stored).reshape(held.shape)
         return shards
 
 

@@ -80,6 +80,6 @@ class DenseWeights(StepStatistics):
         for key, tensor in whole.items():
             kind, _, name = key.partition("|")
             held = self.backend.shard(model, by_name[name]).weight
-            piece = self.backend.cut(model, by_name[name], tensor.to(self.backend.device))
+            piece = self.backend.shard_of(model, by_name[name], tensor.to(self.backend.device))
             found[kind][name] = piece.reshape(held.shape).clone()
         self.values, self.explored = found["dense"], found["explored"]

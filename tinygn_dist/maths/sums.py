@@ -83,7 +83,7 @@ class Moments:
         self._sums = dict(state)
 
 
-class Shelf:
+class ChunkedStore:
     """Small tensors that stay, in few large blocks. One by one they come to lie where a large temporary was, whose like then fits
     there no more: among the backward passes of 32 windows of SmolLM2-135M glibc took 0.3 GiB more that way."""
 

@@ -183,7 +183,7 @@ class Recovery:
         """One optimizer step over `batch`; returns the mean loss per token over all ranks, the tokens, and whether any
         rank is asked to stop."""
         backend, count = self.backend, sum(num_counted(sequence) for sequence in batch)
-        mine = [sequence for sequence, _ in backend.share(batch)]
+        mine = [sequence for sequence, _ in backend.dealt(batch)]
         if "pixel_values" in mine[0]:  # of one size, and BatchNorm wants to see many at once
             mine = [{name: torch.cat([image[name] for image in mine]) for name in mine[0]}]
         told = torch.tensor([0.0, float(self.stopping())], dtype=torch.float64)

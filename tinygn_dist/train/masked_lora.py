@@ -85,7 +85,7 @@ class LowRankUpdates:
             up, down = (part.to(self._backend.device) for part in self._values.pop(matrix.name))
             stored = matrix.oriented((up @ down).mul_(_SCALE)).contiguous()
             weight = self._backend.shard(model, matrix).weight
-            change = self._backend.cut(model, matrix, stored).reshape(weight.shape)
+            change = self._backend.shard_of(model, matrix, stored).reshape(weight.shape)
             if matrix.name in self._keep:
                 change = change.masked_fill(~self._keep[matrix.name], 0)
             self._backend.write(model, matrix, (weight.float() + change).to(weight.dtype))

@@ -29,7 +29,7 @@ def write_weights(
     the optimizer and of random numbers. Collectives; each parameter is written by one rank."""
     bare = backend.unwrap(model)
     parameters = dict(bare.named_parameters())
-    owners = backend.deal([1.0] * len(parameters))
+    owners = backend.owners_of([1.0] * len(parameters))
     for (name, parameter), owner in zip(parameters.items(), owners, strict=True):
         if now is not None and now.optimizer is not None and parameter.requires_grad:
             whole = backend.whole_training(now.model, now.optimizer, name)

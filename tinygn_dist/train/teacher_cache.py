@@ -63,7 +63,7 @@ class TeacherCache:
             if backend.is_main:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir(parents=True)
-        mine = backend.share(numbered)
+        mine = backend.dealt(numbered)
         with torch.no_grad(), progress.bar("asking the teacher", len(mine)) as advance:
             for (number, batch), real in mine:
                 batch = {name: value.to(backend.device) for name, value in batch.items()}

@@ -112,7 +112,7 @@ class Masks:
         matrix = next(matrix for matrix in self.matrices if matrix.name == name)
         whole = torch.from_numpy(numpy.unpackbits(packed.numpy(), count=matrix.numel)).bool()
         held = self.by_name[name]
-        piece = backend.cut(model, matrix, whole.view(matrix.stored_shape).to(held.device))
+        piece = backend.shard_of(model, matrix, whole.view(matrix.stored_shape).to(held.device))
         self.by_name[name] = piece.reshape(held.shape)
 
     def apply_to_copy(self, copy: nn.Module, model: nn.Module, backend: Backend) -> None:

@@ -13,7 +13,7 @@ def write_masks(
     writer: Writer | WriterUnder, masks: Masks, model: nn.Module, backend: Backend, kind: str = "mask"
 ) -> None:
     """Collectives; each mask is written by one rank."""
-    owners = backend.deal([1.0] * len(masks.matrices))
+    owners = backend.owners_of([1.0] * len(masks.matrices))
     for (name, packed), owner in zip(masks.packed(model, backend), owners, strict=True):
         if owner == backend.rank:
             writer.add(f"{kind}|{name}", packed)

@@ -50,7 +50,7 @@ def _whole(problem: Problem, matrix: Matrix, row: Criterion, statistics: dict[st
     backend = problem.backend
     gathered = backend.gather(problem.model, matrix, backend.shard(problem.model, matrix).weight)
     found = row.formula(matrix.oriented(gathered), **{name: values(matrix) for name, values in statistics.items()})
-    return backend.cut(problem.model, matrix, matrix.oriented(found).contiguous())
+    return backend.shard_of(problem.model, matrix, matrix.oriented(found).contiguous())
 
 
 def _uniform(problem: Problem, matrices: Sequence[Matrix], seed: int) -> Values:

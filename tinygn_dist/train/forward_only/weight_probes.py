@@ -93,8 +93,8 @@ class WeightProbes:
         most = max(len(batch) for batch in batches)
         totals = torch.zeros(len(batches), 2, most, dtype=torch.float64)
         counts = torch.zeros(len(batches), most, dtype=torch.float64)
-        for index in self.backend.share_over_replicas(range(len(batches))):
-            mine = self.backend.share_within_replica(list(enumerate(batches[index])))
+        for index in self.backend.dealt_over_replicas(range(len(batches))):
+            mine = self.backend.dealt_within_replica(list(enumerate(batches[index])))
             with self.along(first + index) as move:
                 for side, sign in enumerate((1, -1)):
                     move(sign * step)
@@ -114,7 +114,7 @@ class WeightProbes:
         all of them."""
         totals = torch.zeros(len(steps), len(batch), dtype=torch.float64)
         counts = torch.zeros(len(batch), dtype=torch.float64)
-        mine = self.backend.share(list(enumerate(batch)))
+        mine = self.backend.dealt(list(enumerate(batch)))
         with self.along(direction) as move:
             for row, t in zip(totals, steps, strict=True):
                 move(t)
