@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinygn_dist.maths.sums import Moments, ChunkedStore
+from tinygn_dist.maths.sums import ChunkedStore, Moments
 
 
 def contributions() -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from tinygn_dist.estimate.backprop import gradients_of, recomputed
 from tinygn_dist.estimate.expert_moments import ExpertGradients
 from tinygn_dist.estimate.hooks import Observer, attached
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.maths.sums import Moments, ChunkedStore
+from tinygn_dist.maths.sums import ChunkedStore, Moments
 from tinygn_dist.models.anatomy import Matrix
 
 
