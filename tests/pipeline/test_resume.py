@@ -55,7 +55,6 @@ CASES = {
         "recover.optimizer": "zo-nesterov",
         "recover.directions": 2,
         "recover.learning_rate": 0.01,
-        "recover.moving": 0.5,
         "recover.keep_best": True,
         "recover.evaluate_every": 3,
     },

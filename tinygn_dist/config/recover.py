@@ -21,8 +21,6 @@ class RecoverConfig(Section):
     to their rms, and so does the learning rate"""
     directions: int = Field(4, ge=1)
     """zo-*: random directions per step, each probed with two forwards on its own share of the batch"""
-    moving: float = Field(1.0, gt=0, le=1)
-    """zo-*: share of each matrix's weights that move, the largest ones; those that were masked never do"""
     probe_step: float | None = Field(None, ge=1e-6, le=0.25)
     """zo-*: relative step of a weight probe; by default measured from the loss's noise and curvature"""
     train: Literal["all", "lora", "norms-and-biases"] = "all"

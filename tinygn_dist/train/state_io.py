@@ -13,12 +13,10 @@ from torch import nn
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
 from tinygn_dist.checkpoints.run_checkpoint import CONSTRAINT, Saved, Writer
-from tinygn_dist.prune.sparsity.masks import Masks
-from tinygn_dist.prune.sparsity.saved_masks import read_masks, write_masks
 from tinygn_dist.train.forward_only.loop import ForwardOnly
 from tinygn_dist.train.loop import InTraining
 
-_NOT_OF_TRAINING = ("moving", "buffer", "random", CONSTRAINT)
+_NOT_OF_TRAINING = ("buffer", "random", CONSTRAINT)
 """kinds of tensors that no optimizer's state has"""
 
 
@@ -95,10 +93,7 @@ def _read_random_states(saved: Saved, backend: Backend) -> None:
 
 
 def write_forward_only(writer: Writer, training: ForwardOnly) -> None:
-    """Numbers, and which weights move where that is a choice. Collectives."""
-    probes = training.probes
-    if training.options.moving < 1 and probes.keep:
-        write_masks(writer, Masks(probes.matrices, probes.keep), probes.model, probes.backend, "moving")
+    """Numbers; weights and masks are written apart."""
     writer.facts["forward_only"] = training.state_dict()
 
 
@@ -106,11 +101,6 @@ def read_forward_only(saved: Saved, training: ForwardOnly) -> None:
     """At any world size on any backend. The weights have been rounded to the model's dtype, and are read again in fp32."""
     probes = training.probes
     read_weights(saved, probes.model, probes.backend)
-    if names := saved.names("moving|"):
-        assert len(names) == len(probes.matrices)
-        moving = Masks(probes.matrices, probes.keep)
-        read_masks(saved, moving, probes.model, probes.backend, "moving")
-        probes.keep = moving.by_name
     training.load_state_dict(saved.facts["forward_only"])
     _read_random_states(saved, probes.backend)
 

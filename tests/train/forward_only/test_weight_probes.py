@@ -231,25 +231,16 @@ def test_descent_at_measured_step_and_rate_lowers_the_loss_and_keeps_zeros(backe
     assert 2**-15 < training.step_taken.value < 2**-3
 
 
-@pytest.mark.parametrize("asked", [{"train": "norms-and-biases"}, {"moving": 0.05}])
-def test_a_sparse_subset_moves_alone(backend, asked: dict):
+def test_norms_and_biases_move_alone(backend):
     problem, keep = pruned(backend)
     before = {name: p.detach().clone() for name, p in problem.model.named_parameters()}
     options = RecoverConfig(
-        optimizer="zo-sgd", directions=2, batch_size=2, learning_rate=1e-3, probe_step=2**-8, **asked
+        optimizer="zo-sgd", directions=2, batch_size=2, learning_rate=1e-3, probe_step=2**-8, train="norms-and-biases"
     )
     training = ForwardOnly(problem.model, problem.anatomy.matrices, keep, problem.objective, options, backend)
     training.step(problem.batches[:2], 0, 1.0)
-    by_name = {matrix.name: matrix for matrix in problem.anatomy.matrices}
     for name, p in problem.model.named_parameters():
-        moved = p.detach() != before[name]
-        if "train" in asked:
-            assert bool(moved.any()) == (p.dim() == 1), name
-        elif name in by_name:  # the largest twentieth
-            limit = before[name].abs().flatten().sort(descending=True).values[round(0.05 * p.numel()) - 1]
-            assert torch.equal(moved, before[name].abs() >= limit), name
-        else:
-            assert not moved.any(), name
+        assert bool((p.detach() != before[name]).any()) == (p.dim() == 1), name
 
 
 class Noisy(nn.Module):

@@ -17,7 +17,6 @@ from tinygn_dist.maths import finite_difference
 from tinygn_dist.maths.finite_difference import Step
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.objective import Batch, Objective
-from tinygn_dist.prune.sparsity.mask_selection import choose_masks
 from tinygn_dist.train.forward_only.learning_rate import RateSearch
 from tinygn_dist.train.forward_only.update_rules import MOMENTUM, ZerothOrder
 from tinygn_dist.train.forward_only.weight_probes import RESOLUTION, WeightProbes
@@ -44,8 +43,6 @@ class ForwardOnly:
         self.model, self.objective, self.options, self.backend = model, objective, options, backend
         if options.train == "norms-and-biases":
             matrices, keep = vectors(backend.unwrap(model)), {}
-        elif options.moving < 1:
-            keep = largest(model, matrices, keep, options.moving, backend)
         self.probes = WeightProbes(model, matrices, keep, backend, options.seed)
         by_name = {matrix.name: matrix for matrix in matrices}
         self.optimizer = ZerothOrder(
@@ -138,12 +135,3 @@ def vectors(bare: nn.Module) -> list[Matrix]:
         for name, parameter in bare.named_parameters()
         if parameter.dim() == 1
     ]
-
-
-def largest(
-    model: nn.Module, matrices: Sequence[Matrix], keep: Mapping[str, torch.Tensor], share: float, backend: Backend
-) -> dict[str, torch.Tensor]:
-    """Masks of the kept weights among the largest `share` of each matrix."""
-    sizes = {matrix.name: backend.shard(model, matrix).weight.float().abs() for matrix in matrices}
-    moving = choose_masks(model, matrices, sizes, sparsity=1 - share, scope="layer", nm=None, backend=backend)
-    return {name: mask & keep[name] if name in keep else mask for name, mask in moving.items()}
