@@ -162,6 +162,14 @@ SHAPES = [
     ({"messages": [USER, ASSISTANT], "chosen": [USER], "rejected": [USER]}, Chat([USER, ASSISTANT])),
     ({"messages": [USER], "tools": '[{"name": "w9"}]'}, Chat([USER], tools=[{"name": "w9"}])),
     ({"conversations": SHAREGPT, "source": "x"}, Chat([USER, ASSISTANT])),
+    (
+        {"system": "w8", "conversations": SHAREGPT},
+        Chat([{"role": "system", "content": "w8"}, USER, ASSISTANT]),
+    ),
+    (
+        {"system": "w8", "instruction": "w1", "input": "", "output": "w2"},
+        Chat([{"role": "system", "content": "w8"}, USER, ASSISTANT], 2, plain=Pair("w8\n\nw1\n\n", "w2")),
+    ),
     ({"conversation": [{**USER, "language": "en"}]}, Chat([{**USER, "language": "en"}])),
     ({"prompt": "w1 ", "completion": "w2"}, Pair("w1 ", "w2")),
     ({"prompt": [USER], "completion": [ASSISTANT]}, Chat([USER, ASSISTANT], 1)),

@@ -153,9 +153,15 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 def _chat(name: str) -> Callable[[Cells], RowValue]:
     def read(cells: Cells) -> RowValue:
-        return Chat(messages_of(cells[name]), tools=_tools(cells)) if cells[name] else None
+        return Chat(_system(cells) + messages_of(cells[name]), tools=_tools(cells)) if cells[name] else None
 
     return read
+
+
+def _system(cells: Cells) -> list[dict[str, Any]]:
+    """What a column of its own says to the model before the chat."""
+    text = cells.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text else []
 
 
 def _tools(cells: Cells) -> list[Any] | None:
@@ -201,8 +207,10 @@ def _asked_and_answered(question: str, answer: str, *context: str) -> Callable[[
         asked, reply = "\n\n".join(text for text in texts if text), cells[answer]
         if not asked or not reply:
             return None
-        chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
-        return Chat(chat, 1, plain=Pair(f"{asked}\n\n", reply))
+        system = _system(cells)
+        chat = [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        before = "\n\n".join([message["content"] for message in system] + [asked])
+        return Chat(chat, len(system) + 1, plain=Pair(f"{before}\n\n", reply))
 
     return read
 
@@ -234,10 +242,10 @@ _TEXTS = ("text", "content", "document", "article", "sentence")
 _CHATS = ("messages", "conversations", "conversation")
 _TEXT_SHAPES = (
     *(Shape((name,), one_cell(name)) for name in _TEXTS),
-    *(Shape((name,), _chat(name), ("tools",)) for name in _CHATS),
+    *(Shape((name,), _chat(name), ("tools", "system")) for name in _CHATS),
     Shape(("prompt", "completion"), _prompt_and("completion"), ("tools",)),
     Shape(("prompt", "response"), _prompt_and("response")),
-    Shape(("instruction", "output"), _asked_and_answered("instruction", "output", "input"), ("input",)),
+    Shape(("instruction", "output"), _asked_and_answered("instruction", "output", "input"), ("input", "system")),
     Shape(("instruction", "response"), _asked_and_answered("instruction", "response", "context"), ("context",)),
     Shape(("question", "answer"), _asked_and_answered("question", "answer")),
     Shape(("question", "response"), _asked_and_answered("question", "response")),
