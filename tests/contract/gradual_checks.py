@@ -58,7 +58,7 @@ def _gradual(backend: Backend, dtype: torch.dtype, prune: dict, schedule: dict) 
 
     course = Course()
     recovery = Recovery(None, "causal-lm", rows(5), asked, plan, backend, Progress(), stepped=stepped)
-    recovery.run(here.model, masks, course)
+    recovery.run(here.model, [masks], course)
     assert masks.masks.violations(here.model, backend) == 0
     told = {"losses": course.losses, "loss after": mean_loss(here, "evaluating")}
     return told | {
@@ -104,6 +104,6 @@ def resumed(backend: Backend) -> None:
         here = problem(backend, llama())
         masks = GradualMasks(here, here.anatomy.matrices, prune, schedule, plan)
         recovery = Recovery(None, "causal-lm", rows(5), asked, plan, backend, Progress(), begin, save)
-        recovery.run(here.model, masks, course)
+        recovery.run(here.model, [masks], course)
         digests.append(digest(backend, here.model))
     assert digests[0] == digests[1]

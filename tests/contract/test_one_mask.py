@@ -294,7 +294,7 @@ def _recovered(backend: Backend, options: RecoverConfig) -> tuple[Course, dict[s
     rows = [{k: v[:1] for k, v in b.items() if k != "attention_mask"} for b in tiny.batches("llama", 12, padded=False)]
     rows = [{k: v[:, : 6 + i % 4] for k, v in row.items()} for i, row in enumerate(rows)]  # of different lengths
     course = Course()
-    Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(problem.model, masks, course)
+    Recovery(teacher, "causal-lm", rows, options, plan, backend, Progress()).run(problem.model, [masks], course)
     return course, plain.full_state(backend, problem.model), masks.masks.violations(problem.model, backend)
 
 

@@ -39,7 +39,7 @@ def train(backend: Backend, family: str = "llama", sparse: bool = True, options:
         None, "causal-lm", rows, options, Plan(6, (), (0.5,)), backend, Progress(),
         matrices=lambda: problem.anatomy.matrices,
     )  # fmt: skip
-    recovery.run(problem.model, masks, course)
+    recovery.run(problem.model, [masks] if masks else [], course)
     return before, tiny.state_bytes(problem.bare), masks, course.losses
 
 
