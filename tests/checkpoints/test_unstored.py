@@ -160,3 +160,14 @@ def test_a_task_that_the_class_does_not_have_is_told_in_one_line(saved_model, ta
         Refused, match=f"is a llama, which has no model for the task {task}; set model.task to causal-lm"
     ):
         load.skeleton(source)
+
+
+@pytest.mark.parametrize(
+    "model_type, tasks",
+    [("gemma3", "causal-lm, sequence-classification, feature-extraction"), ("qwen2_5_vl", "feature-extraction")],
+)
+def test_a_vision_language_model_is_told_the_tasks_that_it_has(tmp_path: Path, model_type: str, tasks: str):
+    """Of some families the whole model is their causal-lm, of others nothing but the features."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["Some"]}))
+    with pytest.raises(Refused, match=f"is a Some, accepted tasks: {tasks};"):
+        load.find_model(ModelConfig(name=str(tmp_path)))

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from tests.family_cases import build
-from tinygn_dist.checkpoints.config_files import readers
+from tinygn_dist.checkpoints.config_files import needed_versions, readers
 from tinygn_dist.evaluate.engines import gguf_files, verdicts
 from tinygn_dist.models.anatomy import read_anatomy
 
@@ -95,4 +95,5 @@ def test_the_version_that_a_folder_needs(tmp_path: Path):
         "config.json has rope_theta beside rope_parameters, for transformers 4",
         "its tokenizer needs transformers 5, as the source's does",
     ]
+    assert needed_versions(tmp_path) == ["its tokenizer needs transformers 5, as the source's does"]
     assert readers(tmp_path / "nowhere") == []

@@ -118,3 +118,8 @@ def readers(folder: Path) -> list[str]:
         ):
             said.append("its tokenizer needs transformers 5, as the source's does")
     return said
+
+
+def needed_versions(folder: Path) -> list[str]:
+    """What of `readers` keeps an older engine from reading a folder."""
+    return [fact for fact in readers(folder) if "needs" in fact]

@@ -74,8 +74,8 @@ def refuse_misfits(bare: nn.Module, plain: nn.Module, backend: Backend) -> None:
     extra = sorted(held.keys() - asked.keys())
     if extra:
         raise Refused(
-            f"{what} has no place for {len(extra)} tensors of the model, such as {extra[0]}: no stock engine would load "
-            "them; give the class a module for them, or take them out before saving"
+            f"{what} has no place for {len(extra)} tensors of the model, such as {extra[0]}: no stock engine would "
+            "load them; give the class a module for them, or take them out before saving"
         )
     for name, shape in held.items():
         if tuple(shape) != tuple(asked[name].shape):

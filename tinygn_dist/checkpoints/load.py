@@ -115,8 +115,8 @@ def _codes_of(config: PretrainedConfig, name: str, dequantize: bool) -> Mapping[
     method = codes.get("quant_method", "unknown")
     if not dequantize:
         raise Refused(
-            f"{name} is already quantised ({method}): packed integers cannot be scored as weights; compress the original "
-            "checkpoint and quantise the result, or pass --model.dequantize true to start from what the codes stand for"
+            f"{name} is already quantised ({method}): packed integers cannot be scored as weights; compress the "
+            "original checkpoint and quantise the result, or pass --model.dequantize true to start from what the codes stand for"
         )
     del config.quantization_config
     return codes
@@ -262,7 +262,7 @@ def _build(source: Source, config: PretrainedConfig | None = None, dtype: torch.
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise UserError(explain(source.options.name, error)) from None
-        known = [task for task, auto in _CLASSES.items() if type(config) in auto._model_mapping]
+        known = _tasks_of(config)
         accepted = (
             f"set model.task to {' or '.join(known)}" if known else f"its class fits none of {', '.join(_CLASSES)}"
         )
@@ -296,9 +296,13 @@ def task_of(options: ModelConfig, config: PretrainedConfig) -> str:
             return task
     if type(config) in AutoModelForCausalLM._model_mapping and not named:
         return "causal-lm"
-    raise Refused(
-        f"{options.name} is a {named or config.model_type}, accepted tasks: {', '.join(_CLASSES)}; set model.task"
-    )
+    accepted = ", ".join(_tasks_of(config) or _CLASSES)
+    raise Refused(f"{options.name} is a {named or config.model_type}, accepted tasks: {accepted}; set model.task")
+
+
+def _tasks_of(config: PretrainedConfig) -> list[str]:
+    """For which transformers has a class of this config."""
+    return [task for task, auto in _CLASSES.items() if type(config) in auto._model_mapping]
 
 
 def _without_gguf_mark(model: nn.Module, source: Source) -> nn.Module:

@@ -65,7 +65,8 @@ def _dequantised(source: load.Source, backend: Backend) -> nn.Module:
     recipes = _recipes(model, stored)
     if recipes is None:
         raise UserError(
-            f"{source.options.name}: its codes do not make all weights of {type(model).__name__}; use the model it was made from"
+            f"{source.options.name}: its codes do not make all weights of {type(model).__name__}; use the model "
+            "it was made from"
         )
     return filled(model, lambda name, low, high: recipes[name](low, high))
 

@@ -74,8 +74,8 @@ def stored_apart(
 
 
 def keep_apart(model: nn.Module, names: Collection[str]) -> nn.Module:
-    """The model with these parameters on their own, now and whenever it ties its weights. Where nothing else is tied its
-    config says so, which every engine understands; T5's cannot."""
+    """The model with these parameters on their own, now and whenever it ties its weights. Where nothing else is tied
+    its config says so, which every engine understands; T5's cannot."""
     if not names:
         return model
     if set(_tied(model)) <= set(names):

@@ -17,8 +17,8 @@ from tinygn_dist.models.anatomy import Matrix
 
 @dataclass(frozen=True)
 class Disk:
-    """What the safetensors files hold of the model. num_params: distinct stored values. zeros, sizes: per tensor. matrices: the
-    names of those that are matrices or stacks of them."""
+    """What the safetensors files hold of the model. num_params: distinct stored values. zeros, sizes: per tensor.
+    matrices: the names of those that are matrices or stacks of them."""
 
     bytes: int
     num_params: int

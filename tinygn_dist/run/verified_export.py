@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tinygn_dist.checkpoints import export, load, output_folder, verification
 from tinygn_dist.checkpoints.companions import write_card
+from tinygn_dist.checkpoints.config_files import needed_versions
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.models.matrices import Matrix
 from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks
@@ -37,6 +38,7 @@ def write_result(state: RunState) -> None:
         with backend.together("comparing what was reloaded"):
             verification.check_reloaded(reloaded, live, state.dtypes, backend)
         report = state.report
+        report.notes += needed_versions(draft)
         report.sparsity = verification.sparsity_figures(disk, matrices, reloaded, backend)
         report.after = all_figures(state, reloaded) | {"num_params": disk.num_params, "bytes": disk.bytes}
         for step in state.steps:
