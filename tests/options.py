@@ -1,4 +1,4 @@
-"""Options of pruning with the solver's keys beside the others, as tests like to write them."""
+"""Options of pruning with the keys of its sections beside the others, as tests like to write them."""
 
 from __future__ import annotations
 

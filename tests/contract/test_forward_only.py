@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from tests import tiny
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.config import RecoverConfig
-from tinygn_dist.estimate.elimination import Contest, successive_elimination
-from tinygn_dist.estimate.probes import Probe, measure, single_units
-from tinygn_dist.estimate.problem import ProbeCosts
-from tinygn_dist.experiments.unit_subsets import effects_together
+from tinygn_dist.estimate.elimination import Choice, successive_elimination
+from tinygn_dist.estimate.probes import Probe, single_units
 from tinygn_dist.train.forward_only.loop import ForwardOnly
 
 
@@ -53,29 +49,16 @@ def test_ranks_find_the_rate_of_one_process(process_groups, backend):
     assert process_groups(2).call(search) == [(told, digest)] * 2
 
 
-def subsets(backend: Backend) -> list[list[float]]:
-    """Losses without random subsets of heads, and of gate settings that share forwards, with little room for inputs."""
-    problem = replace(tiny.problem("llama", backend, count=3, size=1), costs=ProbeCosts(together=2, cache_bytes=3000))
-    heads = list(single_units(problem.anatomy.of_kind("heads")))
-    contests = [Contest((i, i + 1), 1) for i in (0, 2, 4)]
-    found = effects_together(problem, heads, contests, torch.zeros(6, dtype=torch.float64), 5)
-    return [found.mean.tolist(), *measure(problem, heads).differences.tolist()]
-
-
-def test_units_together_are_the_same_on_two_ranks(process_groups, backend):
-    assert process_groups(2).call(subsets) == [subsets(backend)] * 2
-
-
 def probe(backend: Backend) -> tuple[list[list[float]], list[int], int]:
-    """Means of a race over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and
-    places of the latter; the layers this rank ran for the former."""
+    """Means of an elimination over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and places of
+    the latter; the layers this rank ran for the former."""
     problem, layers = tiny.problem("llama", backend, count=3, size=1), [0]
     for layer in problem.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))
     asked = [*map(Probe, range(3)), *single_units(problem.anatomy.of_kind("heads"))]
-    found = successive_elimination(problem, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    found = successive_elimination(problem, asked, [Choice((0, 1, 2), 1), Choice(tuple(range(3, 9)), 2)])
     ran, longer = layers[0], tiny.problem("llama", backend, count=5, size=1)
-    later = successive_elimination(longer, asked, [Contest((0, 1, 2), 1), Contest(tuple(range(3, 9)), 2)])
+    later = successive_elimination(longer, asked, [Choice((0, 1, 2), 1), Choice(tuple(range(3, 9)), 2)])
     return [found.mean.tolist(), later.mean.tolist()], [*later.sequences.tolist(), *later.place.tolist()], ran
 
 

@@ -123,8 +123,8 @@ TAKEN_OVER = [
     ("llama", 20, {"pattern": "layers", "counts": {"layers": 2}}),
     ("opt", 5, {"pattern": "layers", "counts": {"layers": 2}}),
     ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "gram_gib": 0}),
-    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probe_forwards": 20}),
-    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probe_minutes": 1e-9}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probes": {"forwards": 20}}),
+    ("llama", 5, {"pattern": "layers", "counts": {"layers": 2}, "probes": {"minutes": 1e-9}}),
     ("llama", 5, {"pattern": "units", "counts": {"layers": 1, "heads": 1, "channels": 8}}),
     ("opt", 5, {"pattern": "units", "counts": {"layers": 1, "channels": 8}}),
 ]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from tests import tiny
 from tinygn_dist.estimate import elimination
-from tinygn_dist.estimate.elimination import Contest, Limit, decided, successive_elimination
-from tinygn_dist.estimate.probes import Measured, Probe, measure, single_units
+from tinygn_dist.estimate.elimination import Choice, Elimination, Limit, Ranking, decided, successive_elimination
+from tinygn_dist.estimate.probes import Measured, measure, single_units
 from tinygn_dist.maths import confidence
 
 
 def alike(effects: list[float], noise: float, own: float = 0.0, number: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Units with these effects on sequences that move all of them by up to `noise`, and the middle one of them by up to
-    `own` alone; of one token each."""
+    """Units with these effects on sequences that move all of them by up to `noise`, and the middle one of them by up to `own`
+    alone; of one token each."""
     wave = torch.tensor([1.0, -1.0] * (number // 2), dtype=torch.float64)
     seen = torch.tensor(effects, dtype=torch.float64)[:, None] + noise * wave
     seen[len(effects) // 2] += own * torch.tensor([1.0, -1.0, -1.0, 1.0] * (number // 4), dtype=torch.float64)
@@ -30,9 +28,9 @@ def test_units_are_compared_on_the_same_sequences():
 
 
 def test_units_on_both_sides_of_the_boundary_that_noise_leaves_alike_are_open():
-    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378; Student's t for six percent to a
-    side is 1.76 with seven degrees of freedom; eight of 100 sequences make that sqrt(92 / 100) of it: a unit with noise
-    of its own cannot be told from those within 0.64."""
+    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378; Student's t for six percent to a side is 1.76
+    with seven degrees of freedom; eight of 100 sequences make that sqrt(92 / 100) of it: a unit with noise of its own cannot
+    be told from those within 0.64."""
     open_ = [0.0, 0.5, 1.0, 1.5, 3.0]
     for removed, wanted in ((1, []), (2, [1, 2]), (3, [2, 3]), (4, []), (0, []), (5, [])):
         goes, stays = decided(*alike(open_, noise=10.0, own=1.0), removed=removed, total=100)
@@ -41,62 +39,55 @@ def test_units_on_both_sides_of_the_boundary_that_noise_leaves_alike_are_open():
 
 
 def test_the_error_is_that_of_what_these_sequences_will_say():
-    """1.5 standard errors apart, where it takes 1.76: open where eight of very many sequences were seen, settled where
+    """1.5 standard errors apart, where it takes 1.76: open where eight of very many sequences were seen, decided where
     eight of fifteen were (an error of sqrt(7 / 15) = 0.68 of that), and when all were."""
     pair = alike([0.0, 1.5 / 7**0.5], noise=0.0, own=1.0)
-    for total, resolve_estimator in ((10**6, False), (15, True), (8, True)):
+    for total, sure in ((10**6, False), (15, True), (8, True)):
         goes, stays = decided(*pair, removed=1, total=total)
-        assert goes.tolist() == [resolve_estimator, False] and stays.tolist() == [False, resolve_estimator], total
+        assert goes.tolist() == [sure, False] and stays.tolist() == [False, sure], total
 
 
-def test_what_is_decided_stands(backend):
-    """Two of four go. Unit 0 is one of them by the first three sequences, unit 3 is not; the other two are alike, and
-    seen on all sequences, of which the later ones are easier: their means fall below unit 0's."""
+def test_what_is_decided_stands():
+    """Two of four go. Unit 0 is one of them by the first three sequences, unit 3 is not; the other two are alike, and seen on
+    all sequences, of which the later ones are easier: their means fall below unit 0's."""
     wave, later = torch.tensor([1.0, -1, 1, 1, -1, 1, -1, 1]) / 10, torch.tensor([0.0] * 3 + [15.0] * 5)
     losses = torch.stack([wave * 0 + 1, 5 + wave - later, 5 - wave - later, wave * 0 + 50]).double()
-    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
-    probes, contests = [Probe(i) for i in range(4)], [Contest((0, 1, 2, 3), 2)]
-    found = successive_elimination(problem, probes, contests, look=replaying(losses))
+    choices = [Choice((0, 1, 2, 3), 2)]
+    found = replayed(losses, choices)
     assert found.sequences.tolist() == [3, 8, 8, 3] and (found.place < 2).tolist() == [True, False, True, False]
     assert found.mean[0] == 1 and (found.mean[1:3] < -4).all() and found.forwards == 22
-    everything = successive_elimination(problem, probes, contests, adaptive=False, look=replaying(losses))
+    everything = replayed(losses, choices, adaptive=False)
     assert everything.place.tolist() == [2, 1, 0, 3] and everything.forwards == everything.exhaustive == 32
 
 
-def test_contests_for_several_numbers_settle_the_order(backend):
-    """Which one of three would go first, and which two: the last is clear at once, the order of the others on all
-    sequences alone (they differ by 0.1 and noise); with one contest for two it is never asked."""
+def test_choices_for_several_numbers_settle_the_order(backend):
+    """Which one of three would go first, and which two: the last is clear at once, the order of the others on all sequences
+    alone (they differ by 0.1 and noise); with one choice for two it is never asked."""
     seen, _ = alike([0.1, 0.0, 50.0], noise=1.0, own=1.0)
-    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
-    everyone, probes = (0, 1, 2), [Probe(i) for i in range(3)]
-    two = successive_elimination(problem, probes, [Contest(everyone, 2)], look=replaying(seen))
-    both = successive_elimination(problem, probes, [Contest(everyone, 1), Contest(everyone, 2)], look=replaying(seen))
+    everyone = (0, 1, 2)
+    two = replayed(seen, [Choice(everyone, 2)])
+    both = replayed(seen, [Choice(everyone, 1), Choice(everyone, 2)])
     assert two.sequences.tolist() == [3, 3, 3] and both.sequences.tolist() == [8, 8, 3]
     assert both.place.tolist() == [1, 0, 2] and (both.open, two.open) == (1, 0)
 
 
-def test_what_noise_leaves_open_is_told(backend):
+def test_choices_that_noise_leaves_open_are_counted():
     seen, _ = alike([0.0, 0.1, 5.0], noise=1.0, own=1.0)
-    problem = replace(tiny.problem("llama", backend), batches=[{"x": torch.tensor([[i]])} for i in range(8)])
     for removed, still in ((1, 1), (2, 0)):
         for adaptive_ in (True, False):
-            contests = [Contest((0, 1, 2), removed)]
-            found = successive_elimination(
-                problem, [Probe(i) for i in range(3)], contests, adaptive=adaptive_, look=replaying(seen)
-            )
+            choices = [Choice((0, 1, 2), removed)]
+            found = replayed(seen, choices, adaptive=adaptive_)
             assert found.open == still
 
 
-def replaying(losses: torch.Tensor):
-    """What measures: unit by the number of its probe's layer, sequence by the batch's."""
-
-    def look(problem, asked, *, without=()):
-        columns = [int(batch["x"]) for batch in problem.batches]
-        rows = [probe.layer for probe in asked]
-        ones = torch.ones(len(columns), dtype=torch.float64)
-        return Measured(losses[rows][:, columns], ones, ones, len(rows) * len(columns))
-
-    return look
+def replayed(losses: torch.Tensor, choices: list[Choice], *, adaptive: bool = True) -> Ranking:
+    """Probes whose (probes, sequences) losses are known, one sequence to a micro-batch and one token to a sequence."""
+    elimination = Elimination(len(losses), [1] * losses.shape[1], choices, adaptive=adaptive, limit=Limit())
+    while elimination.wants_more(backend=None):
+        some = losses[elimination.active][:, elimination.batches]
+        ones = torch.ones(some.shape[1], dtype=torch.float64)
+        elimination.add(Measured(some, ones, ones, some.numel()))
+    return elimination.ranking()
 
 
 def test_rounds_grow_by_a_quarter_and_start_with_three_sequences():
@@ -118,17 +109,14 @@ def test_rounds_grow_by_a_quarter_and_start_with_three_sequences():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_race_chooses_like_exhaustive_probing_with_fewer_forwards(backend, seed: int):
-    """20 groups of 9 units, 32 sequences, effects spread over two decades and noise like them: at least 95 % of the
-    units as all sequences say, for at most half of the forwards."""
+def test_it_chooses_like_exhaustive_probing_with_fewer_forwards(seed: int):
+    """20 groups of 9 units, 32 sequences, effects spread over two decades and noise like them: at least 95 % of the units
+    as all sequences say, for at most half of the forwards."""
     draw = torch.Generator().manual_seed(seed)
     effects = 10 ** (2 * torch.rand(180, 1, generator=draw, dtype=torch.float64) - 2)
     noisy = effects * (1 + 0.7 * torch.randn(180, 32, generator=draw, dtype=torch.float64))
-    batches = [{"x": torch.tensor([[i]])} for i in range(32)]
-
-    problem = replace(tiny.problem("llama", backend), batches=batches)
-    contests = [Contest(tuple(range(9 * g, 9 * g + 9)), 3) for g in range(20)]
-    found = successive_elimination(problem, [Probe(i) for i in range(180)], contests, look=replaying(noisy))
+    choices = [Choice(tuple(range(9 * g, 9 * g + 9)), 3) for g in range(20)]
+    found = replayed(noisy, choices)
     exact, _ = confidence.ratio_mean(noisy, torch.ones(32, dtype=torch.float64))
 
     alike_ = (found.place < 3).view(20, 9) == (exact.view(20, 9).argsort(1).argsort(1) < 3)
@@ -136,7 +124,7 @@ def test_a_race_chooses_like_exhaustive_probing_with_fewer_forwards(backend, see
     assert found.forwards <= found.exhaustive / 2 and found.exhaustive == 180 * 32
 
 
-def test_without_contests_or_when_nothing_is_ever_clear_everything_is_measured(backend):
+def test_without_choices_or_when_nothing_is_ever_clear_everything_is_measured(backend):
     problem = tiny.problem("llama", backend, count=4)
     asked = list(single_units(problem.anatomy.of_kind("heads")))
     seen = measure(problem, asked)
@@ -147,10 +135,10 @@ def test_without_contests_or_when_nothing_is_ever_clear_everything_is_measured(b
     assert found.forwards == found.exhaustive == seen.forwards and found.open == 0
 
 
-def test_a_limit_ends_the_race_after_the_round_that_reaches_it(backend):
+def test_a_limit_ends_it_after_the_round_that_reaches_it(backend):
     problem = tiny.problem("llama", backend, count=8, size=1)
     asked = list(single_units(problem.anatomy.of_kind("heads")))
-    contest = Contest(tuple(range(6)), 3)
+    choice = Choice(tuple(range(6)), 3)
     for limit, spent in ((Limit(forwards=1), 18), (Limit(deadline=0), 18)):
-        found = successive_elimination(problem, asked, [contest], limit=limit)
+        found = successive_elimination(problem, asked, [choice], limit=limit)
         assert found.forwards == spent and found.sequences.tolist() == [3] * 6

@@ -163,7 +163,7 @@ def test_exact_count_whatever_the_allocation(allocation: float) -> None:
 
 def test_auto_allocation_is_the_best_on_held_out_loss() -> None:
     """Every share is solved on its own here, on a fresh model, and measured by the plain loss."""
-    options = pruning(pattern="unstructured", sparsity=0.5, probe_samples=2)
+    options = pruning(pattern="unstructured", sparsity=0.5, probes={"samples": 2})
     losses, states = {}, {}
     for share in CANDIDATES:
         problem = tiny.problem("llama")

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from tests import plain, tiny
-from tinygn_dist.estimate import partial_forward, probes
+from tinygn_dist.estimate import probes
 from tinygn_dist.estimate.backprop import gate_gradients, weight_gradients
 from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.input_moments import block_influence, input_moments
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
-from tinygn_dist.estimate.probes import Probe, measure, single_units, together
-from tinygn_dist.estimate.problem import ProbeCosts, Problem
+from tinygn_dist.estimate.probes import Probe, measure, single_units
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.objective import model_inputs
 
 ALL = tuple(tiny.CONFIGS)
@@ -150,59 +150,13 @@ def test_work_is_dealt_so_that_all_ranks_do_as_much_and_little_is_done_twice(ran
     backend = SimpleNamespace(num_ranks=ranks, shards_weights=False)
     problem = Problem(None, None, None, [{}] * batches, backend, None)
     dealt = probes._dealt(problem, [Probe(layer) for layer in range(30)])
-    done = sorted((work.batch, index) for work in dealt for indices in work.shared for index in indices)
+    done = sorted((work.batch, index) for work in dealt for index in work.probes)
     assert done == [(batch, index) for batch in range(batches) for index in range(30)]
     assert sorted(work.batch for work in dealt if work.first) == list(range(batches))
     of_each = [dealt[rank::ranks] for rank in range(ranks)]
     assert {len(own) for own in of_each} == {plain_forwards}
-    run = [sum(30 - index for work in own for indices in work.shared for index in indices) for own in of_each]
+    run = [sum(30 - index for work in own for index in work.probes) for own in of_each]
     assert max(run) <= min(run) * 31 / 30
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
-def test_units_that_go_together(settings, family: str):
-    """Channels of two layers, and a layer with channels of another, against models with all of it taken out."""
-    problem = settings(family)
-    groups = problem.anatomy.of_kind("channels")
-    first, last = Probe(0, groups[0], (1, 2, 9)), Probe(2, groups[2], (4, 5))
-    seen = measure(problem, [together([last, first]), together([Probe(1), first]), first])
-    base = plain.total_losses(problem.model, problem.batches, family)
-    both = plain.without_units(problem.model, family, "channels", {0: [1, 2, 9], 2: [4, 5]})
-    torch.testing.assert_close(
-        seen.differences[0], plain.total_losses(both, problem.batches, family) - base, rtol=1e-4, atol=2e-4
-    )
-    short = plain.without_layers(plain.without_units(problem.model, family, "channels", {0: [1, 2, 9]}), family, [1])
-    torch.testing.assert_close(
-        seen.differences[1], plain.total_losses(short, problem.batches, family) - base, rtol=1e-4, atol=2e-4
-    )
-    assert (seen.differences[0] - seen.differences[2]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "vit", "bert"])
-def test_settings_that_share_a_forward_see_the_same(settings, family: str):
-    """Seven units and three layer gates: in forwards of their own, and four to a forward (which then are fewer)."""
-    problem, forwards = settings(family), [0]
-    group = problem.anatomy.of_kind("channels")[1]
-    asked = [Probe(1, group, (i, i + 9)) for i in range(7)] + [Probe(1)] + [Probe(2, factor=f) for f in (0.5, 0.9, 1.1)]
-    alone = measure(problem, asked)
-    handle = problem.model.register_forward_pre_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
-    shared = measure(replace(problem, costs=ProbeCosts(together=4)), asked)
-    handle.remove()
-    assert forwards[0] == len(problem.batches) * (1 + 2 + 1 + 1) and shared.forwards == alone.forwards
-    torch.testing.assert_close(shared.differences, alone.differences, rtol=1e-4, atol=2e-4)
-    assert alone.differences.abs().min(1).values.max() > 1e-3
-
-
-def test_cached_inputs_beyond_their_room_wait_in_files(settings, monkeypatch: pytest.MonkeyPatch):
-    """A layer's input is 2 x 10 x 32 fp32 = 2,560 bytes: with room for one, two of the three go to files."""
-    problem, files = settings("llama"), []
-    plain_file = partial_forward._in_a_file
-    monkeypatch.setattr(partial_forward, "_in_a_file", lambda hidden: files.append(hidden.shape) or plain_file(hidden))
-    asked = [Probe(layer) for layer in range(3)]
-    few = measure(replace(problem, costs=ProbeCosts(cache_bytes=2_600)), asked)
-    assert len(files) == 2 * len(problem.batches)
-    assert torch.equal(few.differences, measure(problem, asked).differences)
-    assert len(files) == 2 * len(problem.batches)
 
 
 # -- derivatives -------------------------------------------------------------------------------------------------------

@@ -28,11 +28,12 @@ from tests.family_cases import (
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist import compress
 from tinygn_dist.backends.replicated import Replicated
-from tinygn_dist.config import UNIT_KINDS, Config, PruneConfig, load_config
+from tinygn_dist.config import Config, PruneConfig, load_config
 from tinygn_dist.errors import Refused, UserError
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
 from tinygn_dist.estimate.probes import Probe, measure
 from tinygn_dist.estimate.problem import Problem
+from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.models.families import FAMILIES
 from tinygn_dist.models.kept import KeptUnits

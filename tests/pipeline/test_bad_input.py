@@ -67,7 +67,7 @@ def changed(source: Path, folder: Path, **config: Any) -> Path:
         (("--data=/nowhere/rows.jsonl",), 2, ("/nowhere/rows.jsonl",)),
         (("--recover-steps=2", "--recover.batch_size=0"), 2, ("recover.batch_size",)),
         (("--num-processes=0",), 2, ("distributed.num_processes",)),
-        (("--prune.probe_step=1e-3", "--model.dtype=bfloat16"), 2, ("bfloat16 gate", "at least 0.0078125")),
+        (("--prune.probes.step=1e-3", "--model.dtype=bfloat16"), 2, ("bfloat16 gate", "at least 0.0078125")),
     ],
 )
 def test_bad_requests(compress, saved_model, tmp_path: Path, words: tuple[str, ...], code: int, parts: tuple[str, ...]):

@@ -39,7 +39,7 @@ CASES = {
     "heads by gates": {"prune.pattern": "heads", "prune.sparsity": 0.1, "prune.criterion": "gate"},
     "heads by backpropagation": {"prune.pattern": "heads", "prune.sparsity": 0.1, "prune.criterion": "gate", "prune.estimator": "backprop"},
     "layers": {"prune.pattern": "layers"},
-    "a mix, adaptive": {"prune.pattern": "units", "prune.probe_adaptive": True},
+    "a mix, adaptive": {"prune.pattern": "units", "prune.probes.adaptive": True},
     "channels by activation, timed": {
         "prune.pattern": "channels", "prune.criterion": "activation", "evaluate.latency": True,
     },

@@ -16,12 +16,13 @@ from rich.table import Table
 from tinygn_dist.backends import make_backend
 from tinygn_dist.checkpoints import load
 from tinygn_dist.checkpoints.sharded_load import placed
-from tinygn_dist.config import UNIT_KINDS, DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, make
+from tinygn_dist.config import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, make
 from tinygn_dist.data import splits as calibration
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.evaluate.engines import verdicts
 from tinygn_dist.evaluate.quality import quality, speed
+from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup, read_anatomy
 from tinygn_dist.models.families import family_of
 from tinygn_dist.models.objective import decoder_start, needs_reference, objective_of

@@ -18,7 +18,8 @@ import yaml
 from pydantic import model_validator
 
 from tinygn_dist.config.checkpoint import CheckpointConfig
-from tinygn_dist.config.prune import NM, UNIT_CRITERIA, UNIT_KINDS, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.probes import ProbeConfig
+from tinygn_dist.config.prune import NM, UNIT_CRITERIA, WEIGHT_CRITERIA, PruneConfig
 from tinygn_dist.config.reconstruct import ReconstructConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
@@ -33,7 +34,6 @@ __all__ = [
     "FLAT",
     "NM",
     "UNIT_CRITERIA",
-    "UNIT_KINDS",
     "WEIGHT_CRITERIA",
     "CheckpointConfig",
     "Config",
@@ -42,6 +42,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "OutputConfig",
+    "ProbeConfig",
     "PruneConfig",
     "ReconstructConfig",
     "RecoverConfig",

@@ -8,12 +8,13 @@ from typing import Literal, NamedTuple, Protocol
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from tinygn_dist.config.experiments import Options, check_options
+from tinygn_dist.config.probes import ProbeConfig
 from tinygn_dist.config.section import Section, one_of
 from tinygn_dist.config.solver import SolverConfig
 from tinygn_dist.maths.criteria import CRITERIA
+from tinygn_dist.maths.unit_kinds import MIXED_KINDS, UNIT_KINDS
 from tinygn_dist.registry import experimental
 
-UNIT_KINDS = ("layers", "heads", "channels", "experts", "filters", "hidden")
 WEIGHT_CRITERIA = tuple(name for name, row in CRITERIA.items() if row.one_shot)
 UNIT_CRITERIA = ("removal", "gate", "obs", "magnitude", "activation", "random")
 
@@ -59,38 +60,8 @@ class PruneConfig(Section):
     """options of experiments by their names, such as {owl: {spread: 0.1}}"""
     most_mixes: int = Field(12, ge=1)
     """where several mixes of layers, heads, channels and experts reach the target, try at most so many of them"""
-    probe_samples: int = Field(8, ge=1)
-    """calibration sequences each probe is measured on (where several mixes are tried: at most so many of those held out, a quarter of
-    all, measure them, while layers and heads are probed on as few as make 512 tokens). Layers whose gifts are taken over are judged on
-    up to 32 of those held out"""
-    probe_adaptive: bool = True
-    """measure removal probes, and judge layers, on more sequences only where it is still open what goes: on 16 sequences about
-    half the forwards, for 95 % of the units that all of them would choose"""
-    probe_greedy: bool = False
-    """of heads, channels and experts too, take out one at a time, anywhere in the model, and probe the best candidates again
-    without those that are gone (as is done for layers): units that stand in for each other look free one at a time"""
-    probe_pairs: int = Field(0, ge=0)
-    """instead: remove so many pairs of the cheapest heads, blocks of channels or experts together, and count what both cost beyond
-    the two alone; the report lists it"""
-    probe_subsets: int = Field(0, ge=0)
-    """instead: the loss without so many random subsets as large as what goes in all layers together, and a regression on who
-    was in them"""
-    probe_forwards: int | None = Field(None, ge=1)
-    """stop probing after about this many forwards (of one micro-batch each, over all ranks; those of fits that layers are judged by
-    count) and choose by what is known"""
-    probe_minutes: float | None = Field(None, gt=0)
-    """the same after so many minutes; the result then depends on the speed of the machines"""
-    probe_together: int = Field(1, ge=1)
-    """gate settings of one layer in one forward, each with a copy of the micro-batch: faster where a micro-batch leaves the
-    device idle, for so many times its activations"""
-    probe_cache_gib: float | None = Field(None, gt=0)
-    """most memory, on the device and once more on the CPU, for the layer inputs that probes restart from; the rest waits in files
-    (in TMPDIR); no limit by default"""
-    probe_step: float | None = Field(None, gt=0, lt=1)
-    """step of a gate derivative (a gate is 1); by default measured for each group of units from the loss's noise and
-    curvature"""
-    probe_difference: Literal["central", "forward"] = "central"
-    """gate derivatives from both sides (more accurate, sees kinks), or from one at half the price"""
+    probes: ProbeConfig = ProbeConfig()
+    """how removals are measured"""
     matrices: tuple[str, ...] = (".*",)
     """regular expressions of weight names that may be masked"""
     ignore: tuple[str, ...] = ()
@@ -99,21 +70,19 @@ class PruneConfig(Section):
     """layers whose units are never removed"""
     compensate: bool = True
     """after units are removed, re-fit the remaining weights by least squares to the dense activations, and let the feed-forward before
-    removed layers take over what they gave (filters: re-estimate the running statistics of BatchNorm)"""
+    removed layers absorb them (filters: re-estimate the running statistics of BatchNorm)"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
-    counts: dict[Literal["layers", "heads", "channels", "experts"], NonNegativeInt] | None = None
+    counts: dict[str, NonNegativeInt] | None = None
     """remove exactly these many layers, and KV groups, channels and experts of each other layer, instead of meeting
     sparsity"""
-    probe_channels: int = Field(256, ge=1)
-    """channels per removal probe"""
     uneven: bool = False
     """let layers keep different numbers of channels or filters, where the model's config has a width for each layer (Gemma 3n,
     VGG), stage (ResNet) or stack (BART); refused elsewhere"""
     damping: float = Field(0.01, gt=0, lt=1)
     """added to the Hessian's diagonal, as a fraction of its mean; units fitted on hundreds of sequences want less (0.001 at 256)"""
     seed: int = Field(0, ge=0)
-    """for criterion random and for probe_subsets"""
+    """for criterion random"""
 
     @field_validator("pattern")
     @classmethod
@@ -133,6 +102,14 @@ class PruneConfig(Section):
     def _known_criterion(cls, value: str) -> str:
         known = ("auto", *dict.fromkeys((*WEIGHT_CRITERIA, *UNIT_CRITERIA)))
         return one_of(known, value)
+
+    @field_validator("counts")
+    @classmethod
+    def _known_counts(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        for kind in value or ():
+            if kind not in MIXED_KINDS:
+                raise ValueError(f"got {kind!r}, accepted: {', '.join(MIXED_KINDS)}")
+        return value
 
     @field_validator("sparsity")
     @classmethod
@@ -171,11 +148,6 @@ class PruneConfig(Section):
             raise ValueError(
                 f"criterion {self.criterion!r} does not score pattern {self.pattern!r}, accepted: auto, "
                 + ", ".join(allowed)
-            )
-        sets = [name for name in ("probe_greedy", "probe_pairs", "probe_subsets") if getattr(self, name)]
-        if len(sets) > 1:
-            raise ValueError(
-                f"got {' and '.join(sets)}, accepted: one of them; each says how units are judged together"
             )
         for row in self._experimental_rows():
             row.check(self)
@@ -216,4 +188,4 @@ class PruneConfig(Section):
     @property
     def unit_kinds(self) -> tuple[str, ...]:
         """The kinds of unit that may be removed; empty for weight patterns."""
-        return UNIT_KINDS if self.pattern == "units" else (self.pattern,) if self.pattern in UNIT_KINDS else ()
+        return tuple(UNIT_KINDS) if self.pattern == "units" else (self.pattern,) if self.pattern in UNIT_KINDS else ()

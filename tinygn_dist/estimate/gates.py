@@ -16,7 +16,7 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.probes import Measured, Probe, measure
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths import finite_difference
-from tinygn_dist.maths.finite_difference import Scheme, Step
+from tinygn_dist.maths.finite_difference import Step
 from tinygn_dist.models.anatomy import UnitGroup
 
 Place = tuple[int, UnitGroup | None]
@@ -31,46 +31,40 @@ _KINKED = 0.75
 
 @dataclass(frozen=True)
 class GateDerivatives:
-    """slopes: (gates, sequences) fp64 derivative of each sequence's summed loss. bends: the same of the second
-    derivative, or None (forward differences). counts: (sequences,) tokens. steps: by place. kinked: indices of gates at
+    """slopes, bends: (gates, sequences) fp64 first and second derivative of each sequence's summed loss. counts: (sequences,) tokens. steps: by place. kinked: indices of gates at
     which the loss has no derivative: forward and backward differences disagree beyond noise and curvature; their slope
     is the mean of the two. forwards: probe passes over all ranks, the search for steps included."""
 
     slopes: torch.Tensor
-    bends: torch.Tensor | None
+    bends: torch.Tensor
     counts: torch.Tensor
     steps: dict[Place, Step]
     kinked: list[int]
     forwards: int
 
 
-def gate_derivatives(
-    problem: Problem, gates: Sequence[Probe], *, scheme: Scheme = "central", step: float | None = None
-) -> GateDerivatives:
-    """Difference quotients at all gates 1 (the probes' own factors are ignored).
+def gate_derivatives(problem: Problem, gates: Sequence[Probe], *, step: float | None = None) -> GateDerivatives:
+    """Central difference quotients at all gates 1 (the probes' own factors are ignored): two forwards per gate, an error in
+    step^2.
 
-    scheme: central (two forwards per gate, error in step^2, second derivatives and kinks seen) or forward (one). step:
-    measured for each group of units by default. Raises UserError for a step that the model's dtype cannot see.
+    step: measured for each group of units by default. Raises UserError for a step that the model's dtype cannot see.
     """
     places = list(dict.fromkeys((gate.layer, gate.group) for gate in gates))
     if step is None:
-        steps, forwards = measure_steps(problem, gates, scheme)
+        steps, forwards = measure_steps(problem, gates)
     else:
         check_step(step, gate_dtype(problem))
         steps, forwards = {place: finite_difference.given(step) for place in places}, 0
     sizes = torch.tensor([steps[gate.layer, gate.group].value for gate in gates], dtype=torch.float64)
-    seen = _moved(problem, gates, sizes, (1, -1) if scheme == "central" else (1,))
-    forwards += seen.forwards
-    h = sizes[:, None]
-    if scheme == "forward":
-        return GateDerivatives(seen.differences / h, None, seen.counts, steps, [], forwards)
-    up, down = seen.differences[0::2], seen.differences[1::2]
+    measured, h = _both_sides(problem, gates, sizes), sizes[:, None]
+    up, down = measured.differences[0::2], measured.differences[1::2]
     slopes, bends = (up - down) / (2 * h), (up + down) / h**2
-    kinked, more = _kinks(problem, gates, sizes, slopes, bends, seen.counts, steps)
-    return GateDerivatives(slopes, bends, seen.counts, steps, kinked, forwards + more)
+    found = GateDerivatives(slopes, bends, measured.counts, steps, [], forwards + measured.forwards)
+    kinked, more = _kinks(problem, gates, sizes, found)
+    return replace(found, kinked=kinked, forwards=found.forwards + more)
 
 
-def measure_steps(problem: Problem, gates: Sequence[Probe], scheme: Scheme) -> tuple[dict[Place, Step], int]:
+def measure_steps(problem: Problem, gates: Sequence[Probe]) -> tuple[dict[Place, Step], int]:
     """The step of each place, measured at its middle unit on the first micro-batch; and the forwards spent.
 
     One batch has more noise per token than all of them, so the steps are on the large side of what all would ask.
@@ -80,14 +74,14 @@ def measure_steps(problem: Problem, gates: Sequence[Probe], scheme: Scheme) -> t
         by_place.setdefault((gate.layer, gate.group), []).append(gate)
     middle = {place: found[len(found) // 2] for place, found in by_place.items()}
     resolution = torch.finfo(gate_dtype(problem)).eps
-    running = {place: finite_difference.search(scheme, resolution) for place in middle}
+    running = {place: finite_difference.search("central", resolution) for place in middle}
     wanted = {place: list(next(asking)) for place, asking in running.items()}
     one, steps, forwards = problem.first(1), {}, 0
     while wanted:
         asked = [replace(middle[place], factor=1 + t) for place, ts in wanted.items() for t in ts]
-        seen = measure(one, asked)
-        forwards += seen.forwards
-        losses = iter(((seen.base.sum() + seen.differences.sum(1)) / seen.counts.sum()).tolist())
+        measured = measure(one, asked)
+        forwards += measured.forwards
+        losses = iter(((measured.base.sum() + measured.differences.sum(1)) / measured.counts.sum()).tolist())
         answers = {place: [next(losses) for _ in ts] for place, ts in wanted.items()}
         wanted = {}
         for place, values in answers.items():
@@ -110,41 +104,37 @@ def check_step(step: float, dtype: torch.dtype) -> None:
         name, least = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
         better = max(least, finite_difference.power_of_two(step))
         raise UserError(
-            f"prune.probe_step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} and exact in "
+            f"prune.probes.step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} and exact in "
             f"{name}, such as {better:g}; or leave it out to have it measured"
         )
 
 
-def _moved(problem: Problem, gates: Sequence[Probe], sizes: torch.Tensor, signs: tuple[int, ...]) -> Measured:
+def _both_sides(problem: Problem, gates: Sequence[Probe], sizes: torch.Tensor) -> Measured:
+    """Every gate at 1 + size and at 1 - size, one after the other."""
     moved = [
         replace(gate, factor=1 + sign * size)
         for gate, size in zip(gates, sizes.tolist(), strict=True)
-        for sign in signs
+        for sign in (1, -1)
     ]
     return measure(problem, moved)
 
 
 def _kinks(
-    problem: Problem,
-    gates: Sequence[Probe],
-    sizes: torch.Tensor,
-    slopes: torch.Tensor,
-    bends: torch.Tensor,
-    counts: torch.Tensor,
-    steps: dict[Place, Step],
+    problem: Problem, gates: Sequence[Probe], sizes: torch.Tensor, found: GateDerivatives
 ) -> tuple[list[int], int]:
     """Gates whose two one-sided differences disagree by more than noise and curvature explain, and the forwards it
     took to know."""
-    total = counts.sum()
-    apart = (bends.sum(1) / total * sizes).abs()  # forward minus backward difference
-    noise = torch.tensor([steps[gate.layer, gate.group].noise for gate in gates], dtype=torch.float64)
+    total = found.counts.sum()
+    apart = (found.bends.sum(1) / total * sizes).abs()  # forward minus backward difference
+    noise = torch.tensor([found.steps[gate.layer, gate.group].noise for gate in gates], dtype=torch.float64)
     beyond = _BEYOND_NOISE * math.sqrt(6) * noise / sizes
     resolution = torch.finfo(gate_dtype(problem)).eps
-    odd = (apart > beyond) & (apart > _NOTABLE * (slopes.sum(1) / total).abs()) & (sizes / 2 >= resolution)
+    notable = apart > _NOTABLE * (found.slopes.sum(1) / total).abs()
+    odd = (apart > beyond) & notable & (sizes / 2 >= resolution)
     suspects = odd.nonzero().squeeze(1).tolist()
     if not suspects:
         return [], 0
-    seen = _moved(problem, [gates[i] for i in suspects], sizes[odd] / 2, (1, -1))
-    halved = ((seen.differences[0::2] + seen.differences[1::2]).sum(1) / total / (sizes[odd] / 2)).abs()
+    again = _both_sides(problem, [gates[i] for i in suspects], sizes[odd] / 2)
+    halved = ((again.differences[0::2] + again.differences[1::2]).sum(1) / total / (sizes[odd] / 2)).abs()
     there = (halved > _KINKED * apart[odd]) & (halved > 2 * beyond[odd])
-    return [i for i, kinked in zip(suspects, there.tolist(), strict=True) if kinked], seen.forwards
+    return [i for i, kinked in zip(suspects, there.tolist(), strict=True) if kinked], again.forwards

@@ -16,10 +16,9 @@ from tinygn_dist.backends.pieces import Job
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.gradient_energy import LossMoments, TokenWeights, loss_moments
 from tinygn_dist.estimate.input_moments import InputMoments, add_inputs, complete, input_hooks, input_moments
-from tinygn_dist.estimate.layer_inputs import run_layers
 from tinygn_dist.estimate.output_probes import output_energies
 from tinygn_dist.estimate.overflow import refuse_overflow
-from tinygn_dist.estimate.partial_forward import PrefixCache
+from tinygn_dist.estimate.partial_forward import PrefixCache, run_layers
 from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.estimate.saved_moments import in_parts
 from tinygn_dist.maths.sums import fill_below

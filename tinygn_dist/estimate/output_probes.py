@@ -39,7 +39,7 @@ def output_energies(problem: Problem, matrices: Sequence[Matrix], seed: int = 0)
     layers = range(problem.anatomy.num_layers)
     with torch.no_grad(), problem.progress.bar("output probes", problem.num_turns * len(matrices)) as advance:
         for micro_batch in problem.micro_batches():
-            batch, cache = micro_batch.batch, PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes)
+            batch, cache = micro_batch.batch, PrefixCache()
             with cache.recording(problem.bare, problem.anatomy, layers):
                 plain = problem.losses(batch).each
             for index, matrix in enumerate(matrices):

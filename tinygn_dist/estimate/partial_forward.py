@@ -3,21 +3,25 @@
 Layers before a probed one do not change, so a probe of layer l needs only layers l.. of the model. The model's own
 forward does the work (masks, rotary embeddings, final norm, head): for the length of one call its list of layers is
 replaced by the wanted ones, with a stand-in that hands over the cached hidden states in front.
+
+`run_layers` runs a model a few layers at a time, each rank keeping the hidden states of its own micro-batches in CPU memory
+in between: so the layers before, which may have changed since, do not run again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import nn
 
 from tinygn_dist.estimate.hooks import Observer, attached, first
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import Anatomy
+from tinygn_dist.models.objective import Batch, last_logits_only, model_inputs
 from tinygn_dist.models.stacks import Stack
 
 
@@ -42,34 +46,25 @@ class _Handover(nn.Module):
 class PrefixCache:
     """The input of every layer for one micro-batch, recorded during a plain forward.
 
-    device_room, cpu_room: bytes of inputs kept where the layers run and in CPU memory (which is where the layers run on a CPU);
-    the rest waits in files without a name (in TMPDIR) that are gone with the cache.
+    on_cpu: whether inputs wait in CPU memory, instead of where the layers run.
     """
 
-    def __init__(self, device_room: float = float("inf"), cpu_room: float = float("inf")) -> None:
+    def __init__(self, *, on_cpu: bool = False) -> None:
         self.inputs: dict[int, torch.Tensor] = {}
         self.output_rest: tuple | None = None
         """what layers return behind their hidden states; None where they return those alone"""
         self._rest_of: dict[int, tuple | None] = {}  # the same, by the first layer of each of several stacks
-        self._rooms = {"device": device_room, "cpu": cpu_room}
+        self._on_cpu = on_cpu
         self._device: torch.device | None = None
 
     def keep(self, layer: int, hidden: torch.Tensor, output: Any) -> None:
         """The input of a layer, and what some layer returned."""
         self._device, self.output_rest = hidden.device, output[1:] if isinstance(output, tuple) else None
-        size = hidden.numel() * hidden.element_size()
-        places = ["cpu"] if hidden.device.type == "cpu" else ["device", "cpu"]
-        place = next((place for place in places if self._rooms[place] >= size), None)
-        if place is None:
-            self.inputs[layer] = _in_a_file(hidden)
-        else:
-            self._rooms[place] -= size
-            self.inputs[layer] = hidden if place == "device" else hidden.cpu()
+        self.inputs[layer] = hidden.cpu() if self._on_cpu else hidden
 
-    def at(self, layer: int, times: int = 1) -> torch.Tensor:
-        """A layer's input where it was recorded, its sequences `times` times one after the other."""
-        hidden = self.inputs[layer].to(self._device)
-        return hidden if times == 1 else hidden.repeat(times, *[1] * (hidden.dim() - 1))
+    def at(self, layer: int) -> torch.Tensor:
+        """A layer's input, on the device where it was recorded."""
+        return self.inputs[layer].to(self._device)
 
     @contextlib.contextmanager
     def recording(self, model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
@@ -91,23 +86,15 @@ class PrefixCache:
         with attached(watched):
             yield
 
-    def stand_in(self, stack: Stack, layer: int, times: int, like: nn.Module) -> _Handover:
+    def stand_in(self, stack: Stack, layer: int, like: nn.Module) -> _Handover:
         """For the layers of a stack that come before `layer`: all of them where that is in a later stack."""
         rest = self._rest_of.get(stack.first, self.output_rest)
-        return _Handover(self.at(layer if layer in stack.layers else _end_of(stack), times), rest, like)
+        return _Handover(self.at(layer if layer in stack.layers else _end_of(stack)), rest, like)
 
 
 def _end_of(stack: Stack) -> int:
     """Where a cache holds what a stack hands on; no layer has this number."""
     return ~stack.first
-
-
-def _in_a_file(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose memory is a mapped file: the system writes it out, and takes the pages back when it needs room."""
-    with tempfile.NamedTemporaryFile() as file:
-        os.posix_fallocate(file.fileno(), 0, tensor.numel() * tensor.element_size())  # a full disk says so here
-        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return mapped.view(tensor.shape).copy_(tensor)
 
 
 @contextlib.contextmanager
@@ -116,10 +103,9 @@ def running_layers(
     anatomy: Anatomy,
     layers: Sequence[int],
     start: tuple[PrefixCache, int] | None = None,
-    times: int = 1,
 ) -> Iterator[None]:
     """Inside the context the model's forward runs only `layers`, in order; with start=(cache, l), from layer l's
-    cached input, of which a micro-batch is given `times` times. Everything is put back afterwards."""
+    cached input. Everything is put back afterwards."""
     config = model.base_model.config
     entries = {stack.depth if isinstance(stack.depth, str) else stack.depth[0] for stack in anatomy.stacks}
     saved = {key: getattr(config, key) for key in (*entries, "layer_types", "use_cache") if hasattr(config, key)}
@@ -131,7 +117,7 @@ def running_layers(
             if start is not None and start[1] >= stack.first:
                 cache, layer = start
                 like = everything[min(layer - stack.first, stack.num - 1)]
-                wanted.insert(0, cache.stand_in(stack, layer, times, like))
+                wanted.insert(0, cache.stand_in(stack, layer, like))
                 types.insert(0, layer)
             _put(model, stack.path, nn.ModuleList(wanted))
             stack.set_depth(config, len(wanted))
@@ -152,3 +138,39 @@ def running_layers(
 def _put(model: nn.Module, path: str, layers: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = layers
+
+
+def run_layers(
+    problem: Problem,
+    layers: range,
+    starts: Sequence[PrefixCache],
+    hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
+    seen: Callable[[int, Batch], None] = lambda number, batch: None,
+) -> list[PrefixCache]:
+    """A forward of each of this rank's micro-batches through `layers` alone; returns what the layer after the last one reads.
+
+    starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this rank's,
+    micro-batch on the device): called after each forward that counts.
+    """
+    ends: list[PrefixCache] = []
+
+    def run(batch: Batch) -> Any:
+        return output_of(problem, layers, batch, starts[len(ends)] if starts else None)
+
+    for micro_batch, output in problem.forwards(run, hooks, f"layers {layers[0]} to {layers[-1]}"):
+        end = PrefixCache(on_cpu=True)
+        end.keep(layers.stop, first(output), output)
+        if micro_batch.counts:
+            seen(len(ends), micro_batch.batch)
+        ends.append(end)
+    return ends
+
+
+def output_of(problem: Problem, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
+    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the embeddings."""
+    last, outputs = problem.bare.get_submodule(problem.anatomy.layers_path)[layers[-1]], []
+    recording = attached([(last, Observer(lambda _, output: outputs.append(output), output=True))])
+    at = None if start is None else (start, layers[0])
+    with running_layers(problem.bare, problem.anatomy, layers, at), recording:
+        problem.model(**model_inputs(batch), **last_logits_only(problem.bare))
+    return outputs[0]

@@ -1,16 +1,17 @@
 """Finite differences of the loss, with forward passes only.
 
 A removal probe shuts some units and measures f(without) - f(with): the finite difference whose step is the whole
-unit. A gate may also be moved a little (gates.py makes derivatives of that). Losses are kept per sequence in fp64 and differenced on the same
-batch; each rank fills in the sequences it saw, so the sum over ranks is exact and independent of their number.
+unit. A gate may also be moved a little (gates.py makes derivatives of that). Losses are kept per sequence in fp64 and
+differenced on the same batch; each rank fills in its own sequences, so the sum over ranks is exact and independent of
+their number.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate.hooks import ModelHook
@@ -18,15 +19,14 @@ from torch import nn
 
 from tinygn_dist.estimate.hooks import LayerGate, attached, routed_to, unit_gates
 from tinygn_dist.estimate.partial_forward import PrefixCache, running_layers
-from tinygn_dist.estimate.problem import Problem, batch_size
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import UnitGroup
 from tinygn_dist.models.objective import Batch
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself. also: what else is changed at
-    the same time, in this layer or later ones (see `together`).
+    """Gates of some units of one layer set to `factor`. group None: the gate of the layer itself.
 
     Factor 0 is removal: experts are then taken from the router, which shares their tokens out among the others.
     """
@@ -35,27 +35,15 @@ class Probe:
     group: UnitGroup | None = None
     units: tuple[int, ...] = ()
     factor: float = 0.0
-    also: tuple[Probe, ...] = ()
 
     @property
     def removes_layer(self) -> bool:
         return self.group is None and self.factor == 0
 
-    @property
-    def may_share(self) -> bool:
-        """Whether other settings of the same gates fit into its forward: each sequence then has factors of its own."""
-        return not self.also and not self.removes_layer and not (self.group and self.group.router and self.factor == 0)
-
-
-def together(probes: Iterable[Probe]) -> Probe:
-    """One probe of all these changes at once."""
-    first, *others = sorted(probes, key=lambda probe: probe.layer)
-    return replace(first, also=tuple(others))
-
 
 @dataclass(frozen=True)
 class Measured:
-    """What probes saw.
+    """The losses that probes measured.
 
     differences: (probes, sequences) fp64, change of each sequence's summed loss. counts: (sequences,) fp64 tokens.
     base: (sequences,) fp64 summed losses with every gate at 1. forwards: probe passes over all ranks.
@@ -82,23 +70,23 @@ def measure(
     gone = [probe for probe in without if not probe.removes_layer]
     layers = [layer for layer in range(problem.anatomy.num_layers) if layer not in out]
     mine = problem.backend.dealt(_dealt(problem, probes))
-    with torch.no_grad(), problem.progress.bar("probing", sum(len(work.shared) for work, _ in mine)) as advance:
+    with torch.no_grad(), problem.progress.bar("probing", sum(len(work.probes) for work, _ in mine)) as advance:
         for work, counted in mine:
             micro_batch = problem.micro_batch(work.batch, counted)
             batch, span = micro_batch.batch, micro_batch.sequences
-            cache = PrefixCache(problem.costs.cache_bytes, problem.costs.cache_bytes) if reuse else None
+            cache = PrefixCache() if reuse else None
             with (
-                _gated(problem, [[probe] for probe in gone], batch_size(batch)),
+                _gated(problem, gone),
                 cache.recording(problem.bare, problem.anatomy, layers) if cache else contextlib.nullcontext(),
                 running_layers(problem.bare, problem.anatomy, layers),
             ):
                 plain = problem.losses(batch)
             if counted and work.first:
                 base[span], counts[span] = plain.total.cpu(), plain.count.double().cpu()
-            for indices in work.shared:
-                total = _probed(problem, batch, layers, cache, [probes[index] for index in indices], gone)
+            for index in work.probes:
+                total = _probed(problem, batch, layers, cache, [probes[index], *gone])
                 if counted:
-                    differences[indices, span] = (total - plain.total).cpu()
+                    differences[index, span] = (total - plain.total).cpu()
                 advance()
     problem.backend.sum_over_data([differences, base, counts])
     return Measured(differences, counts, base, len(probes) * len(problem.batches))
@@ -106,11 +94,11 @@ def measure(
 
 @dataclass(frozen=True)
 class _Work:
-    """What one rank does with one micro-batch. shared: indices of the probes of each forward. first: of the ranks that have
-    this micro-batch, it is the one that tells the plain losses."""
+    """What one rank does with one micro-batch. probes: indices of those that it measures. first: of the ranks that have
+    this micro-batch, it is the one that adds the plain losses."""
 
     batch: int
-    shared: list[list[int]]
+    probes: list[int]
     first: bool
 
 
@@ -123,13 +111,13 @@ def _dealt(problem: Problem, probes: Sequence[Probe]) -> list[_Work]:
     there nothing is cut.
     """
     ranks, batches = problem.backend.num_ranks, len(problem.batches)
-    shared = sorted(_chunks(probes, problem.costs.together), key=lambda indices: probes[indices[0]].layer)
+    in_order = sorted(range(len(probes)), key=lambda index: probes[index].layer)
     rest = batches % ranks
     parts = ranks // math.gcd(ranks, rest) if rest else 1
-    if problem.backend.shards_weights or len(shared) < 2 * parts:
+    if problem.backend.shards_weights or len(in_order) < 2 * parts:
         parts, rest = 1, 0
-    turns = [shared[part :: 2 * parts] + shared[2 * parts - 1 - part :: 2 * parts] for part in range(parts)]
-    whole = [_Work(batch, shared, True) for batch in range(batches - rest)]
+    turns = [in_order[part :: 2 * parts] + in_order[2 * parts - 1 - part :: 2 * parts] for part in range(parts)]
+    whole = [_Work(batch, in_order, True) for batch in range(batches - rest)]
     return whole + [
         _Work(batch, turns[part], part == 0) for batch in range(batches - rest, batches) for part in range(parts)
     ]
@@ -142,64 +130,37 @@ def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
             yield Probe(group.layer, group, (unit,))
 
 
-def _chunks(probes: Sequence[Probe], most: int) -> Iterator[list[int]]:
-    """Indices of neighbouring probes that go into one forward."""
-    chunk: list[int] = []
-    for index, probe in enumerate(probes):
-        before = probes[chunk[-1]] if chunk else None
-        fits = before and before.may_share and probe.may_share
-        if chunk and not (fits and len(chunk) < most and (before.layer, before.group) == (probe.layer, probe.group)):
-            yield chunk
-            chunk = []
-        chunk.append(index)
-    if chunk:
-        yield chunk
-
-
 def _probed(
-    problem: Problem,
-    batch: Batch,
-    layers: Sequence[int],
-    cache: PrefixCache | None,
-    probes: Sequence[Probe],
-    gone: Sequence[Probe],
+    problem: Problem, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probes: Sequence[Probe]
 ) -> torch.Tensor:
-    """(probes, batch) fp64 summed losses with each probe's gates set, from one forward. Several are of one place."""
-    times, first = len(probes), probes[0].layer
-    parts = [probes, *([part] for part in (*probes[0].also, *gone))]
-    out = {part[0].layer for part in parts if part[0].removes_layer}
+    """(batch,) fp64 summed losses with the gates of all these probes set, from one forward. The first probe is the one that is
+    measured: the forward starts at its layer where there is a cache."""
+    first = probes[0].layer
+    out = {probe.layer for probe in probes if probe.removes_layer}
     left = [layer for layer in layers if layer not in out and (layer >= first or not cache)]
-    if times > 1:
-        batch = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items()}
-    start = (cache, first) if cache else None
-    gated = [part for part in parts if not part[0].removes_layer]
-    with (
-        _gated(problem, gated, batch_size(batch) // times),
-        running_layers(problem.bare, problem.anatomy, left, start, times),
-    ):
-        return problem.losses(batch).total.view(times, -1)
+    gated = _gated(problem, [probe for probe in probes if not probe.removes_layer])
+    with gated, running_layers(problem.bare, problem.anatomy, left, (cache, first) if cache else None):
+        return problem.losses(batch).total
 
 
 @contextlib.contextmanager
-def _gated(problem: Problem, parts: Sequence[Sequence[Probe]], size: int) -> Iterator[None]:
-    """Every part's gates; a part of several probes of one place sets them for `size` sequences each, and is the first."""
+def _gated(problem: Problem, probes: Sequence[Probe]) -> Iterator[None]:
+    """The gates of all these probes."""
     device, bare = problem.backend.device, problem.bare
     hooks: list[tuple[nn.Module, ModelHook]] = []
     factors: dict[UnitGroup, torch.Tensor] = {}
     kept: dict[UnitGroup, set[int]] = {}
-    for part in parts:
-        group, each = part[0].group, torch.tensor([p.factor for p in part], dtype=torch.float64, device=device)
+    for probe in probes:
+        group = probe.group
         if group is None:
-            layer = bare.get_submodule(problem.anatomy.path_of(part[0].layer))
-            hooks.append((layer, LayerGate(each[0] if len(part) == 1 else each.repeat_interleave(size))))
-        elif group.router and part[0].factor == 0:
-            kept.setdefault(group, set(range(group.num_units))).difference_update(part[0].units)
+            factor = torch.tensor(probe.factor, dtype=torch.float64, device=device)
+            hooks.append((bare.get_submodule(problem.anatomy.path_of(probe.layer)), LayerGate(factor)))
+        elif group.router and probe.factor == 0:
+            kept.setdefault(group, set(range(group.num_units))).difference_update(probe.units)
         else:
-            ones = torch.ones(len(part), group.num_units, dtype=torch.float64, device=device)
-            gates = factors.setdefault(group, ones)
-            for row, probe in zip(gates, part if len(part) == len(gates) else part * len(gates), strict=True):
-                row[list(probe.units)] = probe.factor
+            ones = torch.ones(group.num_units, dtype=torch.float64, device=device)
+            factors.setdefault(group, ones)[list(probe.units)] = probe.factor
     for group, gates in factors.items():
-        hooks += unit_gates(bare, group, gates[0] if len(gates) == 1 else gates.repeat_interleave(size, 0))
+        hooks += unit_gates(bare, group, gates)
     with attached(hooks), routed_to(bare, {group: sorted(units) for group, units in kept.items()}):
         yield

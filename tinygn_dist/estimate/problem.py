@@ -11,7 +11,6 @@ from accelerate.hooks import ModelHook
 from torch import nn
 
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.hooks import attached
 from tinygn_dist.models.anatomy import Anatomy
@@ -26,8 +25,8 @@ class MicroBatch:
     """One micro-batch that this rank works on.
 
     batch: its tensors, on the device. number: its place among the problem's micro-batches. sequences: the places of its
-    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every
-    rank; nothing of it may be added to a sum.
+    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every rank;
+    nothing of it may be added to a sum.
     """
 
     batch: Batch
@@ -39,15 +38,6 @@ class MicroBatch:
     def real_tokens(self) -> torch.Tensor | None:
         """(tokens,) bool of the flattened micro-batch, False at padding; None where there is none."""
         return real_tokens(self.batch)
-
-
-@dataclass(frozen=True)
-class ProbeCosts:
-    """What probes may take. together: settings of one layer's gates in one forward. cache_bytes: layer inputs that are
-    kept where the layers run, and again in CPU memory; the rest wait in files."""
-
-    together: int = 1
-    cache_bytes: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ class Problem:
     notes: list[str] = field(default_factory=list)
     parts: Any = None
     """gathering.Parts where statistics are saved on the way"""
-    costs: ProbeCosts = ProbeCosts()
 
     @property
     def bare(self) -> nn.Module:
@@ -103,8 +92,8 @@ class Problem:
         hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
         doing: str | None = None,
     ) -> Iterator[tuple[MicroBatch, Output]]:
-        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients.
-        Hooks are attached while it runs, and only then."""
+        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients. Hooks
+        are attached while it runs, and only then."""
         hooks = list(hooks)
         for micro_batch in self.micro_batches(doing):
             with torch.no_grad(), attached(hooks):
@@ -143,9 +132,3 @@ class Problem:
 
 def batch_size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
-
-
-def costs_of(options: PruneConfig) -> ProbeCosts:
-    """As configured."""
-    room = float("inf") if options.probe_cache_gib is None else options.probe_cache_gib * 2**30
-    return ProbeCosts(options.probe_together, room)

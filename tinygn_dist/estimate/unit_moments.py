@@ -1,10 +1,10 @@
-"""What units feed: second moments of the inputs of the weights that read them, for choosing and re-fitting; and of what
-whole layers add to the residual stream, for the weight that takes it over.
+"""Moments of units: of the inputs of the weights that read them, for choosing and re-fitting, and of the outputs of whole layers, for
+the weight that absorbs them; and how large units are.
 
-What an output error does to the layers behind depends on how large the residual stream is there, because they norm it.
-So every token weighs 1 / (mean square of its layer's output): a few tokens whose stream is far larger than the others'
-would otherwise decide alone. (A weight that takes over layers which make such tokens themselves, near a model's ends,
-is not kept from it: there it is the stream before them that is measured.)
+Layers behind norm the residual stream, so an output error counts relative to its size there: every token weighs
+1 / (mean square of its layer's output). A few tokens whose stream is far larger than the others' would otherwise decide alone.
+(A weight that absorbs layers which make such tokens themselves, near a model's ends, is not kept from it: there it is the
+stream before them that is measured.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from tinygn_dist.estimate.hooks import Observer, first
 from tinygn_dist.estimate.input_moments import InputMoments, Inputs, complete, input_hooks
 from tinygn_dist.estimate.partial_forward import running_layers
 from tinygn_dist.estimate.problem import Problem
+from tinygn_dist.maths import criteria
 from tinygn_dist.maths.sums import Moments, add_gram, fill_below
+from tinygn_dist.models.anatomy import UnitGroup
 from tinygn_dist.models.matrices import Matrix
 
 _FLOOR = 1e-6
@@ -30,18 +32,17 @@ NOTHING: Mapping[str, Sequence[Segment]] = {}
 
 
 class UnitMoments(NamedTuple):
-    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. taken: by
-    `taken_by(matrix's name, segment)` the sum (out, in) of w d x^T, d being what the segment's layers added to the
-    stream.
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. absorbed: by `absorbed_by(
+    matrix's name, segment)` the sum (out, in) of w d x^T, d being the sum that the segment's layers added to the stream.
 
     Of matrices with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
 
     inputs: InputMoments
-    taken: Moments
+    absorbed: Moments
 
 
-def taken_by(name: str, segment: Segment) -> str:
+def absorbed_by(name: str, segment: Segment) -> str:
     return f"{name} < {segment[0]} to {segment[-1]}"
 
 
@@ -49,18 +50,18 @@ def unit_moments(
     problem: Problem,
     matrices: Sequence[Matrix],
     with_constant: Collection[str],
-    takes: Mapping[str, Sequence[Segment]] = NOTHING,
+    absorbs: Mapping[str, Sequence[Segment]] = NOTHING,
     layers: Sequence[int] | None = None,
 ) -> UnitMoments:
-    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. takes: by matrix's name,
-    the segments behind it that it may have to take over. layers: those that run, all by default."""
+    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. absorbs: by matrix's name, the
+    segments behind it that it may have to absorb. layers: those that run, all by default."""
     found = UnitMoments(InputMoments(source_of={matrix.name: matrix.name for matrix in matrices}), Moments())
     for matrix in matrices:
         shape = matrix.shape[0], matrix.shape[1] + (matrix.name in with_constant)
-        for segment in takes.get(matrix.name, ()):
-            found.taken.reserve(taken_by(matrix.name, segment), shape, problem.backend.device)
+        for segment in absorbs.get(matrix.name, ()):
+            found.absorbed.reserve(absorbed_by(matrix.name, segment), shape, problem.backend.device)
     inputs, sizes, gains = Inputs(), dict[int, torch.Tensor](), dict[int, torch.Tensor]()
-    behind = {layer for segments in takes.values() for segment in segments for layer in segment}
+    behind = {layer for segments in absorbs.values() for segment in segments for layer in segment}
     watched = [
         (problem.bare.get_submodule(problem.anatomy.path_of(layer)), Observer(seen(into, layer), output=True))
         for seen, into, which in (
@@ -82,11 +83,11 @@ def unit_moments(
                     rows, weights = rows[mask], weights[mask]
                 constant = matrix.name in with_constant
                 _add_inputs(found.inputs.moments, matrix.name, rows, weights, constant=constant)
-                for segment in takes.get(matrix.name, ()):
+                for segment in absorbs.get(matrix.name, ()):
                     gain = sum(gains[layer] for layer in segment)
                     weighted = (gain if mask is None else gain[mask]) * weights[:, None]
                     product = _with_one(weighted, rows, weights) if constant else weighted.t() @ rows
-                    found.taken.add(taken_by(matrix.name, segment), product)
+                    found.absorbed.add(absorbed_by(matrix.name, segment), product)
             inputs.clear()
     complete(found.inputs, problem)
     return found
@@ -116,8 +117,8 @@ def _gain(gains: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor,
 def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(in + 1, in + 1) fp64 weighted moment of (tokens, in) rows with a 1 at the end of each.
 
-    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would
-    drown what varies beside it, and the matrix about the mean would not be one of squares.
+    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would drown what
+    varies beside it, and the matrix about the mean would not be one of squares.
     """
     total, about = weights.double().sum(), (weights @ rows) / weights.sum()
     apart = rows - about
@@ -130,8 +131,39 @@ def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _with_one(weighted: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of
-    each, likewise about the rows' mean."""
+    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of each, likewise
+    about the rows' mean."""
     about = (weights @ rows) / weights.sum()
     apart, sums = weighted.t() @ (rows - about), weighted.sum(0, dtype=torch.float64)
     return torch.cat([apart.double() + torch.outer(sums, about.double()), sums[:, None]], 1)
+
+
+def column_energies(problem: Problem, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
+    """||W_:,j||^2 sum w x_j^2 of every input feature of each group's output, over the data of all ranks, with the moments'
+    weights of tokens; the sum of all weights that read the group, where there are several."""
+    assert moments is not None
+    read_by = [[problem.anatomy.matrix_of(module) for module, _ in group.readers] for group in groups]
+    squares = {
+        t.name: moments.moments.sum(moments.of(t)).diagonal()[: t.shape[1]].clone() for ts in read_by for t in ts
+    }
+    problem.backend.sum_over_data(list(squares.values()))
+
+    def energy(matrix: Matrix) -> torch.Tensor:
+        weight = problem.backend.shard(problem.model, matrix).weight
+        weight = matrix.oriented(problem.backend.gather(problem.model, matrix, weight))
+        return criteria.column_energy(weight, squares[matrix.name].float())
+
+    return [torch.stack([energy(matrix) for matrix in matrices]).sum(0) for matrices in read_by]
+
+
+def unit_magnitude(problem: Problem, group: UnitGroup) -> torch.Tensor:
+    """(units,) sums of squares of every parameter that goes with a unit."""
+    total = torch.zeros(group.num_units, dtype=torch.float64)
+    parameters = {name for name, _ in problem.bare.named_parameters()}
+    for piece in group.slices:
+        if piece.tensor not in parameters:  # a buffer
+            continue
+        squares = problem.backend.whole(problem.model, piece.tensor).double().square().movedim(piece.dim, 0)
+        own = squares.reshape(len(squares), -1).sum(1)[piece.start : piece.start + group.num_units * piece.width]
+        total += criteria.unit_sums(own, piece.width).cpu()
+    return total

@@ -22,7 +22,7 @@ from tinygn_dist.checkpoints.unstored import keep_apart, kept_apart
 from tinygn_dist.config import Config, PruneConfig, StepConfig
 from tinygn_dist.data.splits import Reader, load_splits
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.problem import Problem, costs_of
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.schedules import Plan
 from tinygn_dist.models.anatomy import Anatomy, read_anatomy
 from tinygn_dist.models.objective import Batch, add_reference, needs_reference, objective_of
@@ -245,8 +245,8 @@ class Compressor:
     def _problem(self, model: nn.Module, batches: list[Batch]) -> Problem:
         if needs_reference(self._task, batches):
             batches = add_reference(model, batches, self.backend.device)
-        costs, objective = costs_of(self.config.prune), objective_of(self._task)
-        return Problem(model, self._anatomy, objective, batches, self.backend, self._progress, costs=costs)
+        objective = objective_of(self._task)
+        return Problem(model, self._anatomy, objective, batches, self.backend, self._progress)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 
 
 def share_left(sparsity: float, began_with: int, here: int) -> float:
@@ -51,33 +53,45 @@ def blend(total: int, sizes: Sequence[int], wanted: Sequence[float], share: floa
 
 @dataclass(frozen=True, order=True)
 class Mix:
-    """What goes: whole layers, and heads (KV groups), channels and experts out of every remaining layer."""
+    """How many units of each kind go, `mix[kind]`: one field for each row of UNIT_KINDS. Whole layers; heads (KV groups),
+    channels and experts out of every layer that stays; of filters so many of the equal parts of every group; hidden
+    dimensions of the whole model.
+
+    uneven: channels or filters that go from each group of them, where groups may differ; `channels` or `filters` is then the
+    largest.
+    """
 
     layers: int = 0
     heads: int = 0
     channels: int = 0
     experts: int = 0
     filters: int = 0
-    """of convolutional nets: so many of the equal parts of every group of filters"""
     hidden: int = 0
-    """of the residual stream, in the whole model"""
     uneven: tuple[int, ...] = ()
-    """channels or filters that go from each group of them, where they may differ; `channels` or `filters` is then the largest"""
+
+    def __getitem__(self, kind: str) -> int:
+        assert kind in UNIT_KINDS, kind
+        return getattr(self, kind)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Those of which some go."""
+        return tuple(kind for kind in UNIT_KINDS if self[kind])
 
     def __str__(self) -> str:
         """Such as `2 layers, 1 KV groups of each layer, 64 channels of each layer`."""
         if self.uneven:
-            kind = "channels" if self.channels else "filters"
+            (kind,) = self.kinds
             return f"{min(self.uneven)} to {max(self.uneven)} {kind} of a layer, {sum(self.uneven)} in all"
-        inner = (
-            (self.heads, "KV groups"),
-            (self.channels, "channels"),
-            (self.experts, "experts"),
-            (self.filters, "parts"),
-        )
-        told = [f"{self.layers} layers"] if self.layers else []
-        told += [f"{self.hidden} hidden dimensions"] if self.hidden else []
-        return ", ".join(told + [f"{number} {name} of each layer" for number, name in inner if number]) or "nothing"
+        named = [(self[kind], UNIT_KINDS[kind]) for kind in self.kinds]
+        named.sort(key=lambda one: one[1].per_layer)
+        return ", ".join(f"{n} {kind.label}" + " of each layer" * kind.per_layer for n, kind in named) or "nothing"
+
+
+def largest_of(mixes: Iterable[Mix]) -> Mix:
+    """Of every kind, the largest number in any of them."""
+    mixes = list(mixes)
+    return Mix(**{kind: max(mix[kind] for mix in mixes) for kind in UNIT_KINDS})
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class UnitSizes:
     least_experts: int = 1
     dense_layers: int = 0
     dense_layer_params: int = 0
+    head_counts: tuple[int, ...] = ()
+    """how many heads a layer may keep; empty where any number will do"""
     uneven_params: int = 0
     """of all layers together, where they differ in size: then no number of whole layers, nor of heads, reaches a budget"""
 
@@ -117,6 +133,14 @@ class UnitSizes:
             or (self.layers - self.dense_layers) * self.layer_params + self.dense_layers * self.dense_layer_params
         )
 
+    def count(self, kind: str) -> int:
+        """How many there are (per layer, for kinds inside layers)."""
+        return getattr(self, kind)
+
+    def accepts(self, mix: Mix) -> bool:
+        """Whether the class can be built without this many heads."""
+        return not self.head_counts or self.heads - mix.heads in self.head_counts
+
     def most(self, kind: str) -> int:
         """How many units of a kind can go (per layer, for kinds inside layers), so that enough are left."""
         if kind == "layers":
@@ -124,7 +148,7 @@ class UnitSizes:
         if kind == "heads" and self.uneven_params:
             return 0
         least = self.least_experts if kind == "experts" else 1
-        return max(0, getattr(self, kind) - least)
+        return max(0, self.count(kind) - least)
 
 
 @dataclass(frozen=True)
@@ -194,6 +218,8 @@ def mixes(
     max_heads = sizes.most("heads") if "heads" in kinds else 0
     for layers in range(max_layers + 1):
         for heads in range(max_heads + 1):
+            if not sizes.accepts(Mix(heads=heads)):
+                continue
             for inner in _feed_forward_steps(sizes, kinds, multiple_of):
                 mix = replace(inner, layers=layers, heads=heads)
                 if removed(mix) >= target:

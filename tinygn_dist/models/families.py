@@ -41,6 +41,11 @@ def _longrope(config: Any) -> str | None:
     return "its config checks the longrope factors against hidden_size / num_attention_heads"
 
 
+def _scaled_by_number(config: Any) -> str | None:
+    told = "its class divides the attention scores of a layer by its number (scale_attn_by_inverse_layer_idx)"
+    return told if config.scale_attn_by_inverse_layer_idx else None
+
+
 def _resize_vgg(config: Any, width_of: Callable[[str], int]) -> None:
     numbers = iter(range(len(config.filters)))
     config.filters = [n and width_of(f"convolutions.{next(numbers)}") for n in config.filters]  # 0 is a pooling
@@ -171,6 +176,7 @@ FAMILIES = (
         layers="h",
         feed_forward=FeedForward(inputs=_separate("mlp.c_fc"), output="mlp.c_proj", width="n_inner"),
         depth="n_layer",
+        layers_fixed_if=_scaled_by_number,
         fixed=_derived_head_dim("n_head"),
     ),
     Family(
@@ -302,6 +308,8 @@ def fixed_units(family: Family, config: Any) -> dict[str, str]:
         fixed.setdefault("hidden", _NO_HIDDEN)
     if family.attention and (reason := family.attention.fixed_if(config)):
         fixed["heads"] = reason
+    if reason := family.layers_fixed_if(config):
+        fixed["layers"] = reason
     return fixed
 
 

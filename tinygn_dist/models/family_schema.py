@@ -32,6 +32,13 @@ class Attention:
     fixed_if: Callable[[Any], str | None] = lambda config: None
     """why the heads of this very config must stay, or None"""
 
+    def resize(self, config: Any, groups: int) -> None:
+        """So many KV groups, with as many query heads each as before and heads of the same size. In place."""
+        heads, kv_heads = getattr(config, self.num_heads), getattr(config, self.num_kv_heads)
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        setattr(config, self.num_heads, heads // kv_heads * groups)
+        setattr(config, self.num_kv_heads, groups)
+
 
 @dataclass(frozen=True)
 class StackHeads:
@@ -44,7 +51,10 @@ class StackHeads:
     output: str
     bias: str
     num_heads: str = "num_heads"
-    num_kv_heads: str = "num_heads"
+
+    def resize(self, config: Any, groups: int) -> None:
+        """So many heads of the same size, which the config names. In place."""
+        setattr(config, self.num_heads, groups)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class Family:
     filters: Filters | None = None
     residual: Residual | None = None
     depth: str | tuple[str, ...] = "num_hidden_layers"
+    layers_fixed_if: Callable[[Any], str | None] = lambda config: None
+    """why the layers of this very config must stay, or None: where its class computes something from a layer's number"""
     starts_anywhere: bool = True
     """whether a forward may begin at any layer, from what the one before it returned: not where layers read more of earlier ones"""
     fixed: Mapping[str, str] = field(default_factory=dict)

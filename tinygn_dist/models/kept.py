@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tinygn_dist.config import UNIT_KINDS
-
-INNER_KINDS = tuple(kind for kind in UNIT_KINDS if kind != "layers")
+from tinygn_dist.maths.unit_kinds import INNER_KINDS
 
 
 @dataclass(frozen=True)
@@ -30,5 +28,5 @@ class KeptUnits:
 
     def fingerprint(self) -> str:
         """16 hex digits, equal for equal choices."""
-        told = [self.layers, *(sorted(self.of(kind).items()) for kind in INNER_KINDS)]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        stays = [self.layers, *(sorted(self.of(kind).items()) for kind in INNER_KINDS)]
+        return hashlib.sha256(json.dumps(stays).encode()).hexdigest()[:16]

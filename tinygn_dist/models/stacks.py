@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,3 +60,13 @@ def layer_of(stacks: Iterable[Stack], name: str) -> int | None:
         if name.startswith(f"{stack.path}."):
             return stack.first + int(name.removeprefix(f"{stack.path}.").split(".")[0])
     return None
+
+
+def keep_layers(config: Any, stacks: tuple[Stack, ...], layers: Sequence[int]) -> None:
+    """So many layers of each stack; lists with an entry for each layer (such as layer_types) keep those of `layers`. In place."""
+    before = sum(stack.num for stack in stacks)
+    for key, value in config.to_dict().items():
+        if isinstance(value, list) and "layer" in key and len(value) == before:
+            setattr(config, key, [value[layer] for layer in layers])
+    for stack in stacks:
+        stack.set_depth(config, len(stack.kept(layers)))

@@ -20,7 +20,7 @@ from tinygn_dist.checkpoints.run_checkpoint import Checkpoints, Saved
 from tinygn_dist.checkpoints.sharded_load import placed
 from tinygn_dist.config import Config
 from tinygn_dist.data.splits import Splits
-from tinygn_dist.estimate.problem import Problem, costs_of
+from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.saved_moments import Parts
 from tinygn_dist.models.anatomy import Anatomy
 from tinygn_dist.models.objective import Batch, Objective
@@ -97,7 +97,6 @@ class RunState:
             self.progress,
             self.report.notes,
             self.saved_statistics(),
-            costs_of(self.config.prune),
         )
 
     def dense(self) -> Problem:

@@ -19,8 +19,7 @@ from tinygn_dist.config import ReconstructConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.backprop import gradients_of
 from tinygn_dist.estimate.hooks import first
-from tinygn_dist.estimate.layer_inputs import output_of, run_layers
-from tinygn_dist.estimate.partial_forward import PrefixCache
+from tinygn_dist.estimate.partial_forward import PrefixCache, output_of, run_layers
 from tinygn_dist.estimate.problem import MicroBatch, Problem, batch_size
 from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.models.objective import Batch
@@ -150,9 +149,7 @@ class _Part:
 
     @classmethod
     def of(cls, batches: Sequence[Batch], problem: Problem, dense: Problem) -> _Part:
-        room = problem.costs.cache_bytes * len(batches) / len(problem.batches)
-        costs = replace(problem.costs, cache_bytes=room)
-        return cls(*(replace(s, batches=batches, costs=costs, progress=Progress()) for s in (problem, dense)))
+        return cls(*(replace(s, batches=batches, progress=Progress()) for s in (problem, dense)))
 
     def ask_dense(self, block: Block) -> None:
         self.dense_ends = run_layers(self.dense, block.dense, self.dense_starts)

@@ -14,15 +14,15 @@ from tests.options import pruning
 from tests.removing import plan_mixes, remove_units
 from tinygn_dist.backends.replicated import Replicated
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.elimination import Contest, Standing
+from tinygn_dist.estimate.elimination import Choice, Ranking
 from tinygn_dist.estimate.unit_moments import _with_one
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.structured import layer_order as depth
 from tinygn_dist.prune.structured import trials
-from tinygn_dist.prune.structured.absorb import left_to_nobody, segments_gone, takers_of
+from tinygn_dist.prune.structured.absorb import absorbers_of, not_absorbed, segments_removed
 from tinygn_dist.prune.structured.layer_order import worth_trying
-from tinygn_dist.prune.structured.probing import UnitScores, take_out
+from tinygn_dist.prune.structured.probing import RemovalOrder, UnitScores
 from tinygn_dist.prune.structured.scores import score_units
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
 from tinygn_dist.prune.structured.trials import Trials
@@ -33,8 +33,8 @@ def backend() -> Replicated:
     return Replicated(Accelerator(cpu=True))
 
 
-def _by_layer(takers) -> dict[int, tuple[tuple[int, ...], ...]]:
-    return {group.layer: segments for group, segments in takers.items()}
+def _by_layer(absorbers) -> dict[int, tuple[tuple[int, ...], ...]]:
+    return {group.layer: segments for group, segments in absorbers.items()}
 
 
 @pytest.mark.parametrize(
@@ -54,20 +54,20 @@ def _by_layer(takers) -> dict[int, tuple[tuple[int, ...], ...]]:
 def test_the_feed_forward_before_a_run_of_layers_takes_it_over(removals, wanted):
     """Sums are kept apart only where one removal needs fewer layers than another."""
     anatomy = read_anatomy(tiny.build("llama", num_hidden_layers=6), needs_units=True)
-    takers = takers_of(anatomy, removals)
-    assert _by_layer(takers) == wanted
+    absorbers = absorbers_of(anatomy, removals)
+    assert _by_layer(absorbers) == wanted
     for gone in removals:
         first = next(layer for layer in range(7) if layer not in gone)  # what goes at the front has nobody before it
-        assert left_to_nobody(takers, gone) == list(range(first))
-        for group, segments in takers.items():
-            taken = [layer for segment in segments[: segments_gone(segments, gone)] for layer in segment]
+        assert not_absorbed(absorbers, gone) == list(range(first))
+        for group, segments in absorbers.items():
+            taken = [layer for segment in segments[: segments_removed(segments, gone)] for layer in segment]
             assert set(taken) <= gone and (group.layer in gone or group.layer + len(taken) + 1 not in gone)
 
 
 def test_nobody_takes_over_across_stacks():
     anatomy = read_anatomy(build("t5"), needs_units=True)  # layers 0 and 1 encode, 2 and 3 decode
-    assert _by_layer(takers_of(anatomy, [{1, 3}])) == {0: ((1,),), 2: ((3,),)}
-    assert _by_layer(takers_of(anatomy, [{2}])) == {} and left_to_nobody(takers_of(anatomy, [{2}]), {2}) == [2]
+    assert _by_layer(absorbers_of(anatomy, [{1, 3}])) == {0: ((1,),), 2: ((3,),)}
+    assert _by_layer(absorbers_of(anatomy, [{2}])) == {} and not_absorbed(absorbers_of(anatomy, [{2}]), {2}) == [2]
 
 
 ADDED = [name for name in CASES if name not in ("convnext", "bloom")]  # which have no described feed-forward
@@ -119,16 +119,16 @@ class Recorded:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("gone", [(2,), (2, 3)])
-@pytest.mark.parametrize(("channels", "in_two"), [(0, True), (9, True), (9, False), (1, False)])
+@pytest.mark.parametrize(("channels", "in_two_steps"), [(0, True), (9, True), (9, False), (1, False)])
 def test_it_is_the_least_squares_fit(
-    backend, monkeypatch, family: str, gone: tuple[int, ...], channels: int, in_two: bool
+    backend, monkeypatch, family: str, gone: tuple[int, ...], channels: int, in_two_steps: bool
 ):
     """torch.linalg.lstsq of what the feed-forward and the layers behind it gave, on the inputs that stay (and on a column of
     ones where there is a bias), every token divided by the root mean square of what its layer gives; padding left out. Of one channel
     that goes in the same fit, it is the one without which the fit is best."""
     _goes(monkeypatch, gone)
-    if not in_two:
-        monkeypatch.setattr(Trials, "in_two", lambda *_: False)
+    if not in_two_steps:
+        monkeypatch.setattr(Trials, "in_two_steps", lambda *_: False)
     changes = {"llama": {"num_hidden_layers": 5}, "gpt2": {"n_layer": 5}, "opt": {"num_hidden_layers": 5}}[family]
     problem = tiny.problem(family, backend, model=tiny.build(family, **changes), count=16, size=4, length=12)
     group = problem.anatomy.of_kind("channels")[1]
@@ -175,7 +175,7 @@ def _goes(monkeypatch, gone: tuple[int, ...]) -> None:
     def ordered(*_) -> UnitScores:
         return UnitScores(layer_order=list(gone))
 
-    monkeypatch.setattr("tinygn_dist.prune.structured.layers_heads_channels.score_layers", ordered)
+    monkeypatch.setattr("tinygn_dist.prune.structured.layer_order.LayerOrder.score", ordered)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -331,7 +331,7 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
     options = pruning(pattern="layers", counts={"layers": 3})
     kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert scores.layer_order == gone and set(range(5)) - set(kept.layers) == set(gone)
-    rows = [row for row in scores.table if row.get("taken_over")]
+    rows = [row for row in scores.table if row.get("absorbed")]
     assert [len(row["without"]) for row in rows] == [0] * 5 + [1] * 4 + [2] * 3
     for row in rows:
         before, after = tuple(row["without"]), (*row["without"], row["layer"])
@@ -353,10 +353,10 @@ def test_other_criteria_judge_layers_alone(backend, criterion: str, compensate: 
     problem = tiny.problem("llama", backend, count=8)
     options = pruning(pattern="layers", counts={"layers": 1}, criterion=criterion, compensate=compensate)
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    probed = problem.first(options.probe_samples)
+    probed = problem.first(options.probes.samples)
     alone = score_units(replace(probed, model=tiny.build("llama")), Mix(layers=1), options)
     assert scores.layer_order[:1] == alone.layer_order[:1]
-    assert not any(row.get("taken_over") for row in scores.table)
+    assert not any(row.get("absorbed") for row in scores.table)
 
 
 def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
@@ -365,7 +365,7 @@ def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
     monkeypatch.setattr(depth, "_TOKENS_PER_INPUT", 1)
     for family, fits in (("llama", 3), ("vit", 12)):
         problem = tiny.problem(family, backend, count=16)
-        options = pruning(pattern="layers", counts={"layers": 1}, probe_adaptive=False)
+        options = pruning(pattern="layers", counts={"layers": 1}, probes={"adaptive": False})
         _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
         assert scores.forwards == 3 * 4 + (1 + 3) * 4 + fits
 
@@ -394,11 +394,11 @@ def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monk
 
     monkeypatch.setattr(Trials, "losses_of", told)
     monkeypatch.setattr(depth, "sequence_losses", lambda *_: (dense, torch.ones(16)))
-    options = pruning(pattern="layers", counts={"layers": 1}, probe_samples=4)
-    scores = depth.score_layers(problem.first(4), *problem.split(16), 1, options)
+    options = pruning(pattern="layers", counts={"layers": 1}, probes={"samples": 4})
+    scores = depth.LayerOrder(problem.first(4), *problem.split(16), options).score(1)
     assert scores.layer_order == [0] and seen[0] == list(range(len(seen[0]))) and len(seen[0]) > 6
     assert all(len(seen[layer]) < 6 for layer in (1, 3, 4))
-    (row,) = [row for row in scores.table if row.get("taken_over") and row["layer"] == 0]
+    (row,) = [row for row in scores.table if row.get("absorbed") and row["layer"] == 0]
     assert row["score"] == pytest.approx(float(added[0, seen[0]].mean()))
     plain_probes, fits = 5 * 4, 20  # of four tokens for each of 48 inputs
     assert scores.exhaustive == plain_probes + 16 + fits + 5 * 16
@@ -410,7 +410,7 @@ def test_where_there_is_little_room_layers_are_judged_one_by_one(backend):
         problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
         options = pruning(pattern="layers", counts={"layers": 3}, gram_gib=room)
         kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-        judged = [(row["without"], row["layer"], row["score"]) for row in scores.table if row.get("taken_over")]
+        judged = [(row["without"], row["layer"], row["score"]) for row in scores.table if row.get("absorbed")]
         return kept, judged, scores.forwards
 
     (kept, judged, forwards), (other, alone, more) = found(16), found(0)
@@ -421,24 +421,22 @@ def test_where_there_is_little_room_layers_are_judged_one_by_one(backend):
 
 def test_a_layer_that_was_not_judged_does_not_go_before_one_that_was():
     mean = torch.tensor([0.3, 0.2, 0.1, 0.0], dtype=torch.float64)
-    standing = Standing(mean, mean * 0, (mean * 0).long(), mean.argsort(stable=True).argsort(), 0, 0, 0)
-    judged = {0: 0.6, 1: 0.5}
-    order = take_out(
-        [Contest((0, 1, 2, 3), 3)],
-        standing,
-        lambda able, gone: {i: judged[i] for i in able if i in judged},
-        at_once=True,
-    )
-    assert order == [1, 0, 3]  # of the others none is judged
+    ranking = Ranking(mean, mean * 0, (mean * 0).long(), mean.argsort(stable=True).argsort(), 0, 0, 0)
+    judged, order = {0: 0.6, 1: 0.5}, RemovalOrder([Choice((0, 1, 2, 3), 3)], ranking)
+    while able := order.candidates():
+        losses = {i: judged[i] for i in able if i in judged}
+        order.update(losses)
+        order.remove_least(losses)
+    assert order.removed == [1, 0, 3]  # of the others none is judged
 
 
 def test_a_budget_that_ends_between_layers(backend):
     """After the first layer's trials what is known decides."""
     problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
-    options = pruning(pattern="layers", counts={"layers": 3}, probe_forwards=5 * 4 + 6 + 6 * 2, probe_adaptive=False)
+    options = pruning(pattern="layers", counts={"layers": 3}, probes={"forwards": 5 * 4 + 6 + 6 * 2, "adaptive": False})
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    assert [row["without"] for row in scores.table if row.get("taken_over")] == [[]] * 5
-    assert scores.forwards == options.probe_forwards and len(scores.layer_order) == 3
+    assert [row["without"] for row in scores.table if row.get("absorbed")] == [[]] * 5
+    assert scores.forwards == options.probes.forwards and len(scores.layer_order) == 3
 
 
 def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
@@ -457,6 +455,6 @@ def test_a_trial_that_fails_leaves_the_weights(backend, monkeypatch):
 
 def test_a_spent_budget_ends_the_trials(backend):
     problem = tiny.problem("llama", backend, model=_deep("llama"), count=8)
-    options = pruning(pattern="layers", counts={"layers": 2}, probe_forwards=1, probe_adaptive=False)
+    options = pruning(pattern="layers", counts={"layers": 2}, probes={"forwards": 1, "adaptive": False})
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
-    assert len(scores.layer_order) == 2 and not any(row.get("taken_over") for row in scores.table)
+    assert len(scores.layer_order) == 2 and not any(row.get("absorbed") for row in scores.table)

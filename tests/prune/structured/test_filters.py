@@ -82,6 +82,11 @@ def shrunk(model: nn.Module, kept: KeptUnits) -> nn.Module:
     return small.eval()
 
 
+def params_left(anatomy, kept: KeptUnits) -> int:
+    groups = anatomy.of_kind("filters")
+    return filters.params_left(anatomy, {g: g.num_units - len(kept.filters[g.layer]) for g in groups})
+
+
 def some(model: nn.Module) -> KeptUnits:
     """Half of every group, other filters in each."""
     generator = torch.Generator().manual_seed(2)
@@ -118,7 +123,7 @@ def test_removed_equals_gated_and_the_promise_is_kept(name: str, tmp_path: Path)
     torch.testing.assert_close(logits(small, pixels), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(dense, expected, atol=1e-3)
     anatomy = read_anatomy(model, needs_units=True)
-    left = filters.params_left(anatomy, {index: len(units) for index, units in kept.filters.items()})
+    left = params_left(anatomy, kept)
     assert left == sum(p.numel() for p in small.parameters()) < anatomy.total_params
     small.save_pretrained(tmp_path)
     loaded = hf.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
@@ -211,7 +216,7 @@ def test_uneven_widths_cost_less_by_their_own_scores_and_meet_the_budget(name: s
         options = asked.model_copy(update={"uneven": uneven})
         mixes = plan_mixes(problem.anatomy, options)
         kept, scores, *_ = remove_units(problem, mixes, options)
-        left = filters.params_left(problem.anatomy, {index: len(units) for index, units in kept.filters.items()})
+        left = params_left(problem.anatomy, kept)
         assert left <= round(0.6 * problem.anatomy.total_params)
         lost = [
             float(value.sum() - value[list(kept.filters[index])].sum()) for (_, index), value in scores.by_group.items()

@@ -104,7 +104,7 @@ def test_what_ran_while_the_machine_was_slow_does_not_bend_the_table(monkeypatch
         return [latency.Timed(7.0, 40.0 * slower), latency.Timed(7.0, (20.0 + 20.0 * count / WIDTH) * slower + alone)]
 
     monkeypatch.setattr(latency.Layers, "timed", timed)
-    monkeypatch.setattr(latency, "_counts", lambda full, multiple: [full - 48, full - 32, full - 16])
+    monkeypatch.setattr(latency, "_counts", lambda full, *_: [full - 48, full - 32, full - 16])
     layers = latency.Layers(None, model.config, anatomy, torch.float32, None, torch.device("cpu"))
     table = latency.cost_table(layers, PruneConfig(pattern="channels", multiple_of=16))
     right = {n: 20.0 + 20.0 * n / WIDTH for n in (WIDTH, WIDTH - 16, WIDTH - 48)}

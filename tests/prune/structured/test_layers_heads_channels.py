@@ -10,9 +10,9 @@ import torch
 
 from tests import plain, tiny
 from tests.removing import plan_mixes, remove_units
-from tinygn_dist.config import UNIT_KINDS, PruneConfig
+from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.maths.counts import Mix
+from tinygn_dist.maths.counts import Mix, largest_of
 from tinygn_dist.maths.solve import least_squares
 from tinygn_dist.models.anatomy import read_anatomy
 from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
@@ -45,7 +45,7 @@ def mean_loss(model: torch.nn.Module, batches: list, family: str) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_head_scores_are_losses_per_token_without_the_group(backend, family: str):
     problem = tiny.problem(family, backend)
-    scores = score_units(problem, Mix(heads=1), PruneConfig(pattern="heads", probe_adaptive=False), None)
+    scores = score_units(problem, Mix(heads=1), PruneConfig(pattern="heads", probes={"adaptive": False}), None)
     base = mean_loss(problem.model, problem.batches, family)
     for layer, unit in itertools.product(range(3), range(2)):
         changed = plain.without_units(problem.model, family, "heads", {layer: [unit]})
@@ -59,7 +59,7 @@ def test_head_scores_are_losses_per_token_without_the_group(backend, family: str
 
 def test_adaptive_probing_spends_less_within_its_budget(backend):
     problem = tiny.problem("llama", backend, count=6)
-    asked = PruneConfig(pattern="layers", probe_adaptive=True, probe_forwards=3)
+    asked = PruneConfig(pattern="layers", probes={"adaptive": True, "forwards": 3})
     scores = score_units(problem, Mix(layers=1), asked, None)
     assert scores.forwards == 3 * 2 and scores.exhaustive == 3 * 6 and len(scores.layer_order) == 1
 
@@ -67,7 +67,9 @@ def test_adaptive_probing_spends_less_within_its_budget(backend):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classifier"])
 def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
     problem = tiny.problem(family, backend, model=tiny.build(family, num_hidden_layers=3))
-    order = score_units(problem, Mix(layers=2), PruneConfig(pattern="layers", probe_adaptive=False), None).layer_order
+    order = score_units(
+        problem, Mix(layers=2), PruneConfig(pattern="layers", probes={"adaptive": False}), None
+    ).layer_order
     gone: list[int] = []
     for _ in range(2):
         left = [layer for layer in range(3) if layer not in gone]
@@ -111,12 +113,12 @@ def test_the_live_model_computes_what_the_smaller_one_will(
     many units are gone as were planned; the loss told for the chosen mix is the loss of the result, where mixes are compared on what
     they were fitted on because there is one micro-batch, and all is fitted at once (or no layer goes)."""
     if at_once:
-        monkeypatch.setattr(Trials, "in_two", lambda *_: False)
+        monkeypatch.setattr(Trials, "in_two_steps", lambda *_: False)
     if pattern == "heads" and family in tiny.FIXED_HEADS:
         assert not read_anatomy(tiny.build(family), needs_units=True).of_kind("heads")
         return
     problem = tiny.problem(family, backend, count=1, size=6)
-    options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probe_samples=64)
+    options = PruneConfig(pattern=pattern, sparsity=sparsity, multiple_of=8, probes={"samples": 64})
     candidates = plan_mixes(problem.anatomy, options)
     kept, _, trials, shifts, _ = remove_units(problem, candidates, options)
     with torch.no_grad():  # what the live model lacks until it is cut
@@ -145,7 +147,7 @@ def test_what_was_tried_before_does_not_change_a_trial(backend):
 
     def losses(candidates: list[Mix] | None = None) -> dict[Mix, float]:
         problem = tiny.problem("llama", backend, model=tiny.build("llama", num_hidden_layers=6))
-        options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probe_samples=64)
+        options = PruneConfig(pattern="units", sparsity=0.5, multiple_of=8, probes={"samples": 64})
         _, _, trials, _, _ = remove_units(problem, candidates or plan_mixes(problem.anatomy, options), options)
         return {trial.mix: trial.loss for trial in trials}
 
@@ -177,7 +179,7 @@ def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, t
     """Three micro-batches of two sequences of ten tokens."""
     monkeypatch.setattr(units, "_PROBE_TOKENS", tokens)
     problem = tiny.problem("llama", backend)
-    options = PruneConfig(pattern="units", sparsity=0.4, multiple_of=8, probe_adaptive=False, compensate=False)
+    options = PruneConfig(pattern="units", sparsity=0.4, multiple_of=8, probes={"adaptive": False}, compensate=False)
     _, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
     assert scores.forwards == micro_batches * len(scores.table) > 0
 
@@ -193,10 +195,10 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
     before; what is left in the end is fitted on all. Also where there was one mix, until it was looked at more closely."""
     monkeypatch.setattr(units, "_HELD_OUT", 10)
     deeper = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
-    options = PruneConfig(pattern="units", sparsity=0.3, multiple_of=8, criterion=criterion, probe_samples=6)
-    monkeypatch.setattr(units, "score_layers", lambda *_: UnitScores(layer_order=[1, 2]))
+    options = PruneConfig(pattern="units", sparsity=0.3, multiple_of=8, criterion=criterion, probes={"samples": 6})
+    monkeypatch.setattr(units.LayerOrder, "score", lambda *_: UnitScores(layer_order=[1, 2]))
     planned = plan_mixes(read_anatomy(tiny.build(family, **deeper), needs_units=True), options)
-    largest = Mix(*(max(getattr(mix, kind) for mix in planned) for kind in UNIT_KINDS))
+    largest = largest_of(planned)
     real = least_squares.elimination_order  # how many rounds it has depends on how many go at most: here always as many
     monkeypatch.setattr(
         least_squares, "elimination_order", lambda w, g, n, _, damping: real(w, g, n, n - 1, damping=damping)
@@ -211,7 +213,7 @@ def test_mixes_are_compared_on_what_they_were_not_fitted_on(
             asked, later = [largest], lambda best: planned
         with pytest.MonkeyPatch.context() as patched:
             if batches != slice(None):
-                patched.setattr(Trials, "in_two", lambda *_: False)
+                patched.setattr(Trials, "in_two_steps", lambda *_: False)
             kept, _, trials, shifts, _ = remove_units(problem, asked, options, later)
         with torch.no_grad():
             for name, shift in shifts.items():
@@ -300,7 +302,7 @@ def test_many_channels_are_probed_in_blocks_of_similar_energy(backend):
     """The blocks whose removal costs least go, as a search over the blocks by plain code finds them."""
     model = tiny.build("llama", intermediate_size=96)
     problem = tiny.problem("llama", backend, model=model)
-    asked = dict(counts={"channels": 32}, probe_channels=16, compensate=False, probe_samples=64)
+    asked = dict(counts={"channels": 32}, probes={"channels": 16, "samples": 64}, compensate=False)
     wanted: dict[int, list[int]] = {}
     for layer in range(3):
         weight, seen, here = plain.columns_of(model, "llama", layer, "channels"), [], model.model.layers[layer]

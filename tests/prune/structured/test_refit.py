@@ -13,9 +13,9 @@ from tinygn_dist.config import PruneConfig
 from tinygn_dist.estimate.unit_moments import _beside_one, unit_moments
 from tinygn_dist.maths.counts import Mix
 from tinygn_dist.prune.structured.probing import UnitScores
-from tinygn_dist.prune.structured.refit import _about_mean, apply_mix, fit_jobs, with_bias
+from tinygn_dist.prune.structured.refit import RefitOptions, _about_mean, apply_mix, fit_jobs, with_bias
 from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
-from tinygn_dist.prune.structured.trials import losses_left
+from tinygn_dist.prune.structured.trials import uncompensated
 
 CONSTANT = list(range(3, 48, 3))  # 15 of 48 channels of every layer
 READ_BY = {
@@ -63,15 +63,15 @@ def test_constant_channels_leave_nothing_behind(family: str, backend: Replicated
     scores = UnitScores(by_group={("channels", group.layer): worth for group in groups})
     options, mix = PruneConfig(pattern="channels"), Mix(channels=len(CONSTANT))
     matrices = [problem.anatomy.matrix_of(group.output) for group in groups]
-    biased = with_bias(problem, matrices, options)
+    biased = with_bias(problem, matrices)
     jobs = fit_jobs(problem, unit_moments(problem, matrices, biased), groups, biased, {})
-    kept, shifts = apply_mix(problem, mix, mix, scores, jobs, options)
+    kept, shifts = apply_mix(problem, mix, scores, jobs, RefitOptions(True, options.damping, mix))
     with_shifts, without = smaller(problem, kept, shifts), smaller(problem, kept, {})
     for batch, dense in zip(problem.batches, before, strict=True):
         near = 1e-5 * float(dense.abs().max())
         torch.testing.assert_close(plain.logits(with_shifts, batch), dense, rtol=1e-4, atol=near)
         assert float((plain.logits(without, batch) - dense).abs().max()) > 100 * near
-    assert losses_left(problem, mix, kept) == []
+    assert uncompensated(problem, mix, kept) == []
 
 
 def test_large_constants_do_not_drown_what_varies():

@@ -129,7 +129,7 @@ def test_a_protected_layer_keeps_its_width(backend):
 
 def test_where_probes_run_out_the_cut_is_even(backend):
     problem = make_problem(build("gemma3n_text"), backend)
-    options = asking(share_of(problem.anatomy, 64), probe_forwards=4)
+    options = asking(share_of(problem.anatomy, 64), probes={"forwards": 4})
     kept, scores, trials, _, notes = cut(problem, options)
     assert [len(units) for units in kept.channels.values()] == [32] * LAYERS and not trials
     assert any("every layer keeps the same share" in note for note in notes) and scores.forwards <= 4

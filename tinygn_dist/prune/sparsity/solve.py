@@ -70,7 +70,7 @@ class SolverTask:
 
 def task_of(options: PruneConfig, level: Level, backprop: bool) -> SolverTask:
     return SolverTask(
-        level, backprop, options.scope, options.damping, options.solver, options.experiments, options.probe_samples
+        level, backprop, options.scope, options.damping, options.solver, options.experiments, options.probes.samples
     )
 
 

@@ -60,7 +60,7 @@ class LatencyGoal:
             backend.device,
         )
         self.table = self._on_main(lambda: cost_table(self._layers, options))
-        self.figures = {"timed": told(self._batch), "table": asdict(self.table), "looked_at": []}
+        self.figures = {"timed": described(self._batch), "table": asdict(self.table), "looked_at": []}
         self._timed: dict[Mix, float] = {}
         with backend.together("checking the request"):
             self.plan = replace(self._plan(), replan=self.replanned)
@@ -123,7 +123,7 @@ def inputs_of(config: PretrainedConfig, task: str, options: EvaluateConfig) -> B
     return {"input_ids": torch.randint(3, config.vocab_size, (options.batch_size, length), generator=generator)}
 
 
-def told(batch: Batch) -> str:
+def described(batch: Batch) -> str:
     """The shape of what is timed, for people."""
     ((name, tensor),) = batch.items()
     return f"{len(tensor)} x " + (f"{tensor.shape[1]} tokens" if name == "input_ids" else "image")
@@ -176,7 +176,7 @@ class Layers:
 
     def left_by(self, mix: Mix) -> dict[str, int]:
         """What a mix leaves of every layer."""
-        gone = {kind: getattr(mix, kind) for kind in _KINDS}
+        gone = {kind: mix[kind] for kind in _KINDS}
         return {kind: self.anatomy.of_kind(kind)[0].num_units - count for kind, count in gone.items() if count}
 
 
@@ -188,8 +188,9 @@ def cost_table(layers: Layers, options: PruneConfig) -> Latency:
         groups = layers.anatomy.of_kind(kind) if kind in options.unit_kinds else ()
         if groups and groups[0].num_units > 1:
             full, multiple = groups[0].num_units, options.multiple_of if kind == "channels" else 1
+            counts = _counts(full, multiple, groups[0].counts)
             shares[kind] = {full: 1.0}
-            for count in _counts(full, multiple):
+            for count in counts:
                 whole, cut = layers.timed({}, {kind: count})
                 wholes.append(whole)
                 shares[kind][count] = cut.layer / whole.layer
@@ -207,10 +208,14 @@ def _rising(shares: Mapping[int, float]) -> dict[int, float]:
     return dict(zip(counts, itertools.accumulate((shares[n] for n in counts), min), strict=True))
 
 
-def _counts(full: int, multiple_of: int) -> list[int]:
-    """Counts below the full one at which a layer is timed: the least that can stay and some between."""
+def _counts(full: int, multiple_of: int, accepted: Sequence[int] = ()) -> list[int]:
+    """Counts below the full one at which a layer is timed: the least that can stay and some between. accepted: by the class;
+    empty: any."""
     step = channel_step(full, multiple_of)
-    return sorted(({max(step, round(full * share / step) * step) for share in _SHARES} | {step}) - {full})
+    found = {max(step, round(full * share / step) * step) for share in _SHARES} | {step}
+    if accepted:
+        found = {count for count in found if count in accepted} | {min(accepted)}
+    return sorted(found - {full})
 
 
 def _least_in_layers(

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from tinygn_dist.config import PruneConfig
+from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.maths.counts import Latency, Mix
 from tinygn_dist.models.anatomy import Anatomy
@@ -30,6 +31,13 @@ class UnitGoal:
     sparsity: float
     protect: tuple[int, ...] = ()
     latency: Latency | None = None
+
+    def check_protect(self, anatomy: Anatomy) -> None:
+        """UserError where a protected layer is none."""
+        bad = [layer for layer in self.protect if not 0 <= layer < anatomy.num_layers]
+        if bad:
+            last = anatomy.num_layers - 1
+            raise UserError(f"prune.protect names layer {bad[0]}, the model has layers 0 to {last}")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -18,95 +18,52 @@ from tinygn_dist.estimate.gates import gate_derivatives
 from tinygn_dist.estimate.input_moments import InputMoments, block_influence
 from tinygn_dist.estimate.probes import Probe
 from tinygn_dist.estimate.problem import Problem
-from tinygn_dist.estimate.unit_statistics import column_energies, unit_magnitude
+from tinygn_dist.estimate.unit_moments import column_energies, unit_magnitude
 from tinygn_dist.maths import criteria
 from tinygn_dist.maths.counter_rng import key_of, uniform
 from tinygn_dist.maths.counts import Mix
+from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 from tinygn_dist.models.anatomy import Anatomy, UnitGroup
-from tinygn_dist.prune.structured.probing import MANY, UnitScores, order_layers, row_of, unit_losses
+from tinygn_dist.prune.structured.probing import (
+    MANY,
+    ProbedGroup,
+    Prober,
+    UnitScores,
+    order_layers,
+    row_of,
+    unit_losses,
+)
 
 log = logging.getLogger(__name__)
 
 
-def score_units(
-    problem: Problem,
-    most: Mix,
-    options: PruneConfig,
-    moments: InputMoments | None = None,
-    scores: UnitScores | None = None,
-    protect: Sequence[int] = (),
-) -> UnitScores:
-    """Scores of every kind of which `most` removes some, beside the `scores` of other kinds.
-
-    auto: removal probes for layers, heads and experts, the solver's own saliency for channels. moments: unreduced Gram
-    matrices of the groups' outputs, read by the criteria activation and removal of channels.
-    """
-    scores = scores or UnitScores()
-    if options.criterion == "gate" and most != Mix():  # the only one that has a choice
-        estimator, note = resolve_estimator(problem, options.estimator)
-        options = options.model_copy(update={"estimator": estimator})
-        if note and not any(old.startswith(f"estimator {estimator}") for old in problem.notes):
-            log.info("%s", note)
-            problem.notes.append(note)
-    if most.layers:
-        criterion = "removal" if options.criterion in ("auto", "obs") else options.criterion
-        if criterion == "removal":
-            order_layers(scores, problem, removable(problem.anatomy, protect), most.layers, options)
-        else:
-            _order_by_score(scores, problem, criterion, options, protect)
-    for kind in ("heads", "channels", "experts", "filters"):
-        groups = problem.anatomy.of_kind(kind)
-        criterion = _criterion(kind, groups, options)
-        if getattr(most, kind) and criterion != "obs":
-            values = _group_scores(scores, problem, groups, criterion, options, moments, getattr(most, kind))
-            scores.by_group |= {(kind, group.layer): value for group, value in zip(groups, values, strict=True)}
-    return scores
+def score_units(problem: Problem, most: Mix, options: PruneConfig, moments: InputMoments | None = None) -> UnitScores:
+    """Scores of every kind of which `most` removes some. moments: as of `UnitScorer`."""
+    return UnitScorer(problem, options, moments=moments).score(most)
 
 
-def reads_moments(problem: Problem, most: Mix, options: PruneConfig) -> bool:
-    """Whether `score_units` needs moments."""
-    for kind in ("heads", "channels"):
-        groups = problem.anatomy.of_kind(kind)
-        if getattr(most, kind) and groups:
-            criterion = _criterion(kind, groups, options)
+def reads_moments(anatomy: Anatomy, most: Mix, options: PruneConfig) -> bool:
+    """Whether `UnitScorer` needs moments."""
+    for kind in UNIT_KINDS:
+        groups = anatomy.of_kind(kind) if most[kind] else ()
+        if groups and not groups[0].router and kind != "filters":
+            criterion = criterion_of(groups[0], options.criterion)
             if criterion == "activation" or criterion == "removal" and groups[0].num_units > MANY:
                 return True
     return False
 
 
-def _criterion(kind: str, groups: Sequence[UnitGroup], options: PruneConfig) -> str:
-    """What auto and obs mean for a kind. Experts have no solver, and heads that several weights read have several."""
-    unsolved = kind in ("experts", "filters") or bool(groups and groups[0].also_read_by)
-    if options.criterion not in ("auto", "obs"):
-        return options.criterion
-    if kind == "experts" and groups and groups[0].num_units > MANY:
+def criterion_of(group: UnitGroup, asked: str) -> str:
+    """The criterion that `auto` and `obs` mean for units such as these. Only one weight that reads them can solve for them: experts
+    and filters have none, and heads of a stack several."""
+    kind = UNIT_KINDS[group.kind]
+    if asked not in ("auto", "obs"):
+        return asked
+    if group.router and group.num_units > MANY:
         return "activation"
-    return "removal" if unsolved or options.criterion == "auto" and kind != "channels" else "obs"
-
-
-def _order_by_score(
-    scores: UnitScores, problem: Problem, criterion: str, options: PruneConfig, protect: Sequence[int]
-) -> None:
-    num_layers = problem.anatomy.num_layers
-    match criterion:
-        case "gate":
-            values = criteria.second_order(
-                *_gate_grads(scores, problem, [Probe(layer) for layer in range(num_layers)], options)
-            )
-        case "activation":
-            values = criteria.block_influence(*block_influence(problem))
-        case "magnitude":
-            values = torch.zeros(num_layers, dtype=torch.float64)
-            for matrix in problem.anatomy.matrices:
-                weight = problem.backend.shard(problem.model, matrix).weight
-                values[matrix.layer] += float(weight.double().square().sum())
-            values = problem.backend.sum_over_shards(values)
-        case "random":
-            values = uniform(0, num_layers, key_of(options.seed, "layers"))
-        case _:
-            raise AssertionError(criterion)
-    scores.layer_order = sorted(removable(problem.anatomy, protect), key=lambda layer: (float(values[layer]), layer))
-    scores.table += [row_of("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
+    if not kind.solved or group.also_read_by:
+        return "removal"
+    return kind.criterion if asked == "auto" else "obs"
 
 
 def removable(anatomy: Anatomy, protect: Sequence[int]) -> list[int]:
@@ -115,71 +72,151 @@ def removable(anatomy: Anatomy, protect: Sequence[int]) -> list[int]:
     return [layer for layer in range(anatomy.num_layers) if layer not in stay]
 
 
-def _group_scores(
-    scores: UnitScores,
-    problem: Problem,
-    groups: Sequence[UnitGroup],
-    criterion: str,
-    options: PruneConfig,
-    moments: InputMoments | None,
-    removed: int,
-) -> list[torch.Tensor]:
-    match criterion:
-        case "removal":
-            return unit_losses(scores, problem, groups, options, moments, removed)
-        case "gate":
-            values = _gates(scores, problem, groups, options)
-        case "activation" if groups[0].router:
-            values, reached = output_mass(problem, groups)
-            _warn_unreached(groups, reached)
-        case "activation":
-            values = [
-                criteria.unit_sums(energy, group.output_width)
-                for group, energy in zip(groups, column_energies(problem, groups, moments), strict=True)
-            ]
-        case "magnitude":
-            values = [unit_magnitude(problem, group) for group in groups]
-        case "random":
-            values = [uniform(0, g.num_units, key_of(options.seed, f"{g.kind}/{g.layer}")) for g in groups]
-        case _:
-            raise AssertionError(criterion)
-    for group, value in zip(groups, values, strict=True):
-        if group.num_units <= MANY:
-            scores.table += [
-                row_of(group.kind, group.layer, criterion, float(v)) | {"unit": unit} for unit, v in enumerate(value)
-            ]
-    return values
+@dataclass
+class UnitScorer:
+    """Scores the units of a problem and adds them to `scores`.
 
+    moments: unreduced Gram matrices of the groups' outputs, for the criteria activation and (of channels) removal. protect:
+    layers that stay.
+    """
 
-def _gates(
-    scores: UnitScores, problem: Problem, groups: Sequence[UnitGroup], options: PruneConfig
-) -> list[torch.Tensor]:
-    if options.estimator != "backprop" and groups[0].num_units > MANY:
-        raise UserError(
-            f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} are too "
-            "many for finite differences: use --estimator backprop, where a smaller data.micro_batch or data.seq_len makes it "
-            "fit, or criterion obs, removal or activation"
+    problem: Problem
+    options: PruneConfig
+    scores: UnitScores = field(default_factory=UnitScores)
+    moments: InputMoments | None = None
+    protect: Sequence[int] = ()
+
+    @property
+    def prober(self) -> Prober:
+        return Prober(self.scores, self.problem, self.options.probes)
+
+    def score(self, most: Mix) -> UnitScores:
+        """Every kind of which `most` removes some. auto: removal probes for layers, heads and experts; channels are left to the
+        solver's own saliency."""
+        self._estimator = self.options.estimator
+        if self.options.criterion == "gate" and most != Mix():  # the only one that has a choice
+            self._estimator, note = resolve_estimator(self.problem, self.options.estimator)
+            if note:
+                log.info("%s", note)
+                self.scores.notes.append(note)
+        if most.layers:
+            self._order_layers(most.layers)
+        for kind in UNIT_KINDS:
+            groups = self.problem.anatomy.of_kind(kind) if most[kind] else ()
+            criterion = criterion_of(groups[0], self.options.criterion) if groups else "obs"
+            if criterion != "obs":
+                values = self._group_scores(groups, criterion, most[kind])
+                self.scores.by_group |= {(kind, g.layer): value for g, value in zip(groups, values, strict=True)}
+        return self.scores
+
+    def _order_layers(self, removed: int) -> None:
+        layers, criterion = removable(self.problem.anatomy, self.protect), self.options.criterion
+        if criterion in ("auto", "obs", "removal"):
+            self.scores.layer_order = order_layers(self.prober, layers, removed)
+            return
+        values = _LAYER_SCORES[criterion](self)
+        self.scores.layer_order = sorted(layers, key=lambda layer: (float(values[layer]), layer))
+        self.scores.table += [row_of("layers", layer, criterion, float(value)) for layer, value in enumerate(values)]
+
+    def _layer_gates(self) -> torch.Tensor:
+        return criteria.second_order(
+            *self._gate_derivatives([Probe(layer) for layer in range(self.problem.anatomy.num_layers)])
         )
-    derivatives, counts = _gate_grads(scores, problem, list(probes.single_units(groups)), options)
-    return list(criteria.second_order(derivatives, counts).split([group.num_units for group in groups]))
+
+    def _layer_magnitudes(self) -> torch.Tensor:
+        problem = self.problem
+        values = torch.zeros(problem.anatomy.num_layers, dtype=torch.float64)
+        for matrix in problem.anatomy.matrices:
+            weight = problem.backend.shard(problem.model, matrix).weight
+            values[matrix.layer] += float(weight.double().square().sum())
+        return problem.backend.sum_over_shards(values)
+
+    def _random_layers(self) -> torch.Tensor:
+        return uniform(0, self.problem.anatomy.num_layers, key_of(self.options.seed, "layers"))
+
+    def _group_scores(self, groups: Sequence[UnitGroup], criterion: str, removed: int) -> list[torch.Tensor]:
+        """(units,) of each group."""
+        if criterion == "removal":
+            several = self.options.pattern == "units" and self.options.counts is None  # other mixes remove fewer
+            blocks = self._blocks(groups)
+            probed = [
+                ProbedGroup(group, parts, removed, 1 if several else removed)
+                for group, parts in zip(groups, blocks, strict=True)
+            ]
+            return unit_losses(self.prober, probed)
+        values = _GROUP_SCORES[criterion](self, groups)
+        for group, value in zip(groups, values, strict=True):
+            if group.num_units <= MANY:
+                self.scores.table += [
+                    row_of(group.kind, group.layer, criterion, float(v)) | {"unit": unit}
+                    for unit, v in enumerate(value)
+                ]
+        return values
+
+    def _blocks(self, groups: Sequence[UnitGroup]) -> list[list[torch.Tensor]]:
+        """The units of each probe. One head or expert; channels in blocks of similar activation energy, which orders them inside;
+        of filters at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
+        if groups[0].kind == "filters":
+            orders = [unit_magnitude(self.problem, group).argsort(stable=True) for group in groups]
+            return [list(order.split(max(1, len(order) // MANY))) for order in orders]
+        if groups[0].num_units <= MANY or groups[0].router:
+            return [list(torch.arange(group.num_units).split(1)) for group in groups]
+        energies, size = column_energies(self.problem, groups, self.moments), self.options.probes.channels
+        return [list(energy.argsort(stable=True).cpu().split(size)) for energy in energies]
+
+    def _gates(self, groups: Sequence[UnitGroup]) -> list[torch.Tensor]:
+        if self._estimator != "backprop" and groups[0].num_units > MANY:
+            raise UserError(
+                f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} are "
+                "too many for finite differences: use --estimator backprop, where a smaller data.micro_batch or "
+                "data.seq_len makes it fit, or criterion obs, removal or activation"
+            )
+        derivatives, counts = self._gate_derivatives(list(probes.single_units(groups)))
+        return list(criteria.second_order(derivatives, counts).split([group.num_units for group in groups]))
+
+    def _gate_derivatives(self, gates: Sequence[Probe]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gates, sequences) derivatives of summed losses by the resolved estimator, and the token counts."""
+        if self._estimator == "backprop":
+            groups = list(dict.fromkeys(gate.group for gate in gates if gate.group is not None))
+            layers = [gate.layer for gate in gates if gate.group is None]
+            by_group, by_layer, counts = gate_gradients(self.problem, groups, layers)
+            return torch.cat([*by_group, by_layer]), counts
+        found = gate_derivatives(self.problem, gates, step=self.options.probes.step)
+        self.scores.forwards += found.forwards
+        self.scores.kinked += len(found.kinked)
+        for (layer, group), step in found.steps.items():
+            self.scores.steps.append({"kind": group.kind if group else "layers", "layer": layer, **asdict(step)})
+        log.info("gate derivatives: %d partial forwards, %d gates at a kink", found.forwards, len(found.kinked))
+        return found.slopes, found.counts
+
+    def _activations(self, groups: Sequence[UnitGroup]) -> list[torch.Tensor]:
+        if groups[0].router:
+            values, reached = output_mass(self.problem, groups)
+            _warn_unreached(groups, reached)
+            return values
+        energies = column_energies(self.problem, groups, self.moments)
+        return [criteria.unit_sums(e, group.output_width) for group, e in zip(groups, energies, strict=True)]
+
+    def _magnitudes(self, groups: Sequence[UnitGroup]) -> list[torch.Tensor]:
+        return [unit_magnitude(self.problem, group) for group in groups]
+
+    def _random_units(self, groups: Sequence[UnitGroup]) -> list[torch.Tensor]:
+        return [uniform(0, g.num_units, key_of(self.options.seed, f"{g.kind}/{g.layer}")) for g in groups]
 
 
-def _gate_grads(
-    scores: UnitScores, problem: Problem, gates: Sequence[Probe], options: PruneConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gates, sequences) derivatives of summed losses by the configured estimator, and the token counts."""
-    if options.estimator == "backprop":
-        groups = list(dict.fromkeys(gate.group for gate in gates if gate.group is not None))
-        layers = [gate.layer for gate in gates if gate.group is None]
-        by_group, by_layer, counts = gate_gradients(problem, groups, layers)
-        return torch.cat([*by_group, by_layer]), counts
-    found = gate_derivatives(problem, gates, scheme=options.probe_difference, step=options.probe_step)
-    scores.forwards += found.forwards
-    scores.kinked += len(found.kinked)
-    for (layer, group), step in found.steps.items():
-        scores.steps.append({"kind": group.kind if group else "layers", "layer": layer, **asdict(step)})
-    log.info("gate derivatives: %d partial forwards, %d gates at a kink", found.forwards, len(found.kinked))
-    return found.slopes, found.counts
+_LAYER_SCORES: dict[str, Callable[[UnitScorer], torch.Tensor]] = {
+    "gate": UnitScorer._layer_gates,
+    "activation": lambda scorer: criteria.block_influence(*block_influence(scorer.problem)),
+    "magnitude": UnitScorer._layer_magnitudes,
+    "random": UnitScorer._random_layers,
+}
+_GROUP_SCORES: dict[str, Callable[[UnitScorer, Sequence[UnitGroup]], list[torch.Tensor]]] = {
+    "gate": UnitScorer._gates,
+    "activation": UnitScorer._activations,
+    "magnitude": UnitScorer._magnitudes,
+    "random": UnitScorer._random_units,
+}
+"""by criterion, beside removal, which probes"""
 
 
 def _warn_unreached(groups: Sequence[UnitGroup], reached: Sequence[torch.Tensor]) -> None:

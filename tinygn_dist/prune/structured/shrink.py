@@ -15,29 +15,21 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.backends.pieces import Origin, Run, filled, hollow
+from tinygn_dist.backends.pieces import Origin, Run, filled, hollow, tensors_of
 from tinygn_dist.models.anatomy import Anatomy, Slice
 from tinygn_dist.models.kept import KeptUnits
+from tinygn_dist.models.stacks import keep_layers
 
 
 def smaller_config(config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) -> PretrainedConfig:
     """Copy of the config with the kept counts. Per-layer lists (such as layer_types) keep the kept layers' entries."""
-    small, family, before = copy.deepcopy(config), anatomy.family, anatomy.num_layers
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and "layer" in key and len(value) == before:
-            setattr(small, key, [value[layer] for layer in kept.layers])
+    small, family = copy.deepcopy(config), anatomy.family
     if family.filters:
         family.filters.resize(small, _widths(anatomy, kept))
         return small
-    for stack in anatomy.stacks:
-        stack.set_depth(small, len(stack.kept(kept.layers)))
+    keep_layers(small, anatomy.stacks, kept.layers)
     if kept.heads:
-        attention = family.attention or family.stack_heads
-        groups = len(next(iter(kept.heads.values())))
-        heads, kv_heads = getattr(config, attention.num_heads), getattr(config, attention.num_kv_heads)
-        small.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        setattr(small, attention.num_heads, heads // kv_heads * groups)
-        setattr(small, attention.num_kv_heads, groups)
+        (family.attention or family.stack_heads).resize(small, len(next(iter(kept.heads.values()))))
     if kept.channels:
         _write_widths(small, config, anatomy, kept)
     if kept.hidden:
@@ -124,6 +116,24 @@ def smaller_origin(
         return small, run
 
     return Origin(lambda: filled(*empty()), empty)
+
+
+def in_dtypes(
+    build: Callable[[], nn.Module], anatomy: Anatomy, kept: KeptUnits, dtypes: Mapping[str, torch.dtype]
+) -> Callable[[], nn.Module]:
+    """`build` of a smaller model, with every tensor in the dtype that it has in the dense one: classes keep some in fp32
+    whatever the others are (T5's `wo`), and only loading does so. dtypes: by the dense model's names."""
+    names = Cut(anatomy, KeptUnits(kept.layers), {})
+
+    def built() -> nn.Module:
+        model = build()
+        for name, tensor in tensors_of(model).items():
+            dtype = dtypes.get(names.source(name), tensor.dtype)
+            if dtype != tensor.dtype:
+                tensor.data = tensor.data.to(dtype)
+        return model
+
+    return built
 
 
 def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:

@@ -7,12 +7,8 @@ from torch import nn
 
 from tinygn_dist.config import PruneConfig
 from tinygn_dist.errors import UserError
+from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 from tinygn_dist.models.anatomy import Anatomy
-
-_UNEVEN_COST = {
-    "experts": "tokens visit as many experts as before however many there are",
-    "filters": "a filter costs more the larger its feature map",
-}
 
 
 def sparsity_of(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> float:
@@ -25,11 +21,9 @@ def sparsity_of(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, den
         return options.sparsity
     measure, _, share = options.goal.partition("=")
     if measure in ("flops", "latency"):
-        for kind, reason in _UNEVEN_COST.items():
-            if anatomy.of_kind(kind):
-                raise UserError(f"goal {measure}: {reason}; use params or bytes")
-        if options.pattern == "hidden":
-            raise UserError(f"goal {measure}: the width of the stream is cut by parameters; use params or bytes")
+        for kind, row in UNIT_KINDS.items():
+            if row.uneven_cost and (anatomy.of_kind(kind) or options.pattern == kind):
+                raise UserError(f"goal {measure}: {row.uneven_cost}; use params or bytes")
         if len(anatomy.stacks) > 1:
             raise UserError(
                 f"goal {measure}: its stacks of layers read different numbers of positions; use params or bytes"

@@ -15,7 +15,7 @@ from tinygn_dist.models.anatomy import Anatomy
 from tinygn_dist.prune.structured.latency import LatencyGoal
 from tinygn_dist.prune.structured.methods import method_of
 from tinygn_dist.prune.structured.removal import RemovedUnits, UnitGoal, UnitMethod, UnitPlan
-from tinygn_dist.prune.structured.shrink import smaller_config, smaller_origin
+from tinygn_dist.prune.structured.shrink import in_dtypes, smaller_config, smaller_origin
 from tinygn_dist.prune.structured.size_goal import sparsity_of
 from tinygn_dist.step import Live, Outcome, Request, Step
 
@@ -41,8 +41,8 @@ class RemoveUnits(Step):
         self._goal = UnitGoal(self._sparsity, options.protect)
         if not options.asks_latency:
             self.plan = method.plan(anatomy, options, self._goal)
-        if options.probe_step is not None:
-            check_step(options.probe_step, request.dtype)
+        if options.probes.step is not None:
+            check_step(options.probes.step, request.dtype)
 
     def measure(self, request: Request) -> None:
         """What layers cost on this device, and the mixes that meet a latency by that."""
@@ -62,6 +62,8 @@ class RemoveUnits(Step):
         backend.agree(kept.fingerprint(), "the kept units")
         config = smaller_config(problem.bare.config, problem.anatomy, kept)
         build = functools.partial(self._request.build, config, problem.bare.dtype)
+        dtypes = {name: tensor.dtype for name, tensor in problem.bare.state_dict().items()}
+        build = in_dtypes(build, problem.anatomy, kept, dtypes)
         return Outcome(
             origin=smaller_origin(build, problem.model, problem.anatomy, kept, backend, found.shifts),
             layers=kept.layers,
