@@ -29,6 +29,7 @@ import yaml
 from tinygn_dist.backends import make_backend
 from tinygn_dist.checkpoints import export, load
 from tinygn_dist.checkpoints.companions import Companions
+from tinygn_dist.checkpoints.formats.form import Form
 from tinygn_dist.checkpoints.sharded_load import from_checkpoint
 from tinygn_dist.config import DistributedConfig, ModelConfig
 from tinygn_dist.estimate.backprop import weight_gradients
@@ -123,7 +124,7 @@ def measure(folder: Path, seq_len: int, offload: str) -> None:
     (folder / "out").mkdir(exist_ok=True)
     before_writing = anonymous()
     with peak_of(facts, "write peak", before_writing):
-        export.write_checkpoint(folder / "out", model, {}, Companions(), 4.0, backend)
+        export.write_checkpoint(folder / "out", model, Form(), Companions(), 4.0, backend)
     worst = [max(values) for values in zip(*(told.values() for told in backend.everyone(facts)), strict=True)]
     if backend.is_main:
         (folder / "facts.json").write_text(json.dumps(dict(zip(facts, worst, strict=True))))

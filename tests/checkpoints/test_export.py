@@ -19,6 +19,7 @@ from tests.pipeline.test_end_to_end import stored
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints.companions import Companions, companions_of
 from tinygn_dist.checkpoints.export import write_checkpoint
+from tinygn_dist.checkpoints.formats.form import Form
 from tinygn_dist.errors import Refused
 
 CODE = """
@@ -102,7 +103,7 @@ def test_files_are_those_of_the_model_under_its_adapters(
     model = tiny.build(family) if family in tiny.CONFIGS else build(family)
     model.save_pretrained(tmp_path / "plain")
     (tmp_path / "out").mkdir()
-    write_checkpoint(tmp_path / "out", wrap(model), {}, Companions(), 1.0, backend)
+    write_checkpoint(tmp_path / "out", wrap(model), Form(), Companions(), 1.0, backend)
     wanted, found = stored(tmp_path / "plain"), stored(tmp_path / "out")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
@@ -146,7 +147,7 @@ def test_what_a_stock_load_would_drop_or_miss_is_refused_by_name(
     model = tiny.build("llama")
     change(model)
     with pytest.raises(Refused, match=part):
-        write_checkpoint(tmp_path, model, {}, Companions(), 1.0, backend)
+        write_checkpoint(tmp_path, model, Form(), Companions(), 1.0, backend)
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_custom_code_comes_along_whatever_the_live_class_is(
     out = tmp_path / "out"
     out.mkdir()
     beside = companions_of(str(own_code)) if with_source else Companions()
-    write_checkpoint(out, wrap(model), {}, beside, 1.0, backend)
+    write_checkpoint(out, wrap(model), Form(), beside, 1.0, backend)
     facts = json.loads((out / "config.json").read_text())
     assert facts["architectures"] == ["OwnForCausalLM"]
     assert facts["auto_map"] == AUTO_MAP
@@ -209,7 +210,7 @@ def test_custom_code_comes_along_whatever_the_live_class_is(
 def test_the_class_under_a_swap_is_the_one_in_the_config(backend: Backend, tmp_path: Path, family: str):
     model = tiny.build(family)
     plain = type(model).__name__
-    write_checkpoint(tmp_path, swapped(model), {}, Companions(), 1.0, backend)
+    write_checkpoint(tmp_path, swapped(model), Form(), Companions(), 1.0, backend)
     assert AutoConfig.from_pretrained(tmp_path).architectures == [plain]
 
 
@@ -218,5 +219,5 @@ def test_a_subclass_of_the_users_own_script_is_named(backend: Backend, tmp_path:
         pass
 
     model = Mine(tiny.build("llama").config)
-    write_checkpoint(tmp_path, model, {}, Companions(), 1.0, backend)
+    write_checkpoint(tmp_path, model, Form(), Companions(), 1.0, backend)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Mine"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def write_config_files(folder: Path, bare: nn.Module, plain: nn.Module, dtype: t
     )
     if plain.can_generate() and getattr(bare, "generation_config", None) is not None:
         _write_generation_config(folder, bare.generation_config, beside)
+
+
+def add_to_config(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Further entries of the config.json that was written there."""
+    file = folder / "config.json"
+    facts = json.loads(file.read_text(encoding="utf-8")) | dict(entries)
+    file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _with_old_words(facts: dict[str, Any], config: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +16,8 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.backends.pieces import tensors_of
 from tinygn_dist.backends.wrappers import plain_class
 from tinygn_dist.checkpoints.companions import Companions
-from tinygn_dist.checkpoints.config_files import write_config_files
+from tinygn_dist.checkpoints.config_files import add_to_config, write_config_files
+from tinygn_dist.checkpoints.formats.form import Form
 from tinygn_dist.checkpoints.safetensors_io import Kind, ShardWriter, StoredTensors, Written
 from tinygn_dist.checkpoints.unstored import apart_in, keep_apart
 from tinygn_dist.errors import Refused, UserError
@@ -26,15 +26,15 @@ from tinygn_dist.errors import Refused, UserError
 def write_checkpoint(
     folder: Path,
     model: nn.Module,
-    dtypes: Mapping[str, torch.dtype],
+    form: Form,
     beside: Companions,
     max_shard_gib: float,
     backend: Backend,
 ) -> dict[str, Written]:
     """safetensors shards, config, generation config, and what lies beside the weights of the source.
 
-    A collective; the main rank writes, and holds one whole tensor at a time. model: as the backend prepared it. dtypes:
-    of the tensors to write, by name; others keep theirs. Returns what was written, by name on disk, on the main rank.
+    A collective; the main rank writes, and holds one whole tensor at a time. model: as the backend prepared it. form:
+    dtypes, and what is stored as codes. Returns what was written, by name on disk, on the main rank.
     Raises UserError when the disk fills up while writing, Refused when the model's class has no place for a tensor or
     lacks one.
     """
@@ -44,7 +44,7 @@ def write_checkpoint(
         if not backend.is_main or failure is not None:
             continue
         try:
-            checkpoint = checkpoint or _Checkpoint(folder, model, backend, dtypes, max_shard_gib, beside)
+            checkpoint = checkpoint or _Checkpoint(folder, model, backend, form, max_shard_gib, beside)
             checkpoint.add(name, tensor)
         except Exception as error:
             failure = error
@@ -100,35 +100,39 @@ class _Checkpoint:
         folder: Path,
         model: nn.Module,
         backend: Backend,
-        dtypes: Mapping[str, torch.dtype],
+        form: Form,
         max_shard_gib: float,
         beside: Companions,
     ) -> None:
         bare = backend.unwrap(model)
         plain = skeleton_of(bare)
         refuse_misfits(bare, plain, backend)
-        self._bare, self._dtypes, self._waiting = bare, dtypes, {}
+        self._bare, self._form, self._waiting = bare, form, {}
         state = {
-            name: torch.empty(backend.shape(tensor), dtype=dtypes.get(name, tensor.dtype), device="meta")
+            name: torch.empty(backend.shape(tensor), dtype=form.dtypes.get(name, tensor.dtype), device="meta")
             for name, tensor in tensors_of(bare).items()
         }
         stored = revert_weight_conversion(bare, dict(state))
         layout = {name: _kind(tensor) for name, tensor in stored.items()}
+        assert form.codes.keys() <= layout.keys(), "a weight on its grid is stored under another name"
         alone = {name: self._converted({name: tensor}) for name, tensor in state.items()}
         self._together = {
             name for name, made in alone.items() if any(layout.get(n) != _kind(t) for n, t in made.items())
         }
+        dtype = next((k.dtype for k in layout.values() if k.dtype.is_floating_point), bare.dtype)
+        layout = {part: k for name, kind in layout.items() for part, k in form.kinds(name, kind).items()}
         self._carried = StoredTensors(beside.tensor_files) if beside.tensors else None
         self._beside = beside
         layout |= {name: self._carried.kind(name) for name in beside.tensors}
         beside.copy(folder)
-        dtype = next((k.dtype for k in layout.values() if k.dtype.is_floating_point), bare.dtype)
         write_config_files(folder, bare, plain, dtype, beside)
+        if codes := form.quantization_config():
+            add_to_config(folder, {"quantization_config": codes})
         self._writer = ShardWriter(folder, layout, max_shard_gib * 1e9)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         assert tensor.numel() > 0, f"{name} would be written empty"
-        tensor = tensor.cpu().to(self._dtypes.get(name, tensor.dtype))
+        tensor = tensor.cpu().to(self._form.dtypes.get(name, tensor.dtype))
         if name in self._together:
             self._waiting[name] = tensor
         else:
@@ -143,7 +147,8 @@ class _Checkpoint:
 
     def _write(self, state: dict[str, torch.Tensor]) -> None:
         for name, tensor in self._converted(state).items():
-            self._writer.add(name, tensor)
+            for part, stored in self._form.encoded(name, tensor).items():
+                self._writer.add(part, stored)
 
     def _converted(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return revert_weight_conversion(self._bare, state)

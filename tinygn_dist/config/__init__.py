@@ -20,6 +20,7 @@ from pydantic import model_validator
 from tinygn_dist.config.checkpoint import CheckpointConfig
 from tinygn_dist.config.probes import ProbeConfig
 from tinygn_dist.config.prune import NM, UNIT_CRITERIA, WEIGHT_CRITERIA, PruneConfig
+from tinygn_dist.config.quantize import QuantizeConfig
 from tinygn_dist.config.reconstruct import ReconstructConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.run import DataConfig, DistributedConfig, EvaluateConfig, ModelConfig, OutputConfig
@@ -44,6 +45,7 @@ __all__ = [
     "OutputConfig",
     "ProbeConfig",
     "PruneConfig",
+    "QuantizeConfig",
     "ReconstructConfig",
     "RecoverConfig",
     "ScheduleConfig",
@@ -56,23 +58,24 @@ __all__ = [
 ]
 
 
-FLAT = frozenset({"prune", "schedule", "reconstruct", "recover"})
+FLAT = frozenset({"prune", "schedule", "reconstruct", "recover", "quantize"})
 """sections that stand for the usual order of steps"""
 
 
 class Config(Section):
     """model, data, evaluate, checkpoint, output and distributed are of the whole run. What is done is a list of `steps`, or
-    the sections prune, schedule, reconstruct and recover, which stand for the usual order. `recipe` is the list of both."""
+    the sections prune, schedule, reconstruct, recover and quantize, which stand for the usual order. `recipe` is the list of both."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
     steps: tuple[StepConfig, ...] = ()
     """the recipe as a list, such as [{prune: {pattern: units}}, {prune: {pattern: "2:4"}}, {recover: {steps: 100}}]; in place of the
-    sections prune, schedule, reconstruct and recover"""
+    sections prune, schedule, reconstruct, recover and quantize"""
     prune: PruneConfig = PruneConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     reconstruct: ReconstructConfig = ReconstructConfig()
     recover: RecoverConfig = RecoverConfig()
+    quantize: QuantizeConfig = QuantizeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()

@@ -38,6 +38,8 @@ class QuantizeConfig(Section):
     """nearest: rounding without data, to compare with"""
     rounds: int = Field(2, ge=0)
     """times that scales are fitted to the codes, and the codes to the scales, after the sweep"""
+    files: Literal["codes", "values"] = "codes"
+    """codes: files of compressed-tensors, as small as the scheme; values: plain weights that lie on the grid"""
     damping: float = Field(0.01, gt=0)
     """added to the Hessian's diagonal, as a fraction of its mean"""
     gram_gib: float = Field(16, ge=0)

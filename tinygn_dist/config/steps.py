@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 
 from tinygn_dist.config.prune import PruneConfig
+from tinygn_dist.config.quantize import SCHEMES, QuantizeConfig
 from tinygn_dist.config.reconstruct import ReconstructConfig
 from tinygn_dist.config.recover import RecoverConfig
 from tinygn_dist.config.schedule import ScheduleConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class StepConfig(Section):
-    """One step: exactly one of prune, reconstruct and recover."""
+    """One step: exactly one of prune, reconstruct, recover and quantize."""
 
     prune: PruneConfig | None = None
     """units or weights go"""
@@ -28,6 +29,8 @@ class StepConfig(Section):
     """what is left of each layer is tuned to the dense model's hidden states"""
     recover: RecoverConfig | None = None
     """the compressed model trains"""
+    quantize: QuantizeConfig | None = None
+    """weights go onto a grid of few values"""
 
     @model_validator(mode="after")
     def _is_one_step(self) -> StepConfig:
@@ -38,6 +41,8 @@ class StepConfig(Section):
             )
         if "schedule" in self.model_fields_set and self.prune is None:
             raise ValueError(f"schedule beside {named[0]}, accepted: beside prune, whose sparsity it lets grow")
+        if self.quantize is not None and self.quantize.scheme is None:
+            raise ValueError(f"quantize without a scheme, accepted: {', '.join(SCHEMES)}")
         return self
 
     @property
@@ -50,12 +55,18 @@ STEPS = tuple(name for name in StepConfig.model_fields if name != "schedule")
 
 
 def usual_order(config: Config) -> tuple[StepConfig, ...]:
-    """The steps that the flat form stands for: prune, then reconstruct and recover where they are asked for."""
-    steps = [StepConfig(prune=config.prune, schedule=config.schedule)]
+    """The steps that the flat form stands for: prune, then reconstruct, recover and quantize where they are asked for.
+    With quantize, prune is asked for, too."""
+    quantize = config.quantize
+    steps = []
+    if quantize.scheme is None or config.model_fields_set & {"prune", "schedule"}:
+        steps.append(StepConfig(prune=config.prune, schedule=config.schedule))
     if config.reconstruct.epochs:
         steps.append(StepConfig(reconstruct=config.reconstruct))
     if config.recover.steps:
         steps.append(StepConfig(recover=config.recover))
+    if quantize.scheme is not None:
+        steps.append(StepConfig(quantize=quantize))
     return tuple(steps)
 
 
@@ -69,6 +80,12 @@ def check_order(steps: Sequence[StepConfig]) -> None:
         raise ValueError("recover.teacher_cache_gib with several recover steps, accepted: one; leave it out")
     for before, after in _pairs(steps):
         _check_pair(before, after)
+    quantised = [number for number, step in enumerate(steps) if step.quantize]
+    if quantised and quantised[0] < len(steps) - 1:
+        raise ValueError(
+            f"step {quantised[0] + 2} ({steps[quantised[0] + 1].name}) after quantize, accepted: quantize as the last step, "
+            "as weights have to stay on their grids"
+        )
     zeroed = False
     for number, step in enumerate(steps):
         if step.prune and step.prune.unit_kinds and zeroed:

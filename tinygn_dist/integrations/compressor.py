@@ -16,6 +16,7 @@ from tinygn_dist.backends import make_backend
 from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints import export, output_folder
 from tinygn_dist.checkpoints.companions import Companions, companions_of
+from tinygn_dist.checkpoints.formats.form import Form
 from tinygn_dist.checkpoints.load import task_of
 from tinygn_dist.checkpoints.run_checkpoint import CONSTRAINT, Checkpoints
 from tinygn_dist.checkpoints.unstored import keep_apart, kept_apart
@@ -206,7 +207,7 @@ class Compressor:
             output_folder.draft(destination, self.backend) as draft,
             self.backend.together("writing the checkpoint"),
         ):
-            export.write_checkpoint(draft, model, {}, beside, output.max_shard_gib, self.backend)
+            export.write_checkpoint(draft, model, Form(), beside, output.max_shard_gib, self.backend)
 
     def _need_compressed(self) -> None:
         if self._anatomy is None:
@@ -270,7 +271,7 @@ def _without_training(config: Config) -> tuple[list[RemoveUnits], StepConfig | N
     caller trains."""
     entries = [entry for entry in config.recipe if entry.prune]
     for entry in config.recipe:
-        if entry.reconstruct or (entry.recover and config.steps):
+        if entry.reconstruct or entry.quantize or (entry.recover and config.steps):
             raise UserError(
                 f"a step {entry.name} is for `tinygn compress`, which has the dense model and the training data; leave it out "
                 "here, and train as you do"

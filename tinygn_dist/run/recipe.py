@@ -11,6 +11,7 @@ from tinygn_dist.prune.sparsity.step import SetToZero
 from tinygn_dist.prune.structured.methods import method_of
 from tinygn_dist.prune.structured.size_goal import sparsity_of
 from tinygn_dist.prune.structured.step import RemoveUnits
+from tinygn_dist.quantize.step import Quantize
 from tinygn_dist.run.training import Recover
 from tinygn_dist.step import Request, Step
 from tinygn_dist.train.reconstruct import Reconstruct
@@ -39,6 +40,8 @@ def steps_of(recipe: Sequence[StepConfig], request: Request) -> list[Step]:
             plan = plan if plan and plan.total == entry.recover.steps else Plan(entry.recover.steps)
             masked = next((step for step in reversed(steps) if isinstance(step, SetToZero)), None)
             steps.append(Recover(entry.recover, plan, range(plan.total), masked))
+        if entry.quantize:
+            steps.append(Quantize(entry.quantize))
         if entry.recover:
             plan = None
     return steps

@@ -43,6 +43,8 @@ class Report:
     """of each layer, the relative error of its output on held-out sequences before and after"""
     recovery: dict[str, Any] = field(default_factory=dict)
     """of the last training"""
+    quantization: dict[str, Any] = field(default_factory=dict)
+    """scheme, fingerprint of codes and scales, and stored bits for each quantised weight"""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """a row for each step of the recipe that ran, in order"""
     data: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +141,8 @@ class Report:
 
 def _asked(step: Mapping[str, Any]) -> str:
     prune, recover = step["prune"], step["recover"]
+    if step.get("quantize"):
+        return step["quantize"]["scheme"]
     if prune is None:
         return f"{recover['steps']} steps of recovery" if recover else "block reconstruction"
     amount = "" if ":" in prune["pattern"] else prune["goal"] or f"{prune['sparsity']:.0%}"
