@@ -19,7 +19,7 @@ GRADUAL_CASES = {
     "cubic obs": ({"criterion": "obs"}, {"kind": "cubic"}),
     "N:M fisher": ({"criterion": "fisher", "pattern": "2:4", **NO_DOWN}, {"kind": "linear", "criterion": "fisher"}),
     "movement": ({"criterion": "magnitude"}, {"kind": "linear", "criterion": "movement"}),
-    "ADMM": ({"criterion": "magnitude"}, {"kind": "admm", "penalty": 1.0}),
+    "ADMM": ({"criterion": "magnitude"}, {"kind": "admm", "experiments": {"elsa": {"penalty": 1.0}}}),
     "RigL": ({"criterion": "magnitude"}, {"regrow": "gradient"}),
     "Top-KAST": ({"criterion": "magnitude"}, {"regrow": "top-kast"}),
 }

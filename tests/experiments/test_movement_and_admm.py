@@ -63,7 +63,9 @@ def test_movement_removes_what_training_moved_towards_zero(backend: Backend):
 def test_admm_is_the_plain_algorithm(backend: Backend, pattern: str):
     """x - lr * (g + penalty * (x - z + u)); every 3 steps z = largest of x + u, u += x - z; cut at the last one."""
     prune = HALF.model_copy(update={"pattern": pattern})
-    before, aims, masks, model = run(backend, ScheduleConfig(kind="admm", penalty=0.8, every=3), prune)
+    before, aims, masks, model = run(
+        backend, ScheduleConfig(kind="admm", experiments={"elsa": {"penalty": 0.8}}, every=3), prune
+    )
 
     def sparse(values: torch.Tensor) -> torch.Tensor:
         if pattern == "unstructured":
@@ -112,7 +114,9 @@ def test_movement_at_one_threshold_for_all_matrices(backend: Backend):
 @pytest.mark.parametrize("kind", ["one-shot", "linear"])
 def test_top_kast_is_the_plain_algorithm(backend: Backend, kind: str):
     """theta trains where it is among the largest 1 - s + explore, on the gradient at the largest 1 - s of it."""
-    schedule = ScheduleConfig(kind=kind, regrow="top-kast", explore=0.2, every=3, first=0.3, freeze=0.2)
+    schedule = ScheduleConfig(
+        kind=kind, regrow="top-kast", experiments={"top_kast": {"explore": 0.2}}, every=3, first=0.3, freeze=0.2
+    )
     before, aims, masks, model = run(backend, schedule)
     assert [update.step for update in masks.history] == [3, 6, 9]
     levels = [0.5] * 4 if kind == "one-shot" else [0.3, 0.3 + 0.2 / 3, 0.3 + 0.4 / 3, 0.5]

@@ -42,7 +42,7 @@ CASES = {
         "schedule.kind": "linear",
         "schedule.criterion": "movement",
     },
-    "admm": {"prune.pattern": "2:4", "schedule.kind": "admm", "schedule.penalty": 0.5},
+    "admm": {"prune.pattern": "2:4", "schedule.kind": "admm", "schedule.experiments.elsa.penalty": 0.5},
     "regrown": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "gradient"},
     "top-kast": {"prune.pattern": "unstructured", "prune.criterion": "magnitude", "schedule.regrow": "top-kast"},
     "one-shot, bf16": {"prune.pattern": "2:4", "model.dtype": "bfloat16"},

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Protocol
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from tinygn_dist.config.experiments import Options, check_options
 from tinygn_dist.config.section import Section, one_of
 from tinygn_dist.maths.criteria import CRITERIA
+from tinygn_dist.registry import experimental
 
-CRITERIA_OF_UPDATES = (*(name for name, row in CRITERIA.items() if row.in_schedule), "movement")
+CRITERIA_OF_UPDATES = tuple(name for name, row in CRITERIA.items() if row.in_schedule)
+BUILT_IN = {
+    "kind": ("one-shot", "linear", "cubic", "iterative"),
+    "criterion": ("auto", *CRITERIA_OF_UPDATES),
+    "regrow": ("none",),
+}
+
+
+class UpdateRow(Protocol):
+    """What a schedule has to know of a row of MASK_UPDATES (prune/sparsity/mask_updates.py)."""
+
+    option: str
+    watches_training: bool
+    check: Callable[[ScheduleConfig], None]
 
 
 class ScheduleConfig(Section):
-    kind: Literal["one-shot", "linear", "cubic", "iterative", "admm"] = "one-shot"
+    kind: str = "one-shot"
     """one-shot: everything before training; linear, cubic (most of it early) and iterative (the same share of what is
-    left each time, with a learning rate cycle of its own after each): in several updates during training; admm: the weights
-    train densely, are drawn to a sparse copy of themselves that every update chooses anew, and are cut to it at the last one
+    left each time, with a learning rate cycle of its own after each): in several updates during training; admm (of
+    experiments/): the weights train densely, are drawn to a sparse copy of themselves that every update chooses anew, and are cut to it at the last one
     (for 70 % and more, with many steps)"""
     every: int = Field(100, ge=1)
     """optimizer steps from one update to the next"""
@@ -29,39 +45,46 @@ class ScheduleConfig(Section):
         description=f"""what scores the weights at an update: {", ".join(CRITERIA_OF_UPDATES)}; auto: as prune.criterion; movement:
         weights that training moved towards zero go, by the sum of weight times gradient over all steps so far""",
     )
-    penalty: float = Field(0.01, gt=0)
-    """of kind admm: strength of the pull, added to the clipped gradient"""
-    regrow: Literal["none", "gradient", "random", "top-kast"] = "none"
-    """let zeroed weights come back at each update in place of the smallest kept ones: where the loss has the largest
-    gradient (RigL), at random (SET), or those whose dense values, which train on beside the model, have become larger
-    (top-kast; one more fp32 number per weight)"""
-    swap: float = Field(0.3, gt=0, lt=1)
-    """share of the kept weights that an update swaps when regrowing; gradient: decays to 0 at the last update"""
-    explore: float = Field(0.1, gt=0, lt=1)
-    """of regrow top-kast: share of all weights, the largest of the zeroed ones, that train on beside the model"""
+    regrow: str = "none"
+    """of experiments/: let zeroed weights come back at each update in place of the smallest kept ones: gradient, where the loss has the
+    largest gradient (RigL), random (SET), or top-kast, those whose dense values, which train on beside the model, have become
+    larger (one more fp32 number per weight)"""
+    experiments: Options = {}
+    """options of experiments by their names, such as {elsa: {penalty: 0.1}}"""
 
-    @field_validator("criterion")
+    @field_validator("kind", "criterion", "regrow")
     @classmethod
-    def _known_criterion(cls, value: str) -> str:
-        return one_of(("auto", *CRITERIA_OF_UPDATES), value)
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        built_in = BUILT_IN[info.field_name]
+        if value in built_in:
+            return value
+        rows = experimental("MASK_UPDATES", UpdateRow)
+        return one_of((*built_in, *(name for name, row in rows.items() if row.option == info.field_name)), value)
+
+    @field_validator("experiments")
+    @classmethod
+    def _known_experiments(cls, value: Options) -> Options:
+        return check_options(value)
 
     @model_validator(mode="after")
     def _fits(self) -> ScheduleConfig:
-        if self.regrow != "none" and self.criterion not in ("auto", "magnitude"):
-            raise ValueError(
-                f"criterion {self.criterion!r} with regrow {self.regrow!r}: the smallest kept weights make room for the "
-                "regrown ones; leave criterion at auto"
-            )
-        if self.kind == "admm" and (self.regrow != "none" or self.criterion != "auto"):
-            raise ValueError(
-                f"kind admm with criterion {self.criterion!r} and regrow {self.regrow!r}: it keeps the largest weights of its "
-                "own sum and masks nothing before the last update; leave both at their defaults"
-            )
-        if self.criterion == "movement" and self.kind == "one-shot":
-            raise ValueError(
-                "criterion 'movement' is summed up in training, so kind cannot be one-shot; use cubic or linear"
-            )
+        for name in self._experiments_named():
+            experimental("MASK_UPDATES", UpdateRow)[name].check(self)
         return self
+
+    def _experiments_named(self) -> list[str]:
+        named = {"kind": self.kind, "criterion": self.criterion, "regrow": self.regrow}
+        return [name for option, name in named.items() if name not in BUILT_IN[option]]
+
+    @property
+    def experiment(self) -> str | None:
+        """The row of MASK_UPDATES that chooses the masks of updates; None where a criterion does."""
+        return next(iter(self._experiments_named()), None)
+
+    @property
+    def watches_training(self) -> bool:
+        """Whether every matrix has to train as a whole."""
+        return any(experimental("MASK_UPDATES", UpdateRow)[name].watches_training for name in self._experiments_named())
 
     @property
     def changes(self) -> bool:

@@ -144,8 +144,7 @@ def check_schedule(prune: PruneConfig, schedule: ScheduleConfig, recover: Recove
         raise ValueError(
             f"recover.optimizer {recover.optimizer} keeps its masks, {changes}; use adamw, sgd or nesterov"
         )
-    looks = schedule.kind == "admm" or schedule.criterion == "movement" or schedule.regrow == "top-kast"
-    if recover.train != "all" and looks:
+    if recover.train != "all" and schedule.watches_training:
         raise ValueError(
             f"schedule.kind {schedule.kind} with criterion {schedule.criterion} and regrow {schedule.regrow} looks at how "
             f"matrices train, and recover.train {recover.train} leaves them alone; use all"

@@ -4,6 +4,8 @@ The forward uses the largest weights alone; the backward also moves the next lar
 overtake. Their values must exist somewhere, and not in the model, which is sparse at every moment: they lie here, one fp32
 number for each of this rank's weights, shaped like its shards. What the optimizer does to a live weight that is zero is
 its step, by whatever rule it has, since it started from zero; that step is added here before the mask takes it away.
+
+`schedule.regrow top-kast`. No figure on a real model: one below that of `cubic` with `obs` at the same tokens would bring it in.
 """
 
 from __future__ import annotations
@@ -12,11 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from tinygn_dist.backends.base import Backend
-from tinygn_dist.experiments.movement_and_admm import Best, StepStatistics
+from tinygn_dist.config import ScheduleConfig, Section
+from tinygn_dist.config.experiments import options_of
+from tinygn_dist.estimate.problem import Problem
+from tinygn_dist.experiments.regrowth import check_regrowth
 from tinygn_dist.models.anatomy import Matrix
+from tinygn_dist.prune.sparsity.mask_updates import Best, MaskUpdate, StepStatistics, UpdatePoint
 
 _ABOVE_ALL = torch.finfo(torch.float32).max
 
@@ -50,10 +57,9 @@ class DenseWeights(StepStatistics):
         wider = best(sizes, max(0.0, sparsity - self.explore))
         self.explored = {name: wider[name] & ~keep[name] for name in self.values}
 
-    def choose(
-        self, model: nn.Module, optimizer: Any, keep: Mapping[str, torch.Tensor], sparsity: float, best: Best
-    ) -> dict[str, torch.Tensor]:
+    def choose(self, here: UpdatePoint, keep: Mapping[str, torch.Tensor], best: Best) -> dict[str, torch.Tensor]:
         """The masks of the largest weights, live and not; those that come in are written to the model."""
+        model, sparsity = here.problem.model, here.sparsity
         if not sparsity:
             return dict(keep)
         for matrix in self.matrices:
@@ -83,3 +89,17 @@ class DenseWeights(StepStatistics):
             piece = self.backend.shard_of(model, by_name[name], tensor.to(self.backend.device))
             found[kind][name] = piece.reshape(held.shape).clone()
         self.values, self.explored = found["dense"], found["explored"]
+
+
+class TopKastOptions(Section):
+    explore: float = Field(0.1, gt=0, lt=1)
+    """share of all weights, the largest of the zeroed ones, that train on beside the model"""
+
+
+def make(problem: Problem, matrices: Sequence[Matrix], schedule: ScheduleConfig, final: float) -> StepStatistics:
+    asked = options_of(schedule.experiments, "top_kast", TopKastOptions)
+    return DenseWeights(problem.model, matrices, problem.backend, asked.explore)
+
+
+OPTIONS = {"top_kast": TopKastOptions}
+MASK_UPDATES = {"top-kast": MaskUpdate("regrow", make, check_regrowth)}

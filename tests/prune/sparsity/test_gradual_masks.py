@@ -60,7 +60,9 @@ def test_weights_are_ranked_as_they_are_at_the_update(backend: Backend):
 
 
 def test_momentum_of_weights_that_changed_is_cleared(backend: Backend):
-    problem, masks, optimizer = start(backend, ScheduleConfig(regrow="random", every=1, swap=0.5), total=2)
+    problem, masks, optimizer = start(
+        backend, ScheduleConfig(regrow="random", every=1, experiments={"regrowth": {"swap": 0.5}}), total=2
+    )
     before = {name: keep.clone() for name, keep in masks.masks.by_name.items()}
     step(problem.model, optimizer)
     for name, keep in masks.masks.by_name.items():
@@ -71,7 +73,7 @@ def test_momentum_of_weights_that_changed_is_cleared(backend: Backend):
 
 def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest(backend: Backend):
     """Evci et al. 2020, on one matrix, with the gradient from plain autograd over the same batches."""
-    schedule = ScheduleConfig(regrow="gradient", every=2, swap=0.4, freeze=0.0)
+    schedule = ScheduleConfig(regrow="gradient", every=2, experiments={"regrowth": {"swap": 0.4}}, freeze=0.0)
     problem, masks, optimizer = start(backend, schedule, total=4)
     step(problem.model, optimizer)
     matrix = masks.masks.matrices[3]
@@ -96,7 +98,7 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest(backend
 
 def test_set_drops_the_smallest_and_grows_anywhere(backend: Backend):
     """Mocanu et al. 2018: always the same share goes; what grows has no preference among all that do not stay."""
-    schedule = ScheduleConfig(regrow="random", every=1, swap=0.4, freeze=0.0)
+    schedule = ScheduleConfig(regrow="random", every=1, experiments={"regrowth": {"swap": 0.4}}, freeze=0.0)
     problem, masks, optimizer = start(backend, schedule, total=3)
     grown = others = 0
     for number in range(3):

@@ -18,23 +18,18 @@ from tinygn_dist.backends.base import Backend
 from tinygn_dist.checkpoints.run_checkpoint import SavedUnder, WriterUnder
 from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
-from tinygn_dist.estimate.backprop import weight_gradients
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.reach import reached_by_data
-from tinygn_dist.experiments.movement_and_admm import Best, Consensus, Movement, StepStatistics
-from tinygn_dist.experiments.top_kast import DenseWeights
-from tinygn_dist.maths import criteria
-from tinygn_dist.maths.counter_rng import key_of, uniform
-from tinygn_dist.maths.schedules import Plan, make_plan, swapped_share
+from tinygn_dist.maths.schedules import Plan, make_plan
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.prune.sparsity.levels import Level, final_level, level_at
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
+from tinygn_dist.prune.sparsity.mask_updates import Best, UpdatePoint, step_statistics
 from tinygn_dist.prune.sparsity.masks import Masks
 from tinygn_dist.prune.sparsity.saved_masks import read_masks, write_masks
 from tinygn_dist.prune.sparsity.sparsify import MaskGoal, criterion_of, sparsify
 
 log = logging.getLogger(__name__)
-_ABOVE_ALL = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -68,18 +63,6 @@ def plan_of(
     )
 
 
-def _step_statistics(
-    problem: Problem, matrices: Sequence[Matrix], schedule: ScheduleConfig, final: float
-) -> StepStatistics | None:
-    if schedule.kind == "admm":
-        return Consensus(matrices, problem.backend, schedule.penalty, final)
-    if schedule.criterion == "movement":
-        return Movement(matrices, problem.backend)
-    if schedule.regrow == "top-kast":
-        return DenseWeights(problem.model, matrices, problem.backend, schedule.explore)
-    return None
-
-
 class GradualMasks:
     """masks: those that hold now. steps: optimizer steps seen. history: the updates so far. notes: for the report, on how the
     first masks were chosen."""
@@ -101,7 +84,7 @@ class GradualMasks:
         self.plan, self.history, self.steps = plan, [], 0
         self._prune, self._schedule, self._problem = prune, schedule, replace(problem, parts=None)
         matrices, self.notes = self._known(problem, matrices, going_on)
-        self.step_statistics = _step_statistics(problem, matrices, schedule, plan.levels[-1])
+        self.step_statistics = step_statistics(problem, matrices, schedule, plan.levels[-1])
         level = level_at(final_level(prune), plan.levels[0])
         if going_on is None and level is not None:
             self.masks = sparsify(problem, matrices, prune, self._goal(level, prune.criterion, prune.solver.passes))
@@ -203,17 +186,15 @@ class GradualMasks:
         schedule, matrices, level = self._schedule, self.masks.matrices, self.plan.level_after(self.steps)
         asked = level_at(final_level(self._prune), level)
         if self.step_statistics:
-            here = 0.0 if asked is None else level
-            best, keep = self._best(problem), self.masks.by_name
-            return Masks(matrices, self.step_statistics.choose(problem.model, optimizer, keep, here, best))
+            sparsity, last = (0.0 if asked is None else level), self.plan.updates[-1]
+            here = UpdatePoint(problem, optimizer, sparsity, self.steps, last)
+            return Masks(matrices, self.step_statistics.choose(here, self.masks.by_name, self._best(problem)))
         if asked is None:
             return self.masks
-        if schedule.regrow == "none":
-            named = self._prune.criterion if schedule.criterion == "auto" else schedule.criterion
-            goal = self._goal(asked, named, passes=1)  # the updates are passes themselves
-            return sparsify(problem, matrices, self._prune, goal)
-        share = swapped_share(schedule.swap, self.steps, self.plan.updates[-1], schedule.regrow == "gradient")
-        return Masks(matrices, self._regrown(problem, asked, share))
+        named = self._prune.criterion if schedule.criterion == "auto" else schedule.criterion
+        return sparsify(
+            problem, matrices, self._prune, self._goal(asked, named, passes=1)
+        )  # updates are passes themselves
 
     def _best(self, problem: Problem) -> Best:
         """Masks of the largest scores, by the pattern and scope that are asked for."""
@@ -228,26 +209,6 @@ class GradualMasks:
     @staticmethod
     def _goal(level: Level, criterion: str, passes: int | None) -> MaskGoal:
         return MaskGoal(criterion_of(criterion), level, passes)
-
-    def _regrown(self, problem: Problem, asked: Level, share: float) -> dict[str, torch.Tensor]:
-        """The largest of the kept weights stay, all but `share` of the budget; the rest of it goes to the weights with
-        the best prospects, dropped ones included, which start from zero unless they were kept all along."""
-        backend, matrices, best = problem.backend, self.masks.matrices, self._best(problem)
-        shards = {t.name: backend.shard(problem.model, t) for t in matrices}
-        sizes = {t.name: criteria.magnitude(shards[t.name].weight) for t in matrices}
-        stay = best(sizes, 1 - (1 - asked.sparsity) * (1 - share))
-        if self._schedule.regrow == "random":
-            growth = {
-                name: uniform(
-                    shard.offset, shard.offset + shard.weight.numel(), key_of(self._prune.seed + self.steps, name)
-                ).view(shard.weight.shape)
-                for name, shard in shards.items()
-            }
-        else:
-            gradients = weight_gradients(problem, matrices, squares=False)
-            growth = {t.name: gradients.rounded(t.name).abs() for t in matrices}
-        growth = {n: growth[n].to(sizes[n].device).masked_fill(stay[n], _ABOVE_ALL) for n in stay}
-        return best(growth, asked.sparsity)
 
     def _count(self, problem: Problem, chosen: Masks) -> Update:
         removed = regrown = 0
