@@ -32,8 +32,8 @@ class ScheduleConfig(Section):
     kind: str = "one-shot"
     """one-shot: everything before training; linear, cubic (most of it early) and iterative (the same share of what is
     left each time, with a learning rate cycle of its own after each): in several updates during training; admm (of
-    experiments/): the weights train densely, are drawn to a sparse copy of themselves that every update chooses anew, and are cut to it at the last one
-    (for 70 % and more, with many steps)"""
+    experiments/): the weights train densely, are drawn to a sparse copy of themselves that every update chooses
+    anew, and are cut to it at the last one (for 70 % and more, with many steps)"""
     every: int = Field(100, ge=1)
     """optimizer steps from one update to the next"""
     first: float | None = Field(None, ge=0, lt=1)
@@ -46,9 +46,9 @@ class ScheduleConfig(Section):
         weights that training moved towards zero go, by the sum of weight times gradient over all steps so far""",
     )
     regrow: str = "none"
-    """of experiments/: let zeroed weights come back at each update in place of the smallest kept ones: gradient, where the loss has the
-    largest gradient (RigL), random (SET), or top-kast, those whose dense values, which train on beside the model, have become
-    larger (one more fp32 number per weight)"""
+    """of experiments/: let zeroed weights come back at each update in place of the smallest kept ones: gradient, where
+    the loss has the largest gradient (RigL), random (SET), or top-kast, those whose dense values, which train on
+    beside the model, have become larger (one more fp32 number per weight)"""
     experiments: Options = {}
     """options of experiments by their names, such as {elsa: {penalty: 0.1}}"""
 

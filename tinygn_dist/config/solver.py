@@ -16,17 +16,17 @@ class SolverConfig(Section):
     method: str = "obs"
     """obs: the sweep of SparseGPT; or a solver of experiments/ by its name (admm)"""
     allocation: float | str = DEFAULT_SHARE
-    """how far layers' budgets go from the same share everywhere (0) to one global threshold on the saliency in units of loss
-    (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; or an allocation of
-    experiments/ by its name (search; owl, which serves any criterion)"""
+    """how far layers' budgets go from the same share everywhere (0) to one global threshold on the saliency in units of
+    loss (1); auto: 0, 0.5, 0.75 and 1 are solved, and the best on held-out calibration sequences is taken; or an
+    allocation of experiments/ by its name (search; owl, which serves any criterion)"""
     passes: int | None = Field(None, ge=1)
-    """in how many passes the zeros are reached, each measured on the model that the last one left; by default as many as it
-    takes that none removes more than half of what is there (one up to 50 %, two up to 75 %)"""
+    """in how many passes the zeros are reached, each measured on the model that the last one left; by default as many
+    as it takes that none removes more than half of what is there (one up to 50 %, two up to 75 %)"""
     gram_gib: float = Field(16, ge=0)
-    """room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs). Where those of
-    all layers do not fit, groups of layers that do are solved one after another, each measured on the outputs of the
-    compressed layers before it (1.8 times the CPU time on SmolLM2-135M, for half the memory); 0: one layer at a time. Of
-    pattern layers and units: room for what layers are judged by, together or one at a time"""
+    """room on each rank for the Gram matrices of the inputs (8 bytes times the square of a weight's inputs). Where
+    those of all layers do not fit, groups of layers that do are solved one after another, each measured on the
+    outputs of the compressed layers before it (1.8 times the CPU time on SmolLM2-135M, for half the memory); 0: one
+    layer at a time. Of pattern layers and units: room for what layers are judged by, together or one at a time"""
     refine: int = Field(8, ge=0)
     """conjugate gradient iterations on the kept weights of each layer after the sweep"""
 

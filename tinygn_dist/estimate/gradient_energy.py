@@ -30,8 +30,8 @@ from tinygn_dist.models.anatomy import Matrix
 class LossMoments:
     """This rank's sums by matrix name, not yet reduced.
 
-    grams: (in, in) sum_t w_t x_t x_t^T, w_t from `token_weights`, of which what lies below the diagonal is still to be filled in
-    (`moments.fill_below`). rows: (out,) sum_t dy_to^2 |x_t|^2.
+    grams: (in, in) sum_t w_t x_t x_t^T, w_t from `token_weights`, of which what lies below the diagonal is still to
+    be filled in (`moments.fill_below`). rows: (out,) sum_t dy_to^2 |x_t|^2.
     """
 
     grams: Moments = field(default_factory=Moments)
@@ -46,8 +46,8 @@ def token_weights(energy: torch.Tensor, plain: float) -> torch.Tensor:
 
 
 def coarse(values: torch.Tensor) -> torch.Tensor:
-    """fp32 values rounded to eight bits. The last bits of gradients depend on the backend (autograd adds in another order
-    under DeepSpeed's hooks); weights do not need them, and without them the masks are the same."""
+    """fp32 values rounded to eight bits. The last bits of gradients depend on the backend (autograd adds in another
+    order under DeepSpeed's hooks); weights do not need them, and without them the masks are the same."""
     return values.bfloat16().float()
 
 
@@ -69,8 +69,8 @@ def loss_moments(problem: Problem, matrices: Sequence[Matrix], plain: float) -> 
 
 
 def output_energy(problem: Problem, matrices: Sequence[Matrix]) -> Moments:
-    """(out,) sums of dy_to^2 over this rank's tokens, by matrix name, not yet reduced. One backward pass per micro-batch,
-    without any weight gradient."""
+    """(out,) sums of dy_to^2 over this rank's tokens, by matrix name, not yet reduced. One backward pass per
+    micro-batch, without any weight gradient."""
     sums = Moments()
     for matrix in matrices:
         sums.reserve(matrix.name, (matrix.shape[0],), problem.backend.device)
@@ -83,15 +83,15 @@ def output_energy(problem: Problem, matrices: Sequence[Matrix]) -> Moments:
 
 
 class TokenWeights:
-    """What every token of this rank's micro-batches weighs in the Hessian of every matrix, kept from the model that it was
-    measured on until the Gram matrices of a matrix's layer are summed: two bytes for each, on the CPU.
+    """What every token of this rank's micro-batches weighs in the Hessian of every matrix, kept from the model that it
+    was measured on until the Gram matrices of a matrix's layer are summed: two bytes for each, on the CPU.
 
     rows: as of `LossMoments`, not yet reduced.
     """
 
     def __init__(self, problem: Problem, matrices: Sequence[Matrix], plain: float) -> None:
-        """One backward pass per micro-batch, with no sum larger than a row of a matrix and, where the backend recomputes, no more
-        kept of a layer than what it read."""
+        """One backward pass per micro-batch, with no sum larger than a row of a matrix and, where the backend
+        recomputes, no more kept of a layer than what it read."""
         self.rows, self._unknown = Moments(), plain + 1
         self._held: dict[tuple[str, int, int], tuple[torch.Tensor, torch.Tensor | None]] = {}
         for matrix in matrices:
@@ -110,9 +110,9 @@ class TokenWeights:
             _each_gradient(problem, matrices, seen, of_rows=_lengths)
 
     def of(self, name: str, number: int, tokens: torch.Tensor, call: int = 0) -> torch.Tensor:
-        """(n,) fp32 weights of what a matrix reads now in this rank's micro-batch `number`, the `call`-th time that its module
-        runs. tokens: (n,) ascending positions in the flattened micro-batch. Tokens that did not reach an expert before weigh
-        what the mean one does."""
+        """(n,) fp32 weights of what a matrix reads now in this rank's micro-batch `number`, the `call`-th time that its
+        module runs. tokens: (n,) ascending positions in the flattened micro-batch. Tokens that did not reach an
+        expert before weigh what the mean one does."""
         if (name, number, call) not in self._held:  # no gradient came there
             return torch.ones(len(tokens), device=tokens.device)
         weights, before = self._held[name, number, call]
@@ -145,8 +145,8 @@ class Arrived(NamedTuple):
 
 
 def _energies(rows: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both energies of (n, in) rows, or their (n, 1) lengths, and (n, out) gradients; on a CPU of some tokens at a time, whose squares stay in a core's
-    cache."""
+    """Both energies of (n, in) rows, or their (n, 1) lengths, and (n, out) gradients; on a CPU of some tokens at a
+    time, whose squares stay in a core's cache."""
     at_once = 64 if grad.device.type == "cpu" else max(1, len(grad))
     lengths, by_row = rows.square().sum(1), grad.new_zeros(grad.shape[1])
     by_token = []
@@ -164,9 +164,9 @@ def _each_gradient(
     of_rows: Callable[[torch.Tensor], torch.Tensor],
     of_expert_rows: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
-    """`seen(matrix's name, what arrived)` for every matrix and each of this rank's micro-batches that counts. of_rows: what
-    of a matrix's inputs waits for the gradient, which may be all that keeps them in memory. of_expert_rows: what is made of
-    those of experts, which wait anyway."""
+    """`seen(matrix's name, what arrived)` for every matrix and each of this rank's micro-batches that counts. of_rows:
+    what of a matrix's inputs waits for the gradient, which may be all that keeps them in memory. of_expert_rows:
+    what is made of those of experts, which wait anyway."""
     calls: Counter[str] = Counter()
     mask: torch.Tensor | None = None
     number, counts, wanted = 0, True, {matrix.name for matrix in matrices}
@@ -226,8 +226,8 @@ def _rows(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 class _StartOfGraph(Observer):
-    """Lets gradients flow from what the first layer of a stack reads on, or from the embeddings' output, so that no weight
-    needs one."""
+    """Lets gradients flow from what the first layer of a stack reads on, or from the embeddings' output, so that no
+    weight needs one."""
 
     def __init__(self) -> None:
         super().__init__(lambda *_: None)

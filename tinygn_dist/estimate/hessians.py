@@ -1,9 +1,10 @@
-"""What the layer solver knows of every weight: the Gram matrix of its inputs and the energy of its rows, for all layers at
-once or for as many at a time as there is room for.
+"""What the layer solver knows of every weight: the Gram matrix of its inputs and the energy of its rows, for all layers
+at once or for as many at a time as there is room for.
 
-At once, one pass over the data is enough. A few layers at a time, each group reads what the layers before it give as they
-are by then, solved or not, and its Gram matrices go before the next group's come. The loss is then listened to first, at the
-model as it was: a backward pass leaves a number for each token and weight, and no sum larger than a row.
+At once, one pass over the data is enough. A few layers at a time, each group reads what the layers before it give as
+they are by then, solved or not, and its Gram matrices go before the next group's come. The loss is then listened to
+first, at the model as it was: a backward pass leaves a number for each token and weight, and no sum larger than a
+row.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from tinygn_dist.models.anatomy import Anatomy, Matrix
 from tinygn_dist.models.objective import real_tokens
 
 PLAIN, PLAIN_NM = 0.0, 4.0
-"""What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each other
-alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
+"""What every token weighs in a loss-aware Hessian beside its energy (mean 1). Where weights of a row compete with each
+other alone, little of the energy is best. Measured on SmolLM2-135M (docs/results.md)."""
 
 BUDGET_SEQUENCES = 16
 """from which budgets are taken, at least, where Gram matrices are measured for them alone"""
@@ -39,9 +40,9 @@ OUTPUT_SEQUENCES = 2
 
 @dataclass(frozen=True)
 class HessianOptions:
-    """What is measured. room_gib: for Gram matrices on each rank. backprop: tokens and rows are weighed by gradient energy.
-    plain: what every token weighs beside it. competing: rows' energies are wanted, by output probes where there is no
-    backprop. name: of this measurement among those of a run, under which it is saved on the way."""
+    """What is measured. room_gib: for Gram matrices on each rank. backprop: tokens and rows are weighed by gradient
+    energy. plain: what every token weighs beside it. competing: rows' energies are wanted, by output probes where
+    there is no backprop. name: of this measurement among those of a run, under which it is saved on the way."""
 
     room_gib: float = 16
     backprop: bool = True
@@ -52,9 +53,9 @@ class HessianOptions:
 
 class Hessians(Protocol):
     """jobs: of one group of layers after the other, from the first to the last, with complete moments on the rank that
-    will solve each: a Gram matrix in fp32, then the energies (out,) of each matrix's rows. They are to be used up before the next
-    group is asked for. solving: whether the caller changes the weights of a group before it asks for the next; else
-    fewer sequences may do, as for budgets. notes: for the report."""
+    will solve each: a Gram matrix in fp32, then the energies (out,) of each matrix's rows. They are to be used up
+    before the next group is asked for. solving: whether the caller changes the weights of a group before it asks for
+    the next; else fewer sequences may do, as for budgets. notes: for the report."""
 
     notes: tuple[str, ...]
 

@@ -1,8 +1,9 @@
-"""Which matrices does the calibration data reach? What no data passes through has no statistics, whatever the criterion.
+"""Which matrices does the calibration data reach? What no data passes through has no statistics, whatever the
+criterion.
 
-Some Linear modules are never called: Mamba multiplies `dt_proj.weight` itself, nn.MultiheadAttention its `out_proj.weight`.
-Others are called for other inputs alone: the tower and projector of a vision-language model that is given text, a head that
-the loss does not use.
+Some Linear modules are never called: Mamba multiplies `dt_proj.weight` itself, nn.MultiheadAttention its
+`out_proj.weight`. Others are called for other inputs alone: the tower and projector of a vision-language model that
+is given text, a head that the loss does not use.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Reached(NamedTuple):
 def reached_by_data(problem: Problem, matrices: Sequence[Matrix]) -> Reached:
     """The matrices that run in a forward of the calibration data, and a note that names the others. A collective.
 
-    As many micro-batches as there are ranks are enough where they reach everything; else all are looked at. Raises UserError
-    where the loss has no value, where no token counts in it, and where nothing is reached.
+    As many micro-batches as there are ranks are enough where they reach everything; else all are looked at. Raises
+    UserError where the loss has no value, where no token counts in it, and where nothing is reached.
     """
     if not problem.batches:
         return Reached(tuple(matrices), ())

@@ -1,5 +1,5 @@
-"""Statistics gathered some micro-batches at a time and saved in between, so that a run that dies in hours of scoring goes
-on where it was.
+"""Statistics gathered some micro-batches at a time and saved in between, so that a run that dies in hours of scoring
+goes on where it was.
 
 Every statistic here is a sum over micro-batches in which the order does not matter to the last bit (see moments.py), so
 gathering in parts, and going on from a saved part, gives the identical sum.

@@ -1,7 +1,7 @@
 """ADMM on one linear layer (ALPS, Meng et al. 2024): the mask is found while the weights move, not column by column.
 
-Minimise sum_o e_o ||(w_o - w'_o) X^T||^2 with at most so many entries, split into weights W that fit and weights D that are
-sparse, with multipliers V and a penalty rho that grows until the mask of D stands still:
+Minimise sum_o e_o ||(w_o - w'_o) X^T||^2 with at most so many entries, split into weights W that fit and weights D
+that are sparse, with multipliers V and a penalty rho that grows until the mask of D stands still:
 
     W = (W0 H - V + rho D) (H + rho I)^-1,   D = the largest of W + V / rho,   V += rho (W - D).
 

@@ -1,9 +1,11 @@
-"""Budgets between weights by search: levels are switched between two weights of the same size, so that the number of zeros stays
-as it is, and a switch is kept where it brings the model closer to the dense one (EvoPress, Sieberling et al. 2024).
+"""Budgets between weights by search: levels are switched between two weights of the same size, so that the number of
+zeros stays as it is, and a switch is kept where it brings the model closer to the dense one (EvoPress, Sieberling et
+al. 2024).
 
-Every weight is solved at all levels first; the search then only writes weights and runs forwards. One half of the held-out
-sequences chooses, and what it chose must also be better on the other half: a search follows the noise of few tokens.
-`--prune.solver.allocation search`. A perplexity at 50 % below that of allocation 0.75, beyond its noise, would bring it in.
+Every weight is solved at all levels first; the search then only writes weights and runs forwards. One half of the
+held-out sequences chooses, and what it chose must also be better on the other half: a search follows the noise of
+few tokens. `--prune.solver.allocation search`. A perplexity at 50 % below that of allocation 0.75, beyond its noise,
+would bring it in.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class EvoPressOptions(Section):
 
 
 class HeldOut(NamedTuple):
-    """Sequences that choose, a quarter of those, and the sequences that check; their loss is the divergence from the model
-    that was there when they were held out."""
+    """Sequences that choose, a quarter of those, and the sequences that check; their loss is the divergence from the
+    model that was there when they were held out."""
 
     few: Problem
     choosing: Problem
@@ -193,9 +195,9 @@ def _step(matrix: Matrix) -> int:
 
 
 def from_dense(problem: Problem) -> Problem:
-    """The same micro-batches with another loss: per token, the divergence KL(model now || model then) of what is predicted,
-    where the model predicts classes or tokens; else the loss it has. Holds the present logits of this rank's share of the
-    micro-batches in bf16, on the CPU: to be used with all of them."""
+    """The same micro-batches with another loss: per token, the divergence KL(model now || model then) of what is
+    predicted, where the model predicts classes or tokens; else the loss it has. Holds the present logits of this
+    rank's share of the micro-batches in bf16, on the CPU: to be used with all of them."""
     if "labels" not in problem.batches[0]:
         return problem
     numbered = [{**batch, "sequence": torch.tensor([i])} for i, batch in enumerate(problem.batches)]

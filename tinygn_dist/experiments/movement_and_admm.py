@@ -1,9 +1,10 @@
-"""Movement (Sanh et al. 2020, `schedule.criterion movement`) and ADMM on the loss of the whole model (ELSA, arXiv 2510.01650,
-`schedule.kind admm`).
+"""Movement (Sanh et al. 2020, `schedule.criterion movement`) and ADMM on the loss of the whole model (ELSA, arXiv
+2510.01650, `schedule.kind admm`).
 
-Both keep numbers laid out as this rank's torch optimizer holds a parameter (whole, rows, or a run of a flat fp32 master), so
-they cost one or two more fp32 numbers per weight of that and no communication in a step. Neither has a figure on a real model:
-a perplexity below that of `cubic` with `obs` at the same tokens, at 70 % or more, would bring it in.
+Both keep numbers laid out as this rank's torch optimizer holds a parameter (whole, rows, or a run of a flat fp32
+master), so they cost one or two more fp32 numbers per weight of that and no communication in a step. Neither has a
+figure on a real model: a perplexity below that of `cubic` with `obs` at the same tokens, at 70 % or more, would
+bring it in.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class BesideGradients(StepStatistics):
     def _everywhere(
         self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The same names in the same order on every rank: one whose part of a flat master has nothing of a parameter (ZeRO)
-        never sees a gradient of it, and holds an empty piece."""
+        """The same names in the same order on every rank: one whose part of a flat master has nothing of a parameter
+        (ZeRO) never sees a gradient of it, and holds an empty piece."""
         seen = dict.fromkeys(name for names in self.backend.everyone(list(pieces)) for name in names)
         return {
             name: pieces[name]
@@ -76,7 +77,8 @@ class BesideGradients(StepStatistics):
     def as_shards(
         self, model: nn.Module, optimizer: Any, pieces: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """By matrix, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a time."""
+        """By matrix, shaped like this rank's shards; zero where there is no piece. Collectives, one parameter at a
+        time."""
         shards: dict[str, torch.Tensor] = {}
         pieces = self._everywhere(model, optimizer, pieces)
         for matrix in self.matrices:
@@ -91,8 +93,8 @@ class BesideGradients(StepStatistics):
 
 
 class Movement(BesideGradients):
-    """Weights on their way to zero go (Sanh et al. 2020): S = - sum over steps of w * g, the larger the better. It is the
-    Taylor term of each step's batch, summed over all that training has seen."""
+    """Weights on their way to zero go (Sanh et al. 2020): S = - sum over steps of w * g, the larger the better. It is
+    the Taylor term of each step's batch, summed over all that training has seen."""
 
     kinds = ("movement",)
 
@@ -114,8 +116,9 @@ class Movement(BesideGradients):
 
 
 class Consensus(BesideGradients):
-    """ADMM on the loss of the whole model (ELSA, arXiv 2510.01650): the weights x train densely and are drawn to a sparse
-    copy z by penalty * (x - z + u), added to the gradient; at an update z = the largest of x + u, and u += x - z."""
+    """ADMM on the loss of the whole model (ELSA, arXiv 2510.01650): the weights x train densely and are drawn to a
+    sparse copy z by penalty * (x - z + u), added to the gradient; at an update z = the largest of x + u, and u += x
+    - z."""
 
     kinds = ("sparse", "dual")
 

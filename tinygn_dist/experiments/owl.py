@@ -1,11 +1,11 @@
 """Budgets by outliers (OWL, Yin et al. 2024): `--prune.solver.allocation owl`, with any criterion.
 
-An outlier is a score of Wanda, |w| ||x||, above `outliers` times its layer's mean; from the layer with the smallest share of
-them to the one with the largest, density rises evenly by twice `spread`, around the mean that is asked for. Matrices of one
-layer are alike. Where twice the spread is more than what goes or stays in all, it is that.
+An outlier is a score of Wanda, |w| ||x||, above `outliers` times its layer's mean; from the layer with the smallest
+share of them to the one with the largest, density rises evenly by twice `spread`, around the mean that is asked for.
+Matrices of one layer are alike. Where twice the spread is more than what goes or stays in all, it is that.
 
-Figure: 48.86 against 41.60 of shares by saliency at 50 % (docs/results.md). A perplexity below theirs, on any model, would
-bring it in.
+Figure: 48.86 against 41.60 of shares by saliency at 50 % (docs/results.md). A perplexity below theirs, on any model,
+would bring it in.
 """
 
 from __future__ import annotations

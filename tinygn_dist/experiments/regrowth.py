@@ -1,5 +1,6 @@
-"""Zeroed weights come back at each update in place of the smallest kept ones: where the loss has the largest gradient (RigL,
-Evci et al. 2020, `schedule.regrow gradient`), or at random (SET, Mocanu et al. 2018, `schedule.regrow random`).
+"""Zeroed weights come back at each update in place of the smallest kept ones: where the loss has the largest gradient
+(RigL, Evci et al. 2020, `schedule.regrow gradient`), or at random (SET, Mocanu et al. 2018, `schedule.regrow
+random`).
 
 No figure on a real model: a perplexity below that of `cubic` with `obs` at the same tokens would bring it in.
 """
@@ -34,8 +35,9 @@ class RegrowthOptions(Section):
 
 
 class Regrowth(StepStatistics):
-    """The largest of the kept weights stay, all but a share of the budget; the rest of it goes to the weights with the best
-    prospects, dropped ones included, which start from zero unless they were kept all along. Nothing is kept between updates."""
+    """The largest of the kept weights stay, all but a share of the budget; the rest of it goes to the weights with the
+    best prospects, dropped ones included, which start from zero unless they were kept all along. Nothing is kept
+    between updates."""
 
     def __init__(
         self, problem: Problem, matrices: Sequence[Matrix], options: RegrowthOptions, by_gradient: bool

@@ -1,11 +1,13 @@
 """Weights that train without taking part: dense values behind a sparse model, as in Top-KAST (arXiv 2106.03517).
 
-The forward uses the largest weights alone; the backward also moves the next largest, `explore` of all, so that they may
-overtake. Their values must exist somewhere, and not in the model, which is sparse at every moment: they lie here, one fp32
-number for each of this rank's weights, shaped like its shards. What the optimizer does to a live weight that is zero is
-its step, by whatever rule it has, since it started from zero; that step is added here before the mask takes it away.
+The forward uses the largest weights alone; the backward also moves the next largest, `explore` of all, so that they
+may overtake. Their values must exist somewhere, and not in the model, which is sparse at every moment: they lie
+here, one fp32 number for each of this rank's weights, shaped like its shards. What the optimizer does to a live
+weight that is zero is its step, by whatever rule it has, since it started from zero; that step is added here before
+the mask takes it away.
 
-`schedule.regrow top-kast`. No figure on a real model: one below that of `cubic` with `obs` at the same tokens would bring it in.
+`schedule.regrow top-kast`. No figure on a real model: one below that of `cubic` with `obs` at the same tokens would
+bring it in.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ _ABOVE_ALL = torch.finfo(torch.float32).max
 
 
 class DenseWeights(StepStatistics):
-    """values: matrix -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: matrix -> bool,
-    the removed weights that train."""
+    """values: matrix -> fp32, right where the mask removed a weight and of no meaning elsewhere. explored: matrix ->
+    bool, the removed weights that train."""
 
     knows_before_training = True
     state_stays = True  # weights that come have trained before, and those that go train on

@@ -20,8 +20,8 @@ def ratio_mean(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.T
 
 
 def paired(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much probe b's mean difference per token is larger than probe a's, at [a, b], and the standard error over the
-    sequences that both saw (inf with one).
+    """By how much probe b's mean difference per token is larger than probe a's, at [a, b], and the standard error over
+    the sequences that both saw (inf with one).
 
     differences: (probes, sequences) fp64 differences of summed losses. counts: (sequences,).
     """
@@ -36,7 +36,7 @@ def paired(differences: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tenso
 
 
 def normal_of_t(t: torch.Tensor, freedom: int) -> torch.Tensor:
-    """The standard normal deviate that is as rare as Student's t (Wallace 1959: within 5 % with one degree of freedom, 0.5 %
-    with four). 0 where there is no degree of freedom."""
+    """The standard normal deviate that is as rare as Student's t (Wallace 1959: within 5 % with one degree of freedom,
+    0.5 % with four). 0 where there is no degree of freedom."""
     far = (freedom * torch.log1p(t.square() / max(freedom, 1))).sqrt()
     return (8 * freedom + 1) / (8 * freedom + 3) * far * t.sign()

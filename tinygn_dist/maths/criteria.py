@@ -26,8 +26,8 @@ def wanda(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
 
 
 def ria(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
-    """(|w| / sum of its row's |w| + |w| / sum of its column's |w|) * ||x||_2^(1/2) (relative importance and activations,
-    Zhang et al. 2024). weight: the whole (out, in) matrix; input_sq_sum: (in,)."""
+    """(|w| / sum of its row's |w| + |w| / sum of its column's |w|) * ||x||_2^(1/2) (relative importance and
+    activations, Zhang et al. 2024). weight: the whole (out, in) matrix; input_sq_sum: (in,)."""
     size = weight.float().abs()
     tiny = torch.finfo(torch.float32).tiny
     relative = size / size.sum(1, keepdim=True).clamp(min=tiny) + size / size.sum(0).clamp(min=tiny)
@@ -54,8 +54,9 @@ def fisher(weight: torch.Tensor, grad_sq_sum: torch.Tensor) -> torch.Tensor:
 
 def kfac(weight: torch.Tensor, input_sq_sum: torch.Tensor, output_grad_sq_sum: torch.Tensor) -> torch.Tensor:
     """w_oi^2 * sum x_i^2 * sum dy_o^2 / 2 over tokens: second-order change under the diagonal of the Kronecker-factored
-    Fisher, up to one factor for the whole model (Martens & Grosse 2015; for pruning EigenDamage, Wang et al. 2019, and the
-    LLM Surgeon, van der Ouderaa et al. 2024). Both sums broadcast against the weight; no gradient of a weight is needed."""
+    Fisher, up to one factor for the whole model (Martens & Grosse 2015; for pruning EigenDamage, Wang et al. 2019,
+    and the LLM Surgeon, van der Ouderaa et al. 2024). Both sums broadcast against the weight; no gradient of a
+    weight is needed."""
     return weight.float().square() * input_sq_sum.clamp(min=0) * output_grad_sq_sum / 2
 
 
@@ -110,9 +111,10 @@ STATISTICS = {
 class Criterion:
     """A row of `CRITERIA`.
 
-    formula: (weight, **needed statistics) -> scores; None where the layer solver chooses and updates at once, or where the
-    scores are gathered while the model trains. needs: names in `STATISTICS`. whole: the formula sees whole matrices, not
-    pieces of them. scope: where weights compete by default, as published. one_shot, in_schedule: where it may be asked for.
+    formula: (weight, **needed statistics) -> scores; None where the layer solver chooses and updates at once, or
+    where the scores are gathered while the model trains. needs: names in `STATISTICS`. whole: the formula sees whole
+    matrices, not pieces of them. scope: where weights compete by default, as published. one_shot, in_schedule: where
+    it may be asked for.
     """
 
     formula: Callable[..., torch.Tensor] | None

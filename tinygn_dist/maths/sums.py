@@ -33,8 +33,8 @@ class Moments:
             _add_in_cache(self._sums[name].view(len(contribution), -1), contribution.flatten(1))
 
     def add_gram(self, name: str, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add one micro-batch's Gram matrix (see the function of this name) to an (in, in) sum; `fill_gram` completes it, once
-        for all micro-batches."""
+        """Add one micro-batch's Gram matrix (see the function of this name) to an (in, in) sum; `fill_gram` completes
+        it, once for all micro-batches."""
         self.reserve(name, (rows.shape[1],) * 2, rows.device)
         add_gram(self._sums[name], rows, weights)
 
@@ -84,8 +84,9 @@ class Moments:
 
 
 class ChunkedStore:
-    """Small tensors that stay, in few large blocks. One by one they come to lie where a large temporary was, whose like then fits
-    there no more: among the backward passes of 32 windows of SmolLM2-135M glibc took 0.3 GiB more that way."""
+    """Small tensors that stay, in few large blocks. One by one they come to lie where a large temporary was, whose like
+    then fits there no more: among the backward passes of 32 windows of SmolLM2-135M glibc took 0.3 GiB more that
+    way."""
 
     def __init__(self, dtype: torch.dtype, at_once: int = 1 << 22) -> None:
         """On the CPU. at_once: elements of a block."""
@@ -101,9 +102,9 @@ class ChunkedStore:
 
 
 def add_gram(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-    """Add sum_t w_t x_t x_t^T of (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) fp64 total. Only what lies on and
-    above the diagonal, in blocks of rows: `fill_below` does the rest; until then a CPU does not even give the memory below the
-    diagonal."""
+    """Add sum_t w_t x_t x_t^T of (tokens, in) fp32 rows, w_t = 1 by default, to an (in, in) fp64 total. Only what lies
+    on and above the diagonal, in blocks of rows: `fill_below` does the rest; until then a CPU does not even give the
+    memory below the diagonal."""
     left = rows if weights is None else rows * weights[:, None]
     for start, stop in _blocks(rows.shape[1]):
         _add_in_cache(total[start:stop, start:], left[:, start:stop].t() @ rows[:, start:])
@@ -123,8 +124,8 @@ def _blocks(width: int) -> Iterator[tuple[int, int]]:
 
 
 def _add_in_cache(total: torch.Tensor, contribution: torch.Tensor) -> None:
-    """total += contribution, (rows, columns), on a CPU some rows at a time: in one go torch writes all of the contribution to
-    memory in fp64 before it adds it."""
+    """total += contribution, (rows, columns), on a CPU some rows at a time: in one go torch writes all of the
+    contribution to memory in fp64 before it adds it."""
     rows = max(1, AT_ONCE // contribution.shape[1]) if total.device.type == "cpu" else len(total)
     for into, part in zip(total.split(rows), contribution.split(rows), strict=True):
         into += part

@@ -1,8 +1,9 @@
 """The exact k largest of scores that lie in disjoint pieces on many ranks, without gathering them.
 
-Radix select over the 32 bits of an fp32 score: one histogram of the high 16 bits and one of the low 16 bits inside the
-chosen bin, each summed over the shards (512 KiB of int64); bins are put in the order of the numbers afterwards. Ties at the k-th value go
-to the smallest global index, found by the same radix select over indices. The result is the same for any sharding.
+Radix select over the 32 bits of an fp32 score: one histogram of the high 16 bits and one of the low 16 bits inside
+the chosen bin, each summed over the shards (512 KiB of int64); bins are put in the order of the numbers afterwards.
+Ties at the k-th value go to the smallest global index, found by the same radix select over indices. The result is
+the same for any sharding.
 """
 
 from __future__ import annotations

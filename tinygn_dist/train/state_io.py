@@ -23,8 +23,8 @@ _NOT_OF_TRAINING = ("buffer", "random", CONSTRAINT)
 def write_weights(
     writer: Writer, model: nn.Module, now: InTraining | None, backend: Backend, states: bool = True
 ) -> None:
-    """Every parameter of a placed model and its buffers, and where it is in training (`now`) with `states` also those of
-    the optimizer and of random numbers. Collectives; each parameter is written by one rank."""
+    """Every parameter of a placed model and its buffers, and where it is in training (`now`) with `states` also those
+    of the optimizer and of random numbers. Collectives; each parameter is written by one rank."""
     bare = backend.unwrap(model)
     parameters = dict(bare.named_parameters())
     owners = backend.owners_of([1.0] * len(parameters))

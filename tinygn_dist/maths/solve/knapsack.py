@@ -9,8 +9,8 @@ import torch
 
 
 def cheapest(costs: Sequence[Mapping[int, float]], total: int) -> list[int]:
-    """One count of each mapping (count -> cost), with the least sum of costs among those whose counts add up to `total` or
-    more. ValueError where even the largest counts do not."""
+    """One count of each mapping (count -> cost), with the least sum of costs among those whose counts add up to `total`
+    or more. ValueError where even the largest counts do not."""
     if sum(max(cost) for cost in costs) < total:
         raise ValueError(f"the largest counts add up to {sum(max(cost) for cost in costs)}, not to {total}")
     unit = math.gcd(*(count for cost in costs for count in cost)) or 1

@@ -17,8 +17,8 @@ def refit(
 ) -> torch.Tensor:
     """(out, len(kept)) fp32 weights re-fitted on the kept inputs. weight (out, in), gram (in, in), kept (k,) int64.
 
-    more: (out, in) fp32 sum of y x^T, where y is to be given besides. The damping pulls towards the present weights, not towards
-    zero, so that keeping everything changes nothing.
+    more: (out, in) fp32 sum of y x^T, where y is to be given besides. The damping pulls towards the present weights,
+    not towards zero, so that keeping everything changes nothing.
     """
     solver, ridge = _solver(gram, kept, damping)
     wanted = weight.float() @ gram[:, kept] + ridge * weight[:, kept].float()

@@ -18,9 +18,9 @@ from tinygn_dist.maths.counts import spread
 class LayerGoal:
     """What is asked of one matrix.
 
-    num_pruned: exactly this many entries go (ignored for N:M). nm: keep n of every m inputs. per_row: every row loses the
-    same number. row_energy: (out,) gradient energy of the layer's outputs, which weights the rows' saliency against each
-    other. damping: added to the Hessian's diagonal, as a fraction of its mean.
+    num_pruned: exactly this many entries go (ignored for N:M). nm: keep n of every m inputs. per_row: every row
+    loses the same number. row_energy: (out,) gradient energy of the layer's outputs, which weights the rows'
+    saliency against each other. damping: added to the Hessian's diagonal, as a fraction of its mean.
     """
 
     num_pruned: int
@@ -32,8 +32,8 @@ class LayerGoal:
 
 @dataclass(frozen=True)
 class Solved:
-    """weight: (out, in) fp32, exactly zero where keep is False. keep: (out, in) bool. damping: the fraction that was added in
-    the end. extras: facts of the method, small tensors by name."""
+    """weight: (out, in) fp32, exactly zero where keep is False. keep: (out, in) bool. damping: the fraction that was
+    added in the end. extras: facts of the method, small tensors by name."""
 
     weight: torch.Tensor
     keep: torch.Tensor
@@ -42,7 +42,8 @@ class Solved:
 
 
 def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Hessian with dead inputs (zero diagonal) given the mean diagonal, and damping * mean(diagonal) added to the others."""
+    """Hessian with dead inputs (zero diagonal) given the mean diagonal, and damping * mean(diagonal) added to the
+    others."""
     result = hessian.clone()
     diagonal = result.diagonal()
     alive = diagonal > 0
@@ -69,8 +70,8 @@ def cholesky(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float
 def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
     """Upper Cholesky factor U of the inverse, H^-1 = U^T U, and the damping that made it possible (see `cholesky`).
 
-    With the inputs in reverse order the lower factor of H is an upper one, H = R R^T, and U = R^-1: one factorisation, and the
-    inverse itself is never there.
+    With the inputs in reverse order the lower factor of H is an upper one, H = R R^T, and U = R^-1: one
+    factorisation, and the inverse itself is never there.
     """
     attempt = damping
     while True:
@@ -129,9 +130,9 @@ def prune(weight: torch.Tensor, hessian: torch.Tensor, goal: LayerGoal, block_si
 def _sweep(
     block: torch.Tensor, keep: torch.Tensor, upper: torch.Tensor, nm: tuple[int, int] | None, panel: int = 32
 ) -> torch.Tensor:
-    """Visit the inputs of a block, (inputs, out) in place, and return the errors (inputs, out) to push onto the inputs behind
-    it. keep: which entries stay; for N:M found here, group by group. An input's error is pushed onto its panel at once, and
-    onto the rest of the block together with the panel's."""
+    """Visit the inputs of a block, (inputs, out) in place, and return the errors (inputs, out) to push onto the inputs
+    behind it. keep: which entries stay; for N:M found here, group by group. An input's error is pushed onto its
+    panel at once, and onto the rest of the block together with the panel's."""
     size, scale = len(block), upper.diagonal()[:, None]
     gone, errors = (~keep).float().div_(scale), torch.empty_like(block)
     panel = panel if nm is None else max(nm[1], panel - panel % nm[1])

@@ -1,4 +1,5 @@
-"""How the solver's zeros are shared out between matrices: a share of the way to a global threshold, or the best of several.
+"""How the solver's zeros are shared out between matrices: a share of the way to a global threshold, or the best of
+several.
 
 Each allocation measures, makes budgets and solves in a row, once for each pass. Others are leaf files of experiments/.
 """
@@ -34,10 +35,10 @@ Budgets = Callable[[Problem, Sequence[Matrix], Level, Options], dict[str, int]]
 class Allocation:
     """A row of ALLOCATIONS.
 
-    in_passes: (problem, matrices, task, level after each pass) -> masks, with the new weights in the model. check: raises
-    ValueError for options that do not fit. budgets: (problem, matrices, level, options of experiments) -> how many entries of
-    each matrix go, for criteria that only score; None where the solver is needed. all_layers: whether all layers have to be
-    measured at once. micro_batches: of calibration data, at least.
+    in_passes: (problem, matrices, task, level after each pass) -> masks, with the new weights in the model. check:
+    raises ValueError for options that do not fit. budgets: (problem, matrices, level, options of experiments) -> how
+    many entries of each matrix go, for criteria that only score; None where the solver is needed. all_layers:
+    whether all layers have to be measured at once. micro_batches: of calibration data, at least.
     """
 
     in_passes: InPasses
@@ -112,8 +113,8 @@ class _Tried(NamedTuple):
 def _best_of(
     candidates: Sequence[float], problem: Problem, held_out: Problem, matrices: Sequence[Matrix], task: SolverTask
 ) -> Masks:
-    """Solve at every share, each from the weights that are there now, and leave the model at the one with the least loss on
-    `held_out`. Two copies of this rank's pieces of the weights are kept."""
+    """Solve at every share, each from the weights that are there now, and leave the model at the one with the least
+    loss on `held_out`. Two copies of this rank's pieces of the weights are kept."""
     measured = hessians(problem, matrices, hessian_options(task, True))
     tallies = saliency_tallies(problem, matrices, measured, task.damping)
     before, best, losses = pieces_of(problem, matrices), None, []

@@ -1,7 +1,8 @@
-"""How many weights each matrix loses: budgets between equal shares and one global threshold on the saliency in units of loss.
+"""How many weights each matrix loses: budgets between equal shares and one global threshold on the saliency in units of
+loss.
 
-The saliency is right to second order at the model it was measured on, which the compressed one is not, so the best budgets
-lie on the way. How far depends on the model.
+The saliency is right to second order at the model it was measured on, which the compressed one is not, so the best
+budgets lie on the way. How far depends on the model.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def saliency_tallies(
 def budgets_at(
     share: float, tallies: dict[str, torch.Tensor], matrices: Sequence[Matrix], level: Level
 ) -> dict[str, int]:
-    """How many entries go of each matrix that has a tally: `share` of the way from equal shares to one threshold for all."""
+    """How many entries go of each matrix that has a tally: `share` of the way from equal shares to one threshold for
+    all."""
     competing = [matrix for matrix in matrices if matrix.name in tallies]
     sizes = [matrix.numel for matrix in competing]
     going = sum(sizes) - num_kept(sum(sizes), level.sparsity)
@@ -73,8 +75,8 @@ def tally(saliency: torch.Tensor) -> torch.Tensor:
 
 
 def below_threshold(tallies: torch.Tensor, going: int) -> torch.Tensor:
-    """(matrices,) fp64 numbers of entries below the threshold that `going` of all of them lie below. tallies: (matrices,
-    _BINS) int64. Of the bin that the threshold lies in every matrix gives the same share."""
+    """(matrices,) fp64 numbers of entries below the threshold that `going` of all of them lie below. tallies:
+    (matrices, _BINS) int64. Of the bin that the threshold lies in every matrix gives the same share."""
     under = tallies.sum(0).cumsum(0)
     at = int(torch.searchsorted(under, going))
     below, inside = tallies[:, :at].sum(1).double(), tallies[:, at].double()

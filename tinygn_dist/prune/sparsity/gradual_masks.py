@@ -47,8 +47,8 @@ class Update:
 def plan_of(
     schedule: ScheduleConfig, prune: PruneConfig, total: int, rounds: bool = False, final: float | None = None
 ) -> Plan:
-    """The plan of a training of `total` optimizer steps. final: the sparsity at its end, by default the pattern's. UserError
-    when no update fits into it."""
+    """The plan of a training of `total` optimizer steps. final: the sparsity at its end, by default the pattern's.
+    UserError when no update fits into it."""
     if final is None:
         final = 1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity
     return make_plan(
@@ -64,8 +64,8 @@ def plan_of(
 
 
 class GradualMasks:
-    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far. notes: for the report, on how the
-    first masks were chosen."""
+    """masks: those that hold now. steps: optimizer steps seen. history: the updates so far. notes: for the report, on
+    how the first masks were chosen."""
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ from tinygn_dist.maths.schedules import sparsity_between
 
 
 class Level(NamedTuple):
-    """sparsity: share of the weights that are zero. nm: where N of every M inputs are kept, and the sparsity is 1 - N/M."""
+    """sparsity: share of the weights that are zero. nm: where N of every M inputs are kept, and the sparsity is 1 -
+    N/M."""
 
     sparsity: float
     nm: NM | None = None
@@ -35,8 +36,8 @@ def level_at(final: Level, sparsity: float) -> Level | None:
 
 
 def levels_of_passes(final: Level, passes: int | None = None) -> list[Level]:
-    """After each pass of the solver: the same share of what is left goes each time, in as many passes as asked, or as it
-    takes that no pass removes more than half."""
+    """After each pass of the solver: the same share of what is left goes each time, in as many passes as asked, or as
+    it takes that no pass removes more than half."""
     count = passes or max(1, math.ceil(math.log2(1 / (1 - final.sparsity)) - 1e-9))
     on_the_way = (
         level_at(final, sparsity_between("iterative", 0.0, final.sparsity, k / count)) for k in range(1, count)

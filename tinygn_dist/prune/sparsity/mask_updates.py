@@ -1,7 +1,7 @@
 """What chooses the masks of an update in another way than by a criterion; its rows are leaf files of experiments/.
 
-`StepStatistics` is what gradual_masks.py asks of any of them. They may keep numbers about every weight from one update to the
-next, while the optimizer steps.
+`StepStatistics` is what gradual_masks.py asks of any of them. They may keep numbers about every weight from one
+update to the next, while the optimizer steps.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Best = Callable[[Mapping[str, torch.Tensor], float], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class UpdatePoint:
-    """Where an update stands. problem: with the model between two steps. sparsity: that of this update; 0 where nothing is
-    masked yet, and then the masks stay. step, last_step: optimizer steps done, and those at the last update."""
+    """Where an update stands. problem: with the model between two steps. sparsity: that of this update; 0 where nothing
+    is masked yet, and then the masks stay. step, last_step: optimizer steps done, and those at the last update."""
 
     problem: Problem
     optimizer: Any
@@ -37,8 +37,9 @@ class UpdatePoint:
 
 
 class StepStatistics(ABC):
-    """Gathered in every step, asked for masks at every update, in this order: first_masks, attach, before_steps, then steps
-    and choose, then finish. A run that goes on from saved ones leaves out first_masks, and calls take after before_steps."""
+    """Gathered in every step, asked for masks at every update, in this order: first_masks, attach, before_steps, then
+    steps and choose, then finish. A run that goes on from saved ones leaves out first_masks, and calls take after
+    before_steps."""
 
     knows_before_training = False
     """whether there is something to save before the first step"""
@@ -54,8 +55,8 @@ class StepStatistics(ABC):
 
     @abstractmethod
     def attach(self, model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
-        """Look at every step from here on; returns handles with `remove()`. To be called before masks are enforced: what
-        runs after a step runs in the order of these calls."""
+        """Look at every step from here on; returns handles with `remove()`. To be called before masks are enforced:
+        what runs after a step runs in the order of these calls."""
 
     def before_steps(self, model: nn.Module, optimizer: Any, best: Best) -> None:
         """The optimizer is there, and has not stepped."""
@@ -82,9 +83,9 @@ class StepStatistics(ABC):
 class MaskUpdate:
     """A row of MASK_UPDATES, by the name that an option of the schedule gives.
 
-    option: which one. make: (problem with the model before the first mask, matrices, schedule, sparsity at the end) -> what
-    is kept from step to step. check: raises ValueError for a schedule that does not fit. watches_training: whether every matrix
-    has to train as a whole.
+    option: which one. make: (problem with the model before the first mask, matrices, schedule, sparsity at the end)
+    -> what is kept from step to step. check: raises ValueError for a schedule that does not fit. watches_training:
+    whether every matrix has to train as a whole.
     """
 
     option: Literal["kind", "criterion", "regrow"]

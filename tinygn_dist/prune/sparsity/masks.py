@@ -34,7 +34,8 @@ class Enforced:
 
 
 class Masks:
-    """masks: matrix name -> bool, the shape of this rank's shard. notes: sentences for the report on how they were chosen."""
+    """masks: matrix name -> bool, the shape of this rank's shard. notes: sentences for the report on how they were
+    chosen."""
 
     def __init__(
         self, matrices: Sequence[Matrix], masks: Mapping[str, torch.Tensor], notes: Iterable[str] = ()
@@ -116,7 +117,8 @@ class Masks:
         self.by_name[name] = piece.reshape(held.shape)
 
     def apply_to_copy(self, copy: nn.Module, model: nn.Module, backend: Backend) -> None:
-        """Zero what is not kept in a copy of the whole model (an average of its weights), which training does not reach."""
+        """Zero what is not kept in a copy of the whole model (an average of its weights), which training does not
+        reach."""
         for matrix in self.matrices:
             keep = backend.gather(model, matrix, self.by_name[matrix.name])
             weight = matrix.within(backend.unwrap(copy).get_parameter(matrix.parameter).data)

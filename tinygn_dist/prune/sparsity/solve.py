@@ -87,8 +87,8 @@ def _pattern(level: Level) -> str:
 def solve(
     problem: Problem, matrices: Sequence[Matrix], measured: Hessians, pruned: Mapping[str, int], task: SolverTask
 ) -> Masks:
-    """Masks, and the new weights in the model. pruned: how many entries of each matrix go. Whole rows of a matrix are solved
-    by one rank. A collective."""
+    """Masks, and the new weights in the model. pruned: how many entries of each matrix go. Whole rows of a matrix are
+    solved by one rank. A collective."""
     method = layer_solver(task.solver.method)
 
     def solve_job(job: Job, weights: list[torch.Tensor]) -> list[Edited]:

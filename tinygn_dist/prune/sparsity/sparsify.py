@@ -25,8 +25,8 @@ from tinygn_dist.prune.sparsity.weight_scores import scores
 
 @dataclass(frozen=True)
 class MaskGoal:
-    """What one choice of masks has to reach. criterion: a row of `CRITERIA`. level: how sparse. passes: of the solver; None:
-    as many as it takes."""
+    """What one choice of masks has to reach. criterion: a row of `CRITERIA`. level: how sparse. passes: of the solver;
+    None: as many as it takes."""
 
     criterion: str
     level: Level
@@ -57,8 +57,8 @@ def check(anatomy: Anatomy, matrices: Sequence[Matrix], options: PruneConfig) ->
 
 
 def sparsify(problem: Problem, matrices: Sequence[Matrix], options: PruneConfig, goal: MaskGoal | None = None) -> Masks:
-    """Choose masks and apply them to the live weights (criterion obs also updates what is kept). goal: by default all that
-    the options ask for."""
+    """Choose masks and apply them to the live weights (criterion obs also updates what is kept). goal: by default all
+    that the options ask for."""
     goal = goal or goal_of(options)
     by = _by_solver if goal.criterion == SOLVER else _by_scores
     chosen = by(problem, matrices, options, goal)
