@@ -141,7 +141,7 @@ def test_images_and_positions_bound_what_is_timed():
     )
     words = latency.inputs_of(build("roberta").config, "sequence-classification", EvaluateConfig(prefill_tokens=256))
     assert words["input_ids"].shape == (1, 62)
-    assert latency.told(words) == "1 x 62 tokens"
+    assert latency.described(words) == "1 x 62 tokens"
 
 
 TRUE_CURVES = {
