@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,17 +18,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
-from tests import tiny  # noqa: E402
-from tests.ranks import Ranks  # noqa: E402
-from tinygn_dist.backends import make_backend  # noqa: E402
-from tinygn_dist.backends.base import Backend  # noqa: E402
-from tinygn_dist.config import DistributedConfig  # noqa: E402
+if TYPE_CHECKING:  # imported where they are needed: `pytest -m pure` starts without transformers
+    from tests.ranks import Ranks
+    from tinygn_dist.backends.base import Backend
 
 ROOT = Path(__file__).parents[1]
 SUITES = ("contract", "pipeline", "gpu")
 """folders of tests that cross the package's folders; every other folder mirrors one of the package"""
-PURE = ("maths", "config", "test_layering.py")
+PURE = ("maths", "config", "test_layering.py", "test_docs.py", "test_style.py")
 CLI_SECONDS = 150
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Under `-m pure` no other folder is imported, which would take longer than the pure tests."""
+    inner = collection_path.relative_to(ROOT / "tests").parts if collection_path.is_relative_to(ROOT / "tests") else ()
+    return True if config.option.markexpr == "pure" and inner and inner[0] not in PURE else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def backend() -> Backend:
     """One process."""
+    from tinygn_dist.backends import make_backend
+    from tinygn_dist.config import DistributedConfig
+
     made = make_backend(DistributedConfig(num_processes=1))
     assert made.num_ranks == 1
     return made
@@ -51,6 +59,8 @@ def backend() -> Backend:
 def process_groups() -> Iterator[Callable[..., Ranks]]:
     """process_groups(n): n connected gloo processes that live as long as the session; with settings of the section
     `distributed`."""
+    from tests.ranks import Ranks
+
     groups: dict[str, Ranks] = {}
     yield lambda size, **settings: groups.setdefault(f"{size} {settings}", Ranks(size, settings))
     for group in groups.values():
@@ -60,6 +70,8 @@ def process_groups() -> Iterator[Callable[..., Ranks]]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """saved_model(family): a folder as `save_pretrained` writes it, with a tokenizer or image processor."""
+    from tests import tiny
+
     home, made = tmp_path_factory.mktemp("models"), {}
 
     def folder(family: str) -> Path:
@@ -72,6 +84,8 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 def save(model: torch.nn.Module, folder: Path, family: str = "llama") -> Path:
+    from tests import tiny
+
     model.save_pretrained(folder)
     if family == "vit":
         facts = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
@@ -84,6 +98,8 @@ def save(model: torch.nn.Module, folder: Path, family: str = "llama") -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few hundred paragraphs, one per line."""
+    from tests import tiny
+
     path = tmp_path_factory.mktemp("data") / "rows.txt"
     path.write_text("\n".join(" ".join(text.split()) for text in tiny.texts()[:200]), encoding="utf-8")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ QUARANTINE = "experiments"
 MAX_FUNCTION, MAX_FILE = 60, 320
 
 
+@functools.cache
 def tree_of(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
@@ -80,8 +82,7 @@ def test_only_backends_know_of_process_groups(name: str):
     forbidden = ("torch.distributed", "deepspeed", "accelerate.state", "accelerate.utils")
     bad = [what for what, _ in imports_of(name) if what.startswith(forbidden) or "DTensor" in what]
     assert not bad, f"{name} imports {bad}"
-    source = FILES[name].read_text(encoding="utf-8")
-    calls = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute)]
+    calls = [n for n in ast.walk(tree_of(name)) if isinstance(n, ast.Attribute)]
     assert not [n.attr for n in calls if n.attr in ("all_reduce", "all_gather", "full_tensor", "to_local")]
     assert not [n for n in calls if ast.unparse(n).startswith(("torch.distributed", "dist."))]
 
