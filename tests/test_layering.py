@@ -50,7 +50,27 @@ def tree_of(name: str) -> ast.Module:
     return ast.parse(FILES[name].read_text(encoding="utf-8"))
 
 
-def imports_of(name: str) -> Iterator[tuple[str, int]]:
+@functools.cache
+def attributes_of(name: str) -> tuple[tuple[str, int], ...]:
+    """(dotted name, line) of every `a.b.c` in a module; begins with a dot where it hangs on a call or an index."""
+    found = []
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Attribute):
+            words, inner = [node.attr], node.value
+            while isinstance(inner, ast.Attribute):
+                words.append(inner.attr)
+                inner = inner.value
+            words.append(inner.id if isinstance(inner, ast.Name) else "")
+            found.append((".".join(reversed(words)), node.lineno))
+    return tuple(found)
+
+
+@functools.cache
+def imports_of(name: str) -> tuple[tuple[str, int], ...]:
+    return tuple(_imports(name))
+
+
+def _imports(name: str) -> Iterator[tuple[str, int]]:
     """(dotted name, column) of everything a module imports; column 0 = when it is itself imported."""
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
@@ -82,9 +102,10 @@ def test_only_backends_know_of_process_groups(name: str):
     forbidden = ("torch.distributed", "deepspeed", "accelerate.state", "accelerate.utils")
     bad = [what for what, _ in imports_of(name) if what.startswith(forbidden) or "DTensor" in what]
     assert not bad, f"{name} imports {bad}"
-    calls = [n for n in ast.walk(tree_of(name)) if isinstance(n, ast.Attribute)]
-    assert not [n.attr for n in calls if n.attr in ("all_reduce", "all_gather", "full_tensor", "to_local")]
-    assert not [n for n in calls if ast.unparse(n).startswith(("torch.distributed", "dist."))]
+    collectives = {"all_reduce", "all_gather", "full_tensor", "to_local"}
+    for dotted, line in attributes_of(name):
+        assert dotted.split(".")[-1] not in collectives, f"{name}:{line}"
+        assert not dotted.startswith(("torch.distributed", "dist.")), f"{name}:{line}"
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if is_pure(name)])
@@ -144,13 +165,11 @@ def test_only_the_command_line_reads_argv_and_the_environment(name: str):
     may_read_environ = name == "tinygn_dist.cli.main" or name.startswith(
         "tinygn_dist.backends"
     )  # how the job was launched
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.Attribute):
-            dotted = ast.unparse(node)
-            assert name == "tinygn_dist.cli.main" or dotted != "sys.argv", f"{name}:{node.lineno}"
-            assert may_read_environ or dotted not in ("os.environ", "os.getenv"), f"{name}:{node.lineno}"
-            configures = dotted in ("logging.basicConfig", "logging.disable")
-            assert name == "tinygn_dist.cli.main" or not configures, f"{name}:{node.lineno}"
+    for dotted, line in attributes_of(name):
+        assert name == "tinygn_dist.cli.main" or dotted != "sys.argv", f"{name}:{line}"
+        assert may_read_environ or dotted not in ("os.environ", "os.getenv"), f"{name}:{line}"
+        configures = dotted in ("logging.basicConfig", "logging.disable")
+        assert name == "tinygn_dist.cli.main" or not configures, f"{name}:{line}"
 
 
 @pytest.mark.parametrize("name", FILES)
