@@ -1,0 +1,117 @@
+"""README and docs name only what exists: links, paths, config keys, tests."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tinygn_dist.config import Config, Section, load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("tinygn_dist", "tests", "launch", "configs", "benchmarks", "docs")
+"""a name that begins with one of these is a path of this project"""
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def sections_in(annotation: object) -> Iterator[type[Section]]:
+    """Sections that a key can hold: alone, or None, or several."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from sections_in(inner)
+
+
+def has_key(dotted: str, section: type[Section] = Config) -> bool:
+    key, _, rest = dotted.partition(".")
+    if key not in section.model_fields:
+        return False
+    inner = list(sections_in(section.model_fields[key].annotation))
+    return not rest or any(has_key(rest, one) for one in inner)
+
+
+def names_in_code(text: str) -> Iterator[str]:
+    """Whatever stands in backquotes or in a fenced block, word by word."""
+    fenced = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    quoted = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for code in (*fenced, *quoted):
+        yield from re.split(r"[\s\"'(),:;\[\]]+", code)
+
+
+def paths_in(text: str) -> Iterator[str]:
+    for word in names_in_code(text):
+        if re.match(rf"(\./)?({'|'.join(FOLDERS)})/", word):
+            stem, brace, rest = word.partition("{")
+            inner, _, tail = rest.partition("}")
+            yield from (stem + one + tail for one in inner.split(",")) if brace else (word,)
+
+
+def keys_in(text: str) -> Iterator[str]:
+    """`--section.key`, and section.key in backquotes, of sections that Config has; not names of files."""
+    yield from re.findall(r"--([a-z_]+(?:\.[a-z_]+)+)", text)
+    for word in names_in_code(text):
+        if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)+", word) and word.split(".")[0] in Config.model_fields:
+            yield word
+
+
+def test_the_readers_find_what_they_look_for():
+    text = "`--prune.nothing 3` and `recover.steps`, `tinygn_dist/no.py`\n```bash\npython benchmarks/{a,b}.py\n```"
+    assert list(keys_in(text)) == ["prune.nothing", "recover.steps"]
+    assert sorted(paths_in(text)) == ["benchmarks/a.py", "benchmarks/b.py", "tinygn_dist/no.py"]
+    assert has_key("recover.steps") and has_key("prune") and not has_key("prune.nothing") and not has_key("steps.x")
+
+
+@pages
+def test_links_lead_somewhere(page: Path):
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in link:
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pages
+def test_paths_exist(page: Path):
+    for path in paths_in(page.read_text(encoding="utf-8")):
+        assert list(ROOT.glob(path.rstrip("/.").removeprefix("./"))), f"{page.name} names {path}"
+
+
+@pages
+def test_keys_exist(page: Path):
+    for key in keys_in(page.read_text(encoding="utf-8")):
+        assert has_key(key), f"{page.name} names the key {key}"
+
+
+@pages
+def test_recipes_on_a_page_are_accepted(page: Path):
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        asked = yaml.safe_load(block)
+        assert Config(**asked).recipe
+
+
+@pages
+def test_arguments_of_commands_are_accepted(page: Path):
+    """Values are whatever YAML makes of them; `-p` words of other programs are not looked at."""
+    for command in re.findall(r"tinygn compress ((?:[^`\n]|\\\n)+)", page.read_text(encoding="utf-8")):
+        words = command.replace("\\\n", " ").split(" #")[0].split()
+        asked = {word[2:]: value for word, value in zip(words, [*words[1:], ""], strict=True) if "." in word[2:]}
+        keys = {word: yaml.safe_load(value) for word, value in asked.items() if has_key(word) and value[:1] not in "'\""}
+        if keys:
+            load_config(overrides={"model.name": "m"} | keys)
+
+
+def test_every_decision_is_listed():
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"- \[([^\]]+)\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    records = {path.name: path.read_text(encoding="utf-8").splitlines()[0] for path in folder.glob("*.md")}
+    assert {name: f"# {title}" for title, name in listed} == {k: v for k, v in records.items() if k != "README.md"}
+
+
+def test_the_map_has_every_folder():
+    rows = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "map.md").read_text(encoding="utf-8"), flags=re.M))
+    folders = {path.parent.relative_to(ROOT / "tinygn_dist") for path in (ROOT / "tinygn_dist").rglob("__init__.py")}
+    top = {f"{path}/" for path in map(str, folders) if path not in (".", "prune") and "/" not in path}
+    assert top | {"prune/structured/", "prune/sparsity/"} <= rows
