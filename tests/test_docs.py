@@ -99,7 +99,9 @@ def test_arguments_of_commands_are_accepted(page: Path):
     for command in re.findall(r"tinygn compress ((?:[^`\n]|\\\n)+)", page.read_text(encoding="utf-8")):
         words = command.replace("\\\n", " ").split(" #")[0].split()
         asked = {word[2:]: value for word, value in zip(words, [*words[1:], ""], strict=True) if "." in word[2:]}
-        keys = {word: yaml.safe_load(value) for word, value in asked.items() if has_key(word) and value[:1] not in "'\""}
+        keys = {
+            word: yaml.safe_load(value) for word, value in asked.items() if has_key(word) and value[:1] not in "'\""
+        }
         if keys:
             load_config(overrides={"model.name": "m"} | keys)
 
