@@ -1,4 +1,4 @@
-"""How the package is built, counted on its syntax trees: rooms, arrows, levels, arguments, lines, files and config keys.
+"""How the package is built, counted on its syntax trees: rooms, imports, levels, arguments, lines, config keys.
 
     python benchmarks/house.py [FOLDER ...]      folders that hold a `tinygn_dist`; by default this one
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tinygn_dist.config import Config, Section, load_config
+from tinygn_dist.registry import experimental
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -29,6 +30,10 @@ def sections_in(annotation: object) -> Iterator[type[Section]]:
 
 def has_key(dotted: str, section: type[Section] = Config) -> bool:
     key, _, rest = dotted.partition(".")
+    if key == "experiments" and rest:
+        name, _, option = rest.partition(".")
+        known = experimental("OPTIONS", type[Section])
+        return name in known and (not option or has_key(option, known[name]))
     if key not in section.model_fields:
         return False
     inner = list(sections_in(section.model_fields[key].annotation))
@@ -64,7 +69,8 @@ def test_the_readers_find_what_they_look_for():
     text = "`--prune.nothing 3` and `recover.steps`, `tinygn_dist/no.py`\n```bash\npython benchmarks/{a,b}.py\n```"
     assert list(keys_in(text)) == ["prune.nothing", "recover.steps"]
     assert sorted(paths_in(text)) == ["benchmarks/a.py", "benchmarks/b.py", "tinygn_dist/no.py"]
-    assert has_key("recover.steps") and has_key("prune") and not has_key("prune.nothing") and not has_key("steps.x")
+    assert has_key("recover.steps") and has_key("prune.experiments.owl.spread")
+    assert not has_key("prune.nothing") and not has_key("steps.x") and not has_key("prune.experiments.owl.x")
 
 
 @pages
@@ -95,7 +101,7 @@ def test_recipes_on_a_page_are_accepted(page: Path):
 
 @pages
 def test_arguments_of_commands_are_accepted(page: Path):
-    """Values are whatever YAML makes of them; `-p` words of other programs are not looked at."""
+    """Keys with their values; quoted values are left out, as a shell would have to read them."""
     for command in re.findall(r"tinygn compress ((?:[^`\n]|\\\n)+)", page.read_text(encoding="utf-8")):
         words = command.replace("\\\n", " ").split(" #")[0].split()
         asked = {word[2:]: value for word, value in zip(words, [*words[1:], ""], strict=True) if "." in word[2:]}
