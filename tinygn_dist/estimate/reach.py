@@ -8,6 +8,7 @@ is given text, a head that the loss does not use.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tinygn_dist.estimate.overflow import refuse_overflow
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.models.anatomy import Matrix
 
+log = logging.getLogger(__name__)
 _LISTED = 6
 """kinds of names in a note"""
 
@@ -53,6 +55,8 @@ def reached_by_data(problem: Problem, matrices: Sequence[Matrix]) -> Reached:
     if len(missed) == len(matrices):
         raise UserError(f"no calibration data reaches {_kinds(missed)}: nothing can be scored; give data that does")
     notes = (_note(missed),) if missed else ()
+    for note in notes:
+        log.warning("%s", note)
     return Reached(tuple(matrix for matrix in matrices if matrix.module in called), notes)
 
 
