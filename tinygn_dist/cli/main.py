@@ -27,6 +27,7 @@ from rich.logging import RichHandler
 
 from tinygn_dist.backends import make_backend, world_size
 from tinygn_dist.backends.launcher import accelerate_arguments, launch, processes_asked
+from tinygn_dist.cli.export import add_verb, export
 from tinygn_dist.config import Config, Section, inner_section, load_config
 from tinygn_dist.errors import Refused, Stopped, UserError
 from tinygn_dist.registry import experimental
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _compress(arguments, _overrides(arguments, rest), argv)
         if rest:
             raise UserError(f"unknown argument {rest[0]}; see `tinygn {arguments.verb} --help`")
+        if arguments.verb == "export":
+            return export(arguments)
         from tinygn_dist.cli import verbs as inspection  # only these verbs need it
 
         look = inspection.inspect if arguments.verb == "inspect" else inspection.evaluate
@@ -140,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--servable", action="store_true", help="only say which engines take the checkpoint, and why not"
     )
     evaluate.add_argument("--no-latency", action="store_true", help="skip the speed measurement")
-    for verb in (compress, evaluate, inspect):
+    for verb in (compress, evaluate, inspect, add_verb(verbs)):
         verb.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

@@ -60,11 +60,12 @@ TYPES: Mapping[str, TensorType] = {
 
 @dataclass(frozen=True)
 class Described:
-    """What is known of a checkpoint beside its weights."""
+    """What is known of a checkpoint beside its weights. apart: names that the config ties and the files do not."""
 
     name: str
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    apart: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def write_gguf(path: Path, described: Described, weights: Weights, type_name: st
     vocabulary = read_vocabulary(described.tokenizer, config.vocab_size)
     layers = _read_layers(config, weights)
     architecture = _architecture(config, layers)
-    places = _places(config, weights)
+    places = _places(described, weights)
     chosen = {place: _type_of(place, name, weights, type_name) for place, name in places.items()}
     sizes = {place: _byte_shape(weights.shape(name), chosen[place]) for place, name in places.items()}
     _refuse_full_disk(path, sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in sizes.values()))
@@ -163,16 +164,17 @@ def _read_layers(config: PretrainedConfig, weights: Weights) -> _Layers:
     return _Layers(widths, [n // head_dim for n in queries], [n // head_dim for n in keys], head_dim)
 
 
-def _places(config: PretrainedConfig, weights: Weights) -> dict[str, str]:
+def _places(described: Described, weights: Weights) -> dict[str, str]:
     """Names of the checkpoint by names in the file, in the order of the file."""
-    places = {}
+    places, config = {}, described.config
+    tied = config.tie_word_embeddings and "lm_head.weight" not in described.apart
     for name in weights.names:
         place = gguf_name(name)
         if place is None:
             raise Refused(f"{name} has no place in a GGUF file of {config.model_type}; use --format onnx")
-        if place != "output.weight" or not config.tie_word_embeddings:
+        if place != "output.weight" or not tied:
             places[place] = name
-    if "output.weight" not in places and not config.tie_word_embeddings:
+    if "output.weight" not in places and not tied:
         raise Refused("the checkpoint has no lm_head.weight and config.json does not tie it to the embedding")
     return dict(sorted(places.items(), key=lambda item: ("blk" in item[0], _natural(item[0]))))
 
