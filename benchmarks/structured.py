@@ -37,7 +37,7 @@ from tinygn_dist.prune.structured.removal import UnitGoal
 OURS = {  # row -> arguments of `tinygn compress`
     "channels": ["--pattern", "channels"],
     "units, best mix": ["--pattern", "units"],
-    "layers, taken over": ["--pattern", "layers"],
+    "layers, absorbed": ["--pattern", "layers"],
     "layers by block influence (ShortGPT)": ["--pattern", "layers", "--criterion", "activation"]
     + ["--prune.compensate", "false"],
 }
