@@ -1,11 +1,11 @@
 """Forward-only recovery of a compressed model: the loss of held-out text before and after, with its standard error.
 
-    tinygn compress --model smollm2-135m --pattern channels --prune.counts '{channels: 308}' --data text.txt --output pruned
-    python benchmarks/descent.py --model pruned --data text.txt --evaluation held-out.txt
+    tinygn compress --model smollm2-135m --pattern channels --prune.counts '{channels: 308}' --data text.txt --output
+    pruned python benchmarks/descent.py --model pruned --data text.txt --evaluation held-out.txt
         --set train=norms-and-biases clip_norm=100 probe_step=0.00390625
 
-Trains as `tinygn compress` does, on windows of the data, for `--seconds` or until these are used up once. The change is that of
-the same held-out sequences, so its error is of their differences.
+Trains as `tinygn compress` does, on windows of the data, for `--seconds` or until these are used up once. The change is
+that of the same held-out sequences, so its error is of their differences.
 """
 
 from __future__ import annotations

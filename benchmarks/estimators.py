@@ -5,11 +5,11 @@ chooses as exhaustive probing does. Two commands, the first once per kind (it ma
     python benchmarks/estimators.py table losses
 
 What really happens is the removal probe of each unit on `--windows` held-out sequences. Every estimator sees other
-sequences, and takes as many forwards as removal probes on `--few` sequences would: differences of one side take `--few`,
-of both sides half of them, random directions over all gates at once half as many as there are units, and a backward counts
-as two forwards (on at most 32 sequences). Rank correlations are Spearman's; their standard errors are a jackknife over
-the held-out sequences. "Held-out, halves" correlates two halves of the held-out sequences: no estimator can be expected
-beyond that. The race is run on losses that were measured before, which it cannot tell from new ones.
+sequences, and takes as many forwards as removal probes on `--few` sequences would: differences of one side take
+`--few`, of both sides half of them, random directions over all gates at once half as many as there are units, and a
+backward counts as two forwards (on at most 32 sequences). Rank correlations are Spearman's; their standard errors are a
+jackknife over the held-out sequences. "Held-out, halves" correlates two halves of the held-out sequences: no estimator
+can be expected beyond that. The race is run on losses that were measured before, which it cannot tell from new ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     torch.save(found, Path(asked.out) / f"{asked.kind}.pt")
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------------
+# -- measuring ---------------------------------------------------------------------------------------------------------
 def probes_of(problem: Problem, kind: str, every: int) -> list[Probe]:
     """Removal of whole layers; of all heads or all channels of a layer; of single heads (KV groups)."""
     if kind == "layers":
@@ -180,7 +180,7 @@ def without_the_loss(problem: Problem, probes: list[Probe]) -> dict:
     return {"magnitude": (of_each(sizes), 0), "activation": (of_each(active), cost)}
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 def table(folder: Path) -> None:
     kinds = {
         kind: torch.load(folder / f"{kind}.pt", weights_only=False)
@@ -199,7 +199,8 @@ def table(folder: Path) -> None:
             cells.append(f"{rho:.2f} ± {error:.2f} ({forwards})")
         print(f"| {name} | {' | '.join(cells)} |")
     print(
-        "\n| adaptive probing | units alike | forwards, of exhaustive | loss given away per contest | open, of contests |"
+        "\n| adaptive probing | units alike | forwards, of exhaustive | loss given away per contest | open, of "
+        "contests |"
     )
     print("|---" * 5 + "|")
     for kind, seen in kinds.items():

@@ -2,8 +2,8 @@
 
     python llm_compressor.py DENSE_FOLDER TOKENS.json OUTPUT_FOLDER 50%|2:4
 
-tokens: a JSON list of sequences of token ids. Prints one JSON line: seconds and CPU seconds of calibration and solving, and the
-process's peak memory.
+tokens: a JSON list of sequences of token ids. Prints one JSON line: seconds and CPU seconds of calibration and solving,
+and the process's peak memory.
 """
 
 from __future__ import annotations

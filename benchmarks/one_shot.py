@@ -1,13 +1,13 @@
 """One-shot pruning of weights, method by pattern: each row is one `tinygn compress` on two processes.
 
-    python benchmarks/one_shot.py --data train.txt --evaluation dev.txt
-    python benchmarks/one_shot.py --data train.txt --evaluation dev.txt --patterns 50% 2:4 --methods wanda obs --seeds 0 1 2
-    python benchmarks/one_shot.py ... --llm-compressor ../peer/bin/python
+    python benchmarks/one_shot.py --data train.txt --evaluation dev.txt python benchmarks/one_shot.py --data train.txt
+    --evaluation dev.txt --patterns 50% 2:4 --methods wanda obs --seeds 0 1 2 python benchmarks/one_shot.py ...
+    --llm-compressor ../peer/bin/python
 
-Figures come from the report that each run read back from disk. Seconds and CPU seconds are those of calibration and solving,
-and of block reconstruction where a method asks for it; CPU seconds over all processes. With the Python of an environment that
-has llm-compressor (`pip install llmcompressor`), its SparseGPT runs on the same tokens, with as many threads as we have
-processes, and its model is measured on the same windows.
+Figures come from the report that each run read back from disk. Seconds and CPU seconds are those of calibration and
+solving, and of block reconstruction where a method asks for it; CPU seconds over all processes. With the Python of an
+environment that has llm-compressor (`pip install llmcompressor`), its SparseGPT runs on the same tokens, with as many
+threads as we have processes, and its model is measured on the same windows.
 """
 
 from __future__ import annotations

@@ -45,7 +45,8 @@ def problem_of(asked: Namespace, backend: Backend | None = None) -> Problem:
 
 
 def on_ranks(script: str, ranks: int, words: list[str]) -> dict[str, Any]:
-    """Run a script on connected ranks of one thread each; it writes facts.json into the folder that `--measure` names."""
+    """Run a script on connected ranks of one thread each; it writes facts.json into the folder that `--measure`
+    names."""
     with tempfile.TemporaryDirectory() as folder:
         start = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
         start += ["--num_processes", str(ranks)]

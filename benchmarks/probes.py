@@ -3,11 +3,11 @@
     python benchmarks/probes.py --data text.txt --seq-len 512 --every 2
 
 Probes take out every `--every`-th layer (blocks: its whole attention and its whole FFN, by gates), once with each probe
-running all that is left of the model and once restarting from the cached input of its layer. The plain forward is that of
-evaluation, loss included, timed before, between and after the rows: with the fp32 products that a compress run uses (see
-tinygn_dist/products.py; the probes run with them), and with those of stock torch. One process of one thread, and then
-`--ranks` connected ones, which share the probes of one window and the windows where there are more. Seconds are of the
-rank with the most. Memory is the peak of the whole process (resident set) while it evaluates and while it probes.
+running all that is left of the model and once restarting from the cached input of its layer. The plain forward is that
+of evaluation, loss included, timed before, between and after the rows: with the fp32 products that a compress run uses
+(see tinygn_dist/products.py; the probes run with them), and with those of stock torch. One process of one thread, and
+then `--ranks` connected ones, which share the probes of one window and the windows where there are more. Seconds are of
+the rank with the most. Memory is the peak of the whole process (resident set) while it evaluates and while it probes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def main() -> None:
     one = on_ranks(__file__, 1, [*words, "--skip", *asked.skip])
     many = on_ranks(__file__, asked.ranks, [*words, "--skip", "whole", "blocks"])
     print(
-        "| ranks | probes | forwards | CPU s | s | CPU s per forward / plain | s per forward / plain | ... / stock torch's |"
+        "| ranks | probes | forwards | CPU s | s | CPU s per forward / plain | s per forward / plain | ... / stock "
+        "torch's |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for ranks, facts in ((1, one), (asked.ranks, many)):
@@ -109,8 +110,8 @@ def timed(folder: Path, asked: argparse.Namespace) -> None:
 
 
 class Plain:
-    """facts: seconds of plain forwards on one rank so far, with the products in use and with stock torch's. times: forwards of
-    each window and kind at once."""
+    """facts: seconds of plain forwards on one rank so far, with the products in use and with stock torch's. times:
+    forwards of each window and kind at once."""
 
     def __init__(self, problem: Problem, times: int) -> None:
         self.problem, self.times = problem, times

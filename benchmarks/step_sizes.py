@@ -97,7 +97,8 @@ def main() -> None:
             for scheme in ("forward", "central"):
                 step, error, least, best = row(name, dtype, scheme, asked.directions)
                 print(
-                    f"| {name} | {dtype_name} | {scheme} | {step:.2g} | {error:.2g} | {best:.2g} | {least:.2g} | {error / least:.1f} |"
+                    f"| {name} | {dtype_name} | {scheme} | {step:.2g} | {error:.2g} | {best:.2g} | {least:.2g} | "
+                    f"{error / least:.1f} |"
                 )
 
 

@@ -1,14 +1,16 @@
-"""Physically smaller models of equal size by several ways: perplexity before and after a fixed recovery budget, parameters,
-bytes, speed, beside Torch-Pruning (pip install torch-pruning) and layers removed by block influence, as ShortGPT does.
+"""Physically smaller models of equal size by several ways: perplexity before and after a fixed recovery budget,
+parameters, bytes, speed, beside Torch-Pruning (pip install torch-pruning) and layers removed by block influence, as
+ShortGPT does.
 
-    python benchmarks/structured.py --data train.txt --evaluation dev.txt --table rows.md
-    python benchmarks/structured.py --data train.txt --evaluation dev.txt --fractions 0.15 --recover-steps 0 --only channels
+    python benchmarks/structured.py --data train.txt --evaluation dev.txt --table rows.md python
+    benchmarks/structured.py --data train.txt --evaluation dev.txt --fractions 0.15 --recover-steps 0 --only channels
 
-Every row is one `tinygn compress` on the same calibration and evaluation windows; its figures come from the report, which was
-read back from disk. Torch-Pruning prunes the same model to the same number of channels on the same calibration windows and
-saves it; that folder is then measured and trained by the same command, with nothing more removed, and so is the dense
-model. No row distils, so that all are trained alike. With `--table` each row is appended to a file as soon as it is known, and
-a later call leaves out the rows that it holds. `seconds` are of choosing and re-fitting alone.
+Every row is one `tinygn compress` on the same calibration and evaluation windows; its figures come from the report,
+which was read back from disk. Torch-Pruning prunes the same model to the same number of channels on the same
+calibration windows and saves it; that folder is then measured and trained by the same command, with nothing more
+removed, and so is the dense model. No row distils, so that all are trained alike. With `--table` each row is appended
+to a file as soon as it is known, and a later call leaves out the rows that it holds. `seconds` are of choosing and
+re-fitting alone.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ OURS = {  # row -> arguments of `tinygn compress`
 PEERS = {"Torch-Pruning Taylor": "GroupTaylorImportance", "Torch-Pruning magnitude": "GroupMagnitudeImportance"}
 AS_IT_IS = ["--pattern", "unstructured", "--sparsity", "0", "--criterion", "magnitude"]
 HEAD = (
-    "| fewer decoder parameters | method | parameters | MB | perplexity | after recovery | prefill tokens/s | decode tokens/s "
-    "| seconds |\n|" + "---|" * 9
+    "| fewer decoder parameters | method | parameters | MB | perplexity | after recovery | prefill tokens/s | decode "
+    "tokens/s | seconds |\n|" + "---|" * 9
 )
 TAYLOR_SAMPLES = 16
 """calibration windows whose gradients Torch-Pruning sums"""
@@ -78,7 +80,8 @@ def main() -> None:
 
 
 def rows(fractions: list[float], words: list[str]) -> Iterator[tuple[float, str]]:
-    """Fraction and name of every row whose name holds one of the words; of all without any. The dense model comes first."""
+    """Fraction and name of every row whose name holds one of the words; of all without any. The dense model comes
+    first."""
     for fraction, name in [(0.0, "dense"), *((fraction, name) for fraction in fractions for name in (*OURS, *PEERS))]:
         if not words or any(word in name for word in words):
             yield fraction, name
@@ -111,7 +114,8 @@ def _compressed(asked: argparse.Namespace, arguments: list[str]) -> dict[str, An
 
 
 def _prune_by_peer(fraction: float, importance: str, asked: argparse.Namespace, folder: str) -> float:
-    """FFN channels by Torch-Pruning, one width for all layers, as many as ours removes, saved in `folder`. Returns seconds."""
+    """FFN channels by Torch-Pruning, one width for all layers, as many as ours removes, saved in `folder`. Returns
+    seconds."""
     import torch_pruning  # only these rows need it
 
     torch.set_num_threads(asked.processes * int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,4 +1,5 @@
-"""A Markdown table that grows row by row, in a file where one is named: a stopped benchmark goes on after the rows it holds."""
+"""A Markdown table that grows row by row, in a file where one is named: a stopped benchmark goes on after the rows it
+holds."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ beside the dense model trained the same way. (benchmarks/upkeep.py: what a step 
     python benchmarks/training.py --data wiki-train.txt --evaluation wiki-dev.txt
     python benchmarks/training.py --data ... --evaluation ... --only "50%" --table rows.md
 
-Each row is one `tinygn compress` on two processes; figures are from the reports that were read back from disk.
-With `--table` each row is appended to a file as soon as it is known, and a later call leaves out the rows that it holds.
+Each row is one `tinygn compress` on two processes; figures are from the reports that were read back from disk. With
+`--table` each row is appended to a file as soon as it is known, and a later call leaves out the rows that it holds.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def rows(words: list[str]) -> Iterator[tuple[str, str, str]]:
 
 def _told(asked: argparse.Namespace) -> str:
     told = (
-        f"{asked.model}: {asked.steps} steps of 2 x 256 tokens, peak learning rate {asked.learning_rate:g}, gradual: an update "
-        f"after every {asked.every} steps; {asked.samples} calibration and {asked.windows} evaluation windows of 512 tokens"
+        f"{asked.model}: {asked.steps} steps of 2 x 256 tokens, peak learning rate {asked.learning_rate:g}, gradual: "
+        f"an update after every {asked.every} steps; {asked.samples} calibration and {asked.windows} evaluation "
+        "windows of 512 tokens"
     )
     return f"{told}; {' '.join(asked.rest)}" if asked.rest else told
 

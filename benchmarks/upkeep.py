@@ -3,14 +3,15 @@
     python benchmarks/upkeep.py --layouts cpu fsdp2 zero2 zero3
     python benchmarks/upkeep.py --teacher
 
-Each layout is one `accelerate launch` (two processes) of one model and one AdamW, whose steps are taken with masks, plainly, and
-with a teacher in turn (masks, plain, taught, taught, plain, masks, ...), so that what else the machine does falls on all
-alike. A step is recovery's own at its default size (4 sequences of 256 tokens over all ranks): backward, clipping, AdamW on
-every matrix of the layers; the teacher is the same model, and half of the loss is the distance from its logits. What masks
-cost does not depend on the tokens, so their share of a larger step is smaller. CPU seconds are those of a process (all its
-threads), means over the ranks and medians over the steps. "zeroing + check" is the time spent there inside the steps, "more" the
-mean difference of neighbouring steps in units of the plain step, with its standard error, which a busy machine raises to a
-percent or two: it bounds what masks cost elsewhere, the former says what they cost there.
+Each layout is one `accelerate launch` (two processes) of one model and one AdamW, whose steps are taken with masks,
+plainly, and with a teacher in turn (masks, plain, taught, taught, plain, masks, ...), so that what else the machine
+does falls on all alike. A step is recovery's own at its default size (4 sequences of 256 tokens over all ranks):
+backward, clipping, AdamW on every matrix of the layers; the teacher is the same model, and half of the loss is the
+distance from its logits. What masks cost does not depend on the tokens, so their share of a larger step is smaller. CPU
+seconds are those of a process (all its threads), means over the ranks and medians over the steps. "zeroing + check" is
+the time spent there inside the steps, "more" the mean difference of neighbouring steps in units of the plain step, with
+its standard error, which a busy machine raises to a percent or two: it bounds what masks cost elsewhere, the former
+says what they cost there.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python launch/vgg16.py --data digits --width 0.25 --output vgg16   # offline: scikit-learn's digits at 32 x 32
     tinygn compress --recipe configs/recipes/vgg16-cifar10.yaml
 
-Writes OUTPUT/dense (a checkpoint with its code) and OUTPUT/{train,test}.parquet. With torchvision installed, --pretrained
-starts the convolutions from its ImageNet weights (vgg16_bn). Needs pip install 'tinygn-dist[vision]'.
+Writes OUTPUT/dense (a checkpoint with its code) and OUTPUT/{train,test}.parquet. With torchvision installed,
+--pretrained starts the convolutions from its ImageNet weights (vgg16_bn). Needs pip install 'tinygn-dist[vision]'.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from accelerate.utils import DistributedType
 
 
 def share_cards() -> None:
-    """To be called on every rank before its Accelerator is made. Does nothing where each rank has a GPU, or none has one."""
+    """To be called on every rank before its Accelerator is made. Does nothing where each rank has a GPU, or none has
+    one."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cards and int(os.environ.get("WORLD_SIZE", "1")) > cards:
         os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % cards)

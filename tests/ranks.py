@@ -1,4 +1,5 @@
-"""Real connected processes for tests (gloo, or NCCL where each has a GPU): one group of N per session, each test sends it a function.
+"""Real connected processes for tests (gloo, or NCCL where each has a GPU): one group of N per session, each test sends
+it a function.
 
 A launch costs 6 to 10 seconds, a call in a running group milliseconds. A group in which a rank failed is thrown away.
 """

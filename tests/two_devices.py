@@ -3,8 +3,8 @@
 `cpu:0` stands for the device: torch takes it for the same place as `cpu` but passes the index on. Every tensor made or
 moved there carries a mark, results inherit it, and an operator that gets tensors of both places raises, with the
 exceptions that CUDA makes (numbers of the processor, copies, indices). Two modes see to it: one at the level of Python
-functions, where `.cpu()` and `.device` would do nothing, and one at the dispatcher, for what autograd calls too. Tensors
-whose place is not known (constants inside torch) go with anything.
+functions, where `.cpu()` and `.device` would do nothing, and one at the dispatcher, for what autograd calls too.
+Tensors whose place is not known (constants inside torch) go with anything.
 """
 
 from __future__ import annotations

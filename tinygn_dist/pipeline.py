@@ -43,7 +43,8 @@ def compress(config: Config, backend: Backend | None = None, stopping: Callable[
 
 
 def prepare(state: RunState) -> None:
-    """The model, the data, and where the run begins: at its first step, or at the one that a checkpoint was written in."""
+    """The model, the data, and where the run begins: at its first step, or at the one that a checkpoint was written
+    in."""
     written_by_model = state.config.data.name == SELF
     with state.stage("data"):
         loading.load_processor(state)

@@ -25,9 +25,9 @@ from tinygn_dist.models.anatomy import Anatomy
 
 @dataclass(frozen=True)
 class Request:
-    """What is known of a model before a weight is read. skeleton: the model on the meta device. dtype: that its weights will
-    have. build: a model of the same class with another config, whose weights are still to be filled in. evaluate: how
-    speed is measured, for goals in seconds."""
+    """What is known of a model before a weight is read. skeleton: the model on the meta device. dtype: that its weights
+    will have. build: a model of the same class with another config, whose weights are still to be filled in. evaluate:
+    how speed is measured, for goals in seconds."""
 
     skeleton: nn.Module
     anatomy: Anatomy
@@ -103,7 +103,7 @@ class Step(abc.ABC):
     def check(self, request: Request) -> None:
         """Everything that can be refused without a weight. Raises UserError (and Refused) with one line."""
 
-    def measure(self, request: Request) -> None:
+    def measure(self, request: Request) -> None:  # noqa: B027 (most steps measure nothing)
         """What has to be measured on this machine before the weights load. A collective."""
 
     @abc.abstractmethod

@@ -50,8 +50,8 @@ def test_ranks_find_the_rate_of_one_process(process_groups, backend):
 
 
 def probe(backend: Backend) -> tuple[list[list[float]], list[int], int]:
-    """Means of an elimination over 3 layers and 6 heads on three micro-batches, all in one round, and on five; sequences and places of
-    the latter; the layers this rank ran for the former."""
+    """Means of an elimination over 3 layers and 6 heads on three micro-batches, all in one round, and on five;
+    sequences and places of the latter; the layers this rank ran for the former."""
     problem, layers = tiny.problem("llama", backend, count=3, size=1), [0]
     for layer in problem.model.model.layers:
         layer.register_forward_pre_hook(lambda *_: layers.__setitem__(0, layers[0] + 1))

@@ -97,7 +97,11 @@ def ran(script: str, *words: str, stubs: Path, **env: str) -> subprocess.Complet
     path = f"{stubs}:{os.environ['PATH']}"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE", "SLURM", "FSDP", "OMP", "PET"))}
     return subprocess.run(
-        ["bash", ROOT / "launch" / script, *words], cwd=ROOT, env={**clean, "PATH": path, **env}, capture_output=True, text=True
+        ["bash", ROOT / "launch" / script, *words],
+        cwd=ROOT,
+        env={**clean, "PATH": path, **env},
+        capture_output=True,
+        text=True,
     )  # fmt: skip
 
 

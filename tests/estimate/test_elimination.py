@@ -13,8 +13,8 @@ from tinygn_dist.maths import confidence
 
 
 def alike(effects: list[float], noise: float, own: float = 0.0, number: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Units with these effects on sequences that move all of them by up to `noise`, and the middle one of them by up to `own`
-    alone; of one token each."""
+    """Units with these effects on sequences that move all of them by up to `noise`, and the middle one of them by up to
+    `own` alone; of one token each."""
     wave = torch.tensor([1.0, -1.0] * (number // 2), dtype=torch.float64)
     seen = torch.tensor(effects, dtype=torch.float64)[:, None] + noise * wave
     seen[len(effects) // 2] += own * torch.tensor([1.0, -1.0, -1.0, 1.0] * (number // 4), dtype=torch.float64)
@@ -28,9 +28,9 @@ def test_units_are_compared_on_the_same_sequences():
 
 
 def test_units_on_both_sides_of_the_boundary_that_noise_leaves_alike_are_open():
-    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378; Student's t for six percent to a side is 1.76
-    with seven degrees of freedom; eight of 100 sequences make that sqrt(92 / 100) of it: a unit with noise of its own cannot
-    be told from those within 0.64."""
+    """The standard error of a mean over eight values of +-1 is 1 / sqrt(7) = 0.378; Student's t for six percent to a
+    side is 1.76 with seven degrees of freedom; eight of 100 sequences make that sqrt(92 / 100) of it: a unit with noise
+    of its own cannot be told from those within 0.64."""
     open_ = [0.0, 0.5, 1.0, 1.5, 3.0]
     for removed, wanted in ((1, []), (2, [1, 2]), (3, [2, 3]), (4, []), (0, []), (5, [])):
         goes, stays = decided(*alike(open_, noise=10.0, own=1.0), removed=removed, total=100)
@@ -48,8 +48,8 @@ def test_the_error_is_that_of_what_these_sequences_will_say():
 
 
 def test_what_is_decided_stands():
-    """Two of four go. Unit 0 is one of them by the first three sequences, unit 3 is not; the other two are alike, and seen on
-    all sequences, of which the later ones are easier: their means fall below unit 0's."""
+    """Two of four go. Unit 0 is one of them by the first three sequences, unit 3 is not; the other two are alike, and
+    seen on all sequences, of which the later ones are easier: their means fall below unit 0's."""
     wave, later = torch.tensor([1.0, -1, 1, 1, -1, 1, -1, 1]) / 10, torch.tensor([0.0] * 3 + [15.0] * 5)
     losses = torch.stack([wave * 0 + 1, 5 + wave - later, 5 - wave - later, wave * 0 + 50]).double()
     choices = [Choice((0, 1, 2, 3), 2)]
@@ -61,8 +61,8 @@ def test_what_is_decided_stands():
 
 
 def test_choices_for_several_numbers_settle_the_order(backend):
-    """Which one of three would go first, and which two: the last is clear at once, the order of the others on all sequences
-    alone (they differ by 0.1 and noise); with one choice for two it is never asked."""
+    """Which one of three would go first, and which two: the last is clear at once, the order of the others on all
+    sequences alone (they differ by 0.1 and noise); with one choice for two it is never asked."""
     seen, _ = alike([0.1, 0.0, 50.0], noise=1.0, own=1.0)
     everyone = (0, 1, 2)
     two = replayed(seen, [Choice(everyone, 2)])
@@ -110,8 +110,8 @@ def test_rounds_grow_by_a_quarter_and_start_with_three_sequences():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_it_chooses_like_exhaustive_probing_with_fewer_forwards(seed: int):
-    """20 groups of 9 units, 32 sequences, effects spread over two decades and noise like them: at least 95 % of the units
-    as all sequences say, for at most half of the forwards."""
+    """20 groups of 9 units, 32 sequences, effects spread over two decades and noise like them: at least 95 % of the
+    units as all sequences say, for at most half of the forwards."""
     draw = torch.Generator().manual_seed(seed)
     effects = 10 ** (2 * torch.rand(180, 1, generator=draw, dtype=torch.float64) - 2)
     noisy = effects * (1 + 0.7 * torch.randn(180, 32, generator=draw, dtype=torch.float64))

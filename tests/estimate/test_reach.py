@@ -1,4 +1,5 @@
-"""Matrices that no data passes through stay dense and are named, whatever the criterion; scores of nothing are refused."""
+"""Matrices that no data passes through stay dense and are named, whatever the criterion; scores of nothing are
+refused."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ PATTERNS = {"unstructured": {}, "per row": {"per_row": True}, "2:4": {"nm": (2, 
 
 @pytest.mark.parametrize("how", PATTERNS)
 def test_equals_least_squares_on_its_mask(how: str) -> None:
-    """Brute force in float64: every row's output fitted on its kept inputs alone. Little damping, and conjugate gradients
-    to the end."""
+    """Brute force in float64: every row's output fitted on its kept inputs alone. Little damping, and conjugate
+    gradients to the end."""
     weight, inputs = layer(out=8, num_inputs=16)
     goal = LayerGoal(64, damping=1e-7, **PATTERNS[how])
     found = SOLVE["admm"](weight, inputs.t() @ inputs, goal, 60)
@@ -85,7 +85,8 @@ def test_comes_closer_to_the_best_mask_of_a_small_row() -> None:
 
 
 def test_more_iterations_bring_the_sparse_weights_to_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The penalty grows until both halves of the split agree and the mask stands still: it stops long before the most."""
+    """The penalty grows until both halves of the split agree and the mask stands still: it stops long before the
+    most."""
     weight, inputs = layer(out=16, num_inputs=32)
     hessian, projections = inputs.t() @ inputs, []
     plain = alps._largest

@@ -124,7 +124,8 @@ def test_divergence_from_the_dense_model(family: str) -> None:
 
 
 def test_the_last_pass_is_still_compared_with_the_dense_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In two passes the first divergence is that of the finished model, about what two passes without a search leave."""
+    """In two passes the first divergence is that of the finished model, about what two passes without a search
+    leave."""
     problem, options = tiny.problem("llama", count=8), changed(HALF, **{"sparsity": 0.75})
     matrices = problem.anatomy.matrices
     reference = evopress.hold_out(problem.split(4)[1]).choosing

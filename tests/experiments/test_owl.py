@@ -13,7 +13,8 @@ from tinygn_dist.prune.sparsity.sparsify import sparsify
 
 
 def published_densities(problem, sparsity: float, outliers: float, spread: float) -> list[float]:
-    """Of each layer: outlier ratios of |W| ||X||_2 over all its matrices, mapped to [0, 2 spread], moved to the mean."""
+    """Of each layer: outlier ratios of |W| ||X||_2 over all its matrices, mapped to [0, 2 spread], moved to the
+    mean."""
     squares: dict[str, torch.Tensor] = {}
 
     def watch(name: str, batch: dict):

@@ -1,7 +1,7 @@
 """GPUs and NCCL in place of gloo on CPUs. One command: `bash launch/test.sh -m gpu tests/gpu`.
 
-Without a GPU everything here is skipped. Ranks that have a GPU each are connected by NCCL; where there are fewer GPUs, ranks
-share them over gloo (`one_card`), which DeepSpeed cannot do: what needs it with several ranks is skipped then.
+Without a GPU everything here is skipped. Ranks that have a GPU each are connected by NCCL; where there are fewer GPUs,
+ranks share them over gloo (`one_card`), which DeepSpeed cannot do: what needs it with several ranks is skipped then.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ CHECKS = ("pieces", "loading", "restoring", "sums", "masks", "units", *TRAINED)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """run(layout): the facts of that layout's job on GPUs; `alone` is one process on one. run(layout, 1): of one process."""
+    """run(layout): the facts of that layout's job on GPUs; `alone` is one process on one. run(layout, 1): of one
+    process."""
     home = tmp_path_factory.mktemp("gpu")
 
     @functools.cache

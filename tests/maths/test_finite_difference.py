@@ -29,7 +29,7 @@ def noisy(coefficients: tuple[float, ...], sigma: float, seed: int) -> Callable[
     return phi
 
 
-# -- noise ---------------------------------------------------------------------------------------------------------------
+# -- noise -------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("sigma", [1e-12, 1e-7, 1e-3])
 def test_the_noise_of_a_smooth_function_is_found(sigma: float):
     """Seven points tell sigma within a factor 4 in 19 cases of 20, and without bias in the middle."""
@@ -56,7 +56,7 @@ def test_spacings_that_say_nothing_are_named():
     assert finite_difference.noise_level([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]) == (None, "too large")
 
 
-# -- the step --------------------------------------------------------------------------------------------------------------
+# -- the step ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scheme", ["forward", "central"])
 @pytest.mark.parametrize("noise,bend", [(1e-7, 1.0), (1e-3, 20.0)])
 def test_the_formula_is_where_the_error_is_least(scheme: str, noise: float, bend: float):
@@ -115,7 +115,7 @@ def test_no_step_below_what_the_dtype_sees(dtype: torch.dtype):
     assert float(torch.tensor(1 - step.value).to(dtype)) == 1 - step.value
 
 
-# -- a step of the user's --------------------------------------------------------------------------------------------------
+# -- a step of the user's ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "step,dtype,better", [(0.001, torch.bfloat16, 2**-7), (1e-9, torch.float32, 2**-23), (0.011, torch.bfloat16, 2**-7)]
 )

@@ -206,7 +206,8 @@ def test_fixed_heads_name_the_reason(model_type):
 
 @pytest.mark.parametrize("criterion", ["auto", "obs", "activation", "magnitude", "gate"])
 def test_heads_of_t5_go_from_every_layer_of_a_stack(criterion, backend):
-    """By number only; what is left of the live model computes what the smaller one will, whichever heads of each stack went."""
+    """By number only; what is left of the live model computes what the smaller one will, whichever heads of each stack
+    went."""
     problem = make_problem(build("t5"), backend)
     asked = PruneConfig(pattern="heads", counts={"heads": 1}, criterion=criterion, estimator="finite-difference")
     kept, *_ = remove_units(problem, plan_mixes(problem.anatomy, asked), asked)

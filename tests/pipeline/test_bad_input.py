@@ -97,7 +97,7 @@ def test_a_family_that_is_not_known_is_refused_with_those_that_are(compress, no_
     assert done.code == 3 and "biogpt" in done.told and "llama" in done.told
 
 
-# -- models ----------------------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "no-such-model-anywhere", "/nowhere/model.gguf"])
 def test_a_missing_model(compress, tmp_path: Path, name: str):
     done = compress(name, tmp_path / "out", *CHANNELS)
@@ -208,7 +208,7 @@ def test_pickled_weights_are_not_run(compress, saved_model, tmp_path: Path):
     assert done.code == 2 and not mark.exists()
 
 
-# -- outputs ---------------------------------------------------------------------------------------------------------------
+# -- outputs -----------------------------------------------------------------------------------------------------------
 def test_a_folder_that_is_not_empty_is_refused_before_loading(compress, no_loading, saved_model, tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()
@@ -368,7 +368,7 @@ def test_what_a_killed_run_left_is_cleared_away_but_never_the_only_copy(compress
     assert done.code == 0 and [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-# -- several processes -----------------------------------------------------------------------------------------------------
+# -- several processes -------------------------------------------------------------------------------------------------
 def test_accelerate_launch_that_starts_one_process_is_refused(cli: Cli, saved_model, tmp_path: Path):
     """`accelerate launch --cpu --num_processes 2` starts one process and says nothing."""
     words = ("--model", saved_model("llama"), "--output", tmp_path / "out", *SMALL, *CHANNELS)
@@ -495,7 +495,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused_before_loading(process_groups, 
     assert one == other and "accepted: a multiple of 2" in one
 
 
-# -- evaluate and inspect --------------------------------------------------------------------------------------------------
+# -- evaluate and inspect ----------------------------------------------------------------------------------------------
 def test_inspect_reads_no_weights(tinygn, no_loading, saved_model):
     done = tinygn("inspect", saved_model("llama"), "--json")
     facts = json.loads(done.out)

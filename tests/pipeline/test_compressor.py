@@ -104,7 +104,8 @@ def started(saved_model, text_file: Path):
 
 
 def test_saving_weights_whose_masks_do_not_hold_is_refused(started, tmp_path: Path):
-    """attach() was forgotten, or the weights were trained by something else: no dense model is shipped as a sparse one."""
+    """attach() was forgotten, or the weights were trained by something else: no dense model is shipped as a sparse
+    one."""
     compressor, model, tokenizer = started()
     with pytest.raises(UserError, match="call attach"):
         compressor.save_pretrained(model, tmp_path / "out", tokenizer)

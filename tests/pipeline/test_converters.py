@@ -44,7 +44,8 @@ def by_dcp(state: Path, out: Path) -> Iterator[tuple[str, dict[str, torch.Tensor
     ],
 )
 def test_zeros_are_exact_after_the_stock_converters(layout: str, tool, saved_model, text_file: Path, tmp_path: Path):
-    """save_state in the middle of a training with momentum and weight decay; the masks are those of the exported model."""
+    """save_state in the middle of a training with momentum and weight decay; the masks are those of the exported
+    model."""
     done = run(layout, saved_model("llama"), text_file, tmp_path / "out", "prune.pattern=2:4")
     assert done.returncode == 0, done.stderr[-3000:]
     dense, final = (

@@ -37,7 +37,12 @@ CASES = {
     },
     "2:4, forward-only training": {"prune.pattern": "2:4", "recover.steps": 2, "recover.optimizer": "zo-sgd"},
     "heads by gates": {"prune.pattern": "heads", "prune.sparsity": 0.1, "prune.criterion": "gate"},
-    "heads by backpropagation": {"prune.pattern": "heads", "prune.sparsity": 0.1, "prune.criterion": "gate", "prune.estimator": "backprop"},
+    "heads by backpropagation": {
+        "prune.pattern": "heads",
+        "prune.sparsity": 0.1,
+        "prune.criterion": "gate",
+        "prune.estimator": "backprop",
+    },
     "layers": {"prune.pattern": "layers"},
     "a mix, adaptive": {"prune.pattern": "units", "prune.probes.adaptive": True},
     "channels by activation, timed": {
@@ -90,9 +95,9 @@ def test_nor_of_an_encoder(on_device, saved_model, text_file, tmp_path: Path, pa
     ],
 )
 def test_nor_where_the_weights_wait_on_the_processor(on_device, saved_model, text_file, tmp_path: Path, case):
-    """Masks and scores lie with them; a part of the model stays on the device. Recovery of solved
-    masks is left out: hooks that autograd calls run outside of the mode that sees `.to`, so a gradient that goes home keeps
-    the mark of the device."""
+    """Masks and scores lie with them; a part of the model stays on the device. Recovery of solved masks is left out:
+    hooks that autograd calls run outside of the mode that sees `.to`, so a gradient that goes home keeps the mark of
+    the device."""
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
     config = load_config(overrides=asked | SMALL | CASES[case] | {"distributed.offload": "cpu"})
     with two_devices():

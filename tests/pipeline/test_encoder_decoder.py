@@ -1,4 +1,5 @@
-"""Encoder-decoders from the command line to a folder that stock classes load: source, continuation, both stacks smaller."""
+"""Encoder-decoders from the command line to a folder that stock classes load: source, continuation, both stacks
+smaller."""
 
 from __future__ import annotations
 

@@ -157,7 +157,10 @@ def test_recovery_with_distillation(compress, saved_model, tmp_path: Path, patte
     """Zeros stay in the files after momentum and weight decay, the loss on the training text falls, nothing but the
     frozen embeddings stands still."""
     out = tmp_path / "out"
-    recover = "--recover-steps=12 --recover.seq_len=32 --recover.batch_size=2 --recover.learning_rate=3e-3 --recover.weight_decay=0.1"
+    recover = (
+        "--recover-steps=12 --recover.seq_len=32 --recover.batch_size=2 --recover.learning_rate=3e-3 "
+        "--recover.weight_decay=0.1"
+    )
     done = compress(saved_model("llama"), out, *PATTERNS[pattern], "--data.num_samples=16", *recover.split())
     assert done.code == 0, done.err
     report = check(out, "llama", pattern)
@@ -251,7 +254,7 @@ def test_the_same_run_twice_gives_the_same_files(compress, saved_model, tmp_path
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
-# -- two ranks -------------------------------------------------------------------------------------------------------------
+# -- two ranks ---------------------------------------------------------------------------------------------------------
 def _compress(backend: Backend, overrides: dict[str, Any]) -> dict[str, Any]:
     return json.loads(pipeline.compress(load_config(None, overrides), backend).to_json())
 

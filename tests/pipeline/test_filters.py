@@ -56,7 +56,8 @@ def test_a_smaller_vgg_is_written_and_learns_again(tmp_path: Path, monkeypatch, 
     assert {len(units) for units in report.selection["kept"]["filters"].values()} != {8}
     alone = (
         "import sys, transformers; m = transformers.AutoModelForImageClassification.from_pretrained(sys.argv[1], "
-        "trust_remote_code=True); assert 'tinygn_dist' not in sys.modules; print(sum(p.numel() for p in m.parameters()))"
+        "trust_remote_code=True); assert 'tinygn_dist' not in sys.modules; print(sum(p.numel() for p in "
+        "m.parameters()))"
     )
     if optimizer == "sgd":  # a process that does not know this package
         done = subprocess.run(

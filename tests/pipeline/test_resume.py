@@ -162,7 +162,8 @@ def test_sigterm_saves_and_another_world_size_goes_on(saved_model, text_file: Pa
 
 
 def killed_at_random(command: list[str], checkpoints: Path, kills: int) -> None:
-    """Start it again and again, and kill every process of it `kills` times, each at a random time after a checkpoint."""
+    """Start it again and again, and kill every process of it `kills` times, each at a random time after a
+    checkpoint."""
     chance = random.Random(0)
     for _ in range(30):
         if kills == 0:
@@ -217,7 +218,8 @@ EVERYTHING = {
 
 
 def touches(config: Config, backend: Backend, home: Path, last: int) -> int:
-    """Compress in a child that kills itself at its `last`-th touch of any file it keeps on the way; how many there were."""
+    """Compress in a child that kills itself at its `last`-th touch of any file it keeps on the way; how many there
+    were."""
     counted = home / "touches"
     child = os.fork()
     if child == 0:

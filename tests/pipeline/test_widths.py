@@ -1,4 +1,5 @@
-"""Layers of different widths from the config to the folder: what plain from_pretrained loads, and a user's own script."""
+"""Layers of different widths from the config to the folder: what plain from_pretrained loads, and a user's own
+script."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ def test_masks_and_files_are_those_of_the_plain_model(
     "layout, wrap", [("cpu", adapters_compiled), ("fsdp2", adapters), ("zero2", adapters), ("zero3", adapters)]
 )
 def test_adapters_on_two_ranks(saved_model, text_file: Path, tmp_path: Path, layout: str, wrap: Callable):
-    """Adapters train, sharded or not; the base model's masks are those of one process and its kept weights untouched."""
+    """Adapters train, sharded or not; the base model's masks are those of one process and its kept weights
+    untouched."""
     folder = saved_model("llama")
     wanted = Trained(folder, text_file, plain, "fisher", tmp_path / "plain")
     words = ["--config_file", launch_file(layout, tmp_path), "--main_process_port", 0, __file__]

@@ -1,5 +1,6 @@
 """A fine-tuning script with transformers.Trainer as users have them; the lines marked with # + are what compression
-adds. More words: `resume`, `best`; `fsdp`, `zero2`, `zero3` (asked for in TrainingArguments); `sft` (TRL's SFTTrainer)."""
+adds. More words: `resume`, `best`; `fsdp`, `zero2`, `zero3` (asked for in TrainingArguments); `sft` (TRL's
+SFTTrainer)."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A user's training whose ranks have different numbers of batches: what Accelerate does about it, with masks attached."""
+"""A user's training whose ranks have different numbers of batches: what Accelerate does about it, with masks
+attached."""
 
 import sys
 from datetime import timedelta

@@ -64,7 +64,7 @@ def relative_error(own: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((own - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
 
 
-# -- what is compared ----------------------------------------------------------------------------------------------------
+# -- what is compared --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert", "vit"])
 def test_errors_are_those_of_whole_forwards(family: str):
     """Held out is the last of three micro-batches; padding counts for nothing."""
@@ -101,10 +101,10 @@ def test_a_layer_does_the_work_of_removed_ones_after_it():
     assert told["layers"][1]["after"] < 0.9 * wanted[1]
 
 
-# -- what it reaches -----------------------------------------------------------------------------------------------------
+# -- what it reaches ---------------------------------------------------------------------------------------------------
 def test_a_linear_layer_reaches_the_least_squares_optimum():
-    """Of down_proj alone a layer's output is a linear function: the best kept weights of each row are known. Fitted and held
-    out are the same tokens."""
+    """Of down_proj alone a layer's output is a linear function: the best kept weights of each row are known. Fitted and
+    held out are the same tokens."""
     sparse, dense, keep = halved("llama", count=1, size=8, length=20)
     sparse, dense = (replace(problem, batches=[*problem.batches, *problem.batches]) for problem in (sparse, dense))
     (matrix,) = (t for t in sparse.anatomy.matrices if t.layer == 0 and "down_proj" in t.name)
@@ -116,7 +116,8 @@ def test_a_linear_layer_reaches_the_least_squares_optimum():
 
 
 def best_rows(sparse: Problem, dense: Problem, matrix: Matrix, keep: torch.Tensor) -> float:
-    """The least mean relative error of the first layer, by normal equations in fp64 over the kept entries of each row."""
+    """The least mean relative error of the first layer, by normal equations in fp64 over the kept entries of each
+    row."""
     batch, read = sparse.batches[0], []
     module = sparse.bare.get_submodule(matrix.module)
     handle = module.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].double()))
@@ -168,7 +169,7 @@ def test_bf16_weights_take_steps_that_are_smaller_than_their_resolution():
     assert {p.dtype for p in sparse.bare.parameters()} == {torch.bfloat16}
 
 
-# -- the same on any number of ranks --------------------------------------------------------------------------------------
+# -- the same on any number of ranks -----------------------------------------------------------------------------------
 def reconstructed(backend: Backend) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     sparse, dense, keep = halved("llama", backend, count=12)
     told = run(sparse, dense, keep, ReconstructConfig(epochs=3, rate=0.02, batch_size=6))
@@ -186,7 +187,7 @@ def test_the_same_on_two_processes(process_groups: Callable[..., Ranks], backend
             torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 def test_what_has_no_hidden_states_to_compare_is_refused():
     anatomy = tiny.problem("llama").anatomy
     check(anatomy, TUNED)

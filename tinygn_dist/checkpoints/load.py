@@ -116,7 +116,8 @@ def _codes_of(config: PretrainedConfig, name: str, dequantize: bool) -> Mapping[
     if not dequantize:
         raise Refused(
             f"{name} is already quantised ({method}): packed integers cannot be scored as weights; compress the "
-            "original checkpoint and quantise the result, or pass --model.dequantize true to start from what the codes stand for"
+            "original checkpoint and quantise the result, or pass --model.dequantize true to start from what the "
+            "codes stand for"
         )
     del config.quantization_config
     return codes

@@ -34,8 +34,8 @@ _FILE_BYTES = 1 << 30
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder. identity: nested plain values that must be the same for a checkpoint to
-    be of this run."""
+    """The checkpoints of one run, in one folder. identity: nested plain values that must be the same for a checkpoint
+    to be of this run."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], backend: Backend, keep: int) -> None:
         self.folder, self.identity, self._backend, self._keep = folder, identity, backend, keep

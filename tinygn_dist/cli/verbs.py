@@ -151,8 +151,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     splits = calibration.load_splits(data, calibration.Reader(source.task, processor, source.config), train_len)
     if needs_reference(source.task, splits.evaluation):
         raise UserError(
-            f"data {data.name} has no labels, and without them only a distance to the dense model's scores could be measured; "
-            "name data with a label column"
+            f"data {data.name} has no labels, and without them only a distance to the dense model's scores could be "
+            "measured; name data with a label column"
         )
     model, _ = placed(source, backend)
     figures: dict[str, Any] = {

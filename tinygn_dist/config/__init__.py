@@ -63,14 +63,15 @@ FLAT = frozenset({"prune", "schedule", "reconstruct", "recover", "quantize"})
 
 
 class Config(Section):
-    """model, data, evaluate, checkpoint, output and distributed are of the whole run. What is done is a list of `steps`, or
-    the sections prune, schedule, reconstruct, recover and quantize, which stand for the usual order. `recipe` is the list of both."""
+    """model, data, evaluate, checkpoint, output and distributed are of the whole run. What is done is a list of
+    `steps`, or the sections prune, schedule, reconstruct, recover and quantize, which stand for the usual order.
+    `recipe` is the list of both."""
 
     model: ModelConfig
     data: DataConfig = DataConfig()
     steps: tuple[StepConfig, ...] = ()
-    """the recipe as a list, such as [{prune: {pattern: units}}, {prune: {pattern: "2:4"}}, {recover: {steps: 100}}]; in place of the
-    sections prune, schedule, reconstruct, recover and quantize"""
+    """the recipe as a list, such as [{prune: {pattern: units}}, {prune: {pattern: "2:4"}}, {recover: {steps: 100}}]; in
+    place of the sections prune, schedule, reconstruct, recover and quantize"""
     prune: PruneConfig = PruneConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     reconstruct: ReconstructConfig = ReconstructConfig()
@@ -103,8 +104,8 @@ class Config(Section):
                 check_schedule(step.prune, step.schedule, recover)
                 if step.prune.asks_latency and self.distributed.offload != "none":
                     raise ValueError(
-                        f"prune.goal {step.prune.goal} with distributed.offload {self.distributed.offload}, accepted: none; "
-                        "use params="
+                        f"prune.goal {step.prune.goal} with distributed.offload {self.distributed.offload}, accepted: "
+                        "none; use params="
                     )
             if step.recover:
                 self._training_fits(step.recover)
@@ -120,15 +121,15 @@ class Config(Section):
             asked, needed = f"reconstruct.epochs {step.reconstruct.epochs}", 2
         if batches < needed:
             raise ValueError(
-                f"{asked} with {batches} micro-batches of calibration data, accepted: {needed} or more, as some are held out; "
-                "raise data.num_samples or lower data.micro_batch"
+                f"{asked} with {batches} micro-batches of calibration data, accepted: {needed} or more, as some are "
+                "held out; raise data.num_samples or lower data.micro_batch"
             )
 
     def _training_fits(self, recover: RecoverConfig) -> None:
         if self.distributed.offload == "disk" and recover.steps and not recover.forward_only:
             raise ValueError(
-                f"recover.optimizer {recover.optimizer} with distributed.offload disk: gradients and optimizer state need "
-                "more memory than the weights; use offload cpu, or an optimizer that needs none (zo-sgd)"
+                f"recover.optimizer {recover.optimizer} with distributed.offload disk: gradients and optimizer state "
+                "need more memory than the weights; use offload cpu, or an optimizer that needs none (zo-sgd)"
             )
         if recover.train == "lora" and self.distributed.offload != "none":
             raise ValueError(
@@ -136,12 +137,13 @@ class Config(Section):
             )
         if not recover.saved_on_the_way and self.checkpoint.every:
             raise ValueError(
-                f"checkpoint.every {self.checkpoint.every} with recover.optimizer {recover.optimizer}, whose training is "
-                "not saved on the way; use another optimizer, or leave it at 0"
+                f"checkpoint.every {self.checkpoint.every} with recover.optimizer {recover.optimizer}, whose training "
+                "is not saved on the way; use another optimizer, or leave it at 0"
             )
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that can change the result (not where it is written, how it is launched, or what is kept on the way)."""
+        """16 hex digits over everything that can change the result (not where it is written, how it is launched, or
+        what is kept on the way)."""
         asked = self.model_dump(mode="json", exclude={"output", "distributed", "checkpoint"})
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -219,7 +221,8 @@ def _refuse_unknown(asked: dict[str, Any], section: type[Section], prefix: str) 
 def _refuse_unknown_steps(steps: Any) -> None:
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise UserError(
-            f"steps: got {steps!r}, accepted: a list such as [{{prune: {{pattern: units}}}}, {{recover: {{steps: 100}}}}]"
+            f"steps: got {steps!r}, accepted: a list such as [{{prune: {{pattern: units}}}}, {{recover: {{steps: "
+            f"100}}}}]"
         )
     for number, step in enumerate(steps):
         _refuse_unknown(step, StepConfig, f"steps.{number}.")

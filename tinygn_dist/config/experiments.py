@@ -1,4 +1,5 @@
-"""Options of what lives in experiments/: each leaf file carries a section of its own, and registers it under OPTIONS."""
+"""Options of what lives in experiments/: each leaf file carries a section of its own, and registers it under
+OPTIONS."""
 
 from __future__ import annotations
 

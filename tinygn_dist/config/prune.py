@@ -35,25 +35,27 @@ class NM(NamedTuple):
 
 class PruneConfig(Section):
     pattern: str = "channels"
-    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | filters | hidden | units
-    (removed whole; hidden: dimensions of the residual stream; units searches a mix of all kinds the model has)"""
+    """unstructured | N:M such as 2:4 (weights set to zero); layers | heads | channels | experts | filters | hidden |
+    units (removed whole; hidden: dimensions of the residual stream; units searches a mix of all kinds the model has)"""
     sparsity: float = 0.2
     """fraction of the targeted weights to zero, or of the layers' parameters to remove; ignored for N:M"""
     goal: str | None = None
-    """of units, instead of sparsity: params=0.8, bytes=0.8, flops=0.8 or latency=0.8, the share of the whole model that stays
-    (flops: per token, without attention scores; latency: measured on this device before weights load, one forward of
-    evaluate.batch_size x evaluate.prefill_tokens)"""
+    """of units, instead of sparsity: params=0.8, bytes=0.8, flops=0.8 or latency=0.8, the share of the whole model that
+    stays (flops: per token, without attention scores; latency: measured on this device before weights load, one forward
+    of evaluate.batch_size x evaluate.prefill_tokens)"""
     criterion: str = Field(
         "auto",
-        description=f"""what is scored; of weights: {", ".join(WEIGHT_CRITERIA)}; of units: {", ".join(UNIT_CRITERIA)}; auto:
+        description=f"""what is scored; of weights: {", ".join(WEIGHT_CRITERIA)}; of units: {", ".join(UNIT_CRITERIA)};
+        auto:
         obs for weights and channels, removal for heads, layers and experts (activation where a layer has more than 64
         experts)""",
     )
     scope: Literal["auto", "row", "layer", "global"] = "auto"
     """where unstructured weights compete: in one output row, one weight matrix, or the whole model"""
     estimator: Literal["auto", "finite-difference", "backprop"] = "auto"
-    """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in memory, else
-    forward only (the report says which and why); criteria made of gradients always backpropagate, removal never"""
+    """where derivatives come from: forward passes only, or backpropagation; auto: backpropagation where it fits in
+    memory, else forward only (the report says which and why); criteria made of gradients always backpropagate, removal
+    never"""
     solver: SolverConfig = SolverConfig()
     """criterion obs: how masks and updates are found together"""
     experiments: Options = {}
@@ -69,18 +71,19 @@ class PruneConfig(Section):
     protect: tuple[int, ...] = ()
     """layers whose units are never removed"""
     compensate: bool = True
-    """after units are removed, re-fit the remaining weights by least squares to the dense activations, and let the feed-forward before
-    removed layers absorb them (filters: re-estimate the running statistics of BatchNorm)"""
+    """after units are removed, re-fit the remaining weights by least squares to the dense activations, and let the
+    feed-forward before removed layers absorb them (filters: re-estimate the running statistics of BatchNorm)"""
     multiple_of: int = Field(64, ge=1)
     """channel counts are kept at a multiple of this"""
     counts: dict[str, NonNegativeInt] | None = None
     """remove exactly these many layers, and KV groups, channels and experts of each other layer, instead of meeting
     sparsity"""
     uneven: bool = False
-    """let layers keep different numbers of channels or filters, where the model's config has a width for each layer (Gemma 3n,
-    VGG), stage (ResNet) or stack (BART); refused elsewhere"""
+    """let layers keep different numbers of channels or filters, where the model's config has a width for each layer
+    (Gemma 3n, VGG), stage (ResNet) or stack (BART); refused elsewhere"""
     damping: float = Field(0.01, gt=0, lt=1)
-    """added to the Hessian's diagonal, as a fraction of its mean; units fitted on hundreds of sequences want less (0.001 at 256)"""
+    """added to the Hessian's diagonal, as a fraction of its mean; units fitted on hundreds of sequences want less
+    (0.001 at 256)"""
     seed: int = Field(0, ge=0)
     """for criterion random"""
 

@@ -13,12 +13,12 @@ class RecoverConfig(Section):
     steps: int = Field(0, ge=0)
     """optimizer steps of fine-tuning after compression; 0 for none"""
     learning_rate: float | None = Field(None, gt=0)
-    """peak of a linear warm-up over a tenth of the steps, then linear decay to zero; by default 1e-4 (lora 5e-4), and with zo-*
-    measured in the first steps: what 32 directions together do to the loss of 16 other sequences"""
+    """peak of a linear warm-up over a tenth of the steps, then linear decay to zero; by default 1e-4 (lora 5e-4), and
+    with zo-* measured in the first steps: what 32 directions together do to the loss of 16 other sequences"""
     optimizer: Literal["adamw", "sgd", "nesterov", "adamw-8bit", "zo-sgd", "zo-nesterov", "zo-adam"] = "adamw"
-    """sgd and nesterov have a momentum of 0.9; adamw-8bit needs the package bitsandbytes; zo-* never backpropagate: slopes
-    of the loss along random directions, which move the layers' matrices (the kept weights), or norms and biases, relative
-    to their rms, and so does the learning rate"""
+    """sgd and nesterov have a momentum of 0.9; adamw-8bit needs the package bitsandbytes; zo-* never backpropagate:
+    slopes of the loss along random directions, which move the layers' matrices (the kept weights), or norms and biases,
+    relative to their rms, and so does the learning rate"""
     directions: int = Field(4, ge=1)
     """zo-*: random directions per step, each probed with two forwards on its own share of the batch"""
     probe_step: float | None = Field(None, ge=1e-6, le=0.25)
@@ -37,7 +37,8 @@ class RecoverConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """softens both distributions in the distillation term"""
     distill_hidden: float = Field(0.0, ge=0)
-    """weight of the distance from the dense model's hidden states after each layer, which must be as many; 1 is common"""
+    """weight of the distance from the dense model's hidden states after each layer, which must be as many; 1 is
+    common"""
     teacher_cache_gib: float | None = Field(None, gt=0)
     """write the dense model's logits to disk before training, within so many GiB, instead of keeping it in memory"""
     teacher_top_k: int = Field(64, ge=1)
@@ -51,8 +52,8 @@ class RecoverConfig(Section):
     seed: int = Field(0, ge=0)
     """order of the training windows"""
     evaluate_every: int = Field(0, ge=0)
-    """optimizer steps from one evaluation on held-out training sequences to the next; one more after every mask update, at
-    the start and at the end; 0 for none"""
+    """optimizer steps from one evaluation on held-out training sequences to the next; one more after every mask update,
+    at the start and at the end; 0 for none"""
     evaluate_samples: int = Field(16, ge=1)
     """training sequences held out for these evaluations, the last ones"""
     keep_best: bool = False
@@ -62,8 +63,8 @@ class RecoverConfig(Section):
     def _fits_together(self) -> RecoverConfig:
         if self.forward_only and self.directions > self.batch_size:
             raise ValueError(
-                f"directions {self.directions} of a batch of {self.batch_size}, accepted: at most batch_size, because each is "
-                "probed on sequences of its own"
+                f"directions {self.directions} of a batch of {self.batch_size}, accepted: at most batch_size, because "
+                "each is probed on sequences of its own"
             )
         if self.distill_hidden and self.teacher_cache_gib is not None:
             raise ValueError("teacher_cache_gib holds logits, not the hidden states that distill_hidden needs; use one")

@@ -42,7 +42,8 @@ class ScheduleConfig(Section):
     """last share of the training in which nothing changes any more"""
     criterion: str = Field(
         "auto",
-        description=f"""what scores the weights at an update: {", ".join(CRITERIA_OF_UPDATES)}; auto: as prune.criterion; movement:
+        description=f"""what scores the weights at an update: {", ".join(CRITERIA_OF_UPDATES)}; auto: as
+        prune.criterion; movement:
         weights that training moved towards zero go, by the sum of weight times gradient over all steps so far""",
     )
     regrow: str = "none"

@@ -50,4 +50,7 @@ class SolverConfig(Section):
 
 
 def _accepted(value: Any, names: tuple[str, ...]) -> str:
-    return f"got {value!r}, accepted: 0 (equal shares) to 1 (one global threshold), {', '.join(names)}; try {DEFAULT_SHARE}"
+    return (
+        f"got {value!r}, accepted: 0 (equal shares) to 1 (one global threshold), {', '.join(names)}; "
+        f"try {DEFAULT_SHARE}"
+    )

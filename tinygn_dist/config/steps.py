@@ -83,22 +83,22 @@ def check_order(steps: Sequence[StepConfig]) -> None:
     quantised = [number for number, step in enumerate(steps) if step.quantize]
     if quantised and quantised[0] < len(steps) - 1:
         raise ValueError(
-            f"step {quantised[0] + 2} ({steps[quantised[0] + 1].name}) after quantize, accepted: quantize as the last step, "
-            "as weights have to stay on their grids"
+            f"step {quantised[0] + 2} ({steps[quantised[0] + 1].name}) after quantize, accepted: quantize as the last "
+            "step, as weights have to stay on their grids"
         )
     zeroed = False
     for number, step in enumerate(steps):
         if step.prune and step.prune.unit_kinds and zeroed:
             raise ValueError(
-                f"step {number + 1} removes units (pattern {step.prune.pattern}) after a step that set weights to zero; remove "
-                "units first"
+                f"step {number + 1} removes units (pattern {step.prune.pattern}) after a step that set weights to "
+                "zero; remove units first"
             )
         zeroed = zeroed or bool(step.prune and not step.prune.unit_kinds)
         follows = steps[number + 1] if number + 1 < len(steps) else None
         if step.prune and len(steps) > 2 and step.schedule.changes and not (follows and follows.recover):
             raise ValueError(
-                f"step {number + 1} has schedule.kind {step.schedule.kind} and no recover step right after it, in which its "
-                "sparsity could grow; add one, or use one-shot"
+                f"step {number + 1} has schedule.kind {step.schedule.kind} and no recover step right after it, in "
+                "which its sparsity could grow; add one, or use one-shot"
             )
 
 
@@ -113,13 +113,13 @@ def _check_pair(before: StepConfig, after: StepConfig) -> None:
         return
     if after.reconstruct and schedule.changes:
         raise ValueError(
-            f"reconstruct.epochs {after.reconstruct.epochs} after schedule.kind {schedule.kind} and regrow {schedule.regrow}, "
-            "accepted: one-shot and none, as what is left must not change afterwards"
+            f"reconstruct.epochs {after.reconstruct.epochs} after schedule.kind {schedule.kind} and regrow "
+            f"{schedule.regrow}, accepted: one-shot and none, as what is left must not change afterwards"
         )
     if after.reconstruct and prune.pattern == "hidden":
         raise ValueError(
-            f"reconstruct.epochs {after.reconstruct.epochs} compares hidden states with the dense model's, and pattern hidden "
-            "leaves narrower ones; leave it at 0, and use recover.steps"
+            f"reconstruct.epochs {after.reconstruct.epochs} compares hidden states with the dense model's, and "
+            "pattern hidden leaves narrower ones; leave it at 0, and use recover.steps"
         )
     if recover and recover.distill_hidden and prune.pattern in ("layers", "units", "filters"):
         raise ValueError(
@@ -146,8 +146,8 @@ def check_schedule(prune: PruneConfig, schedule: ScheduleConfig, recover: Recove
         )
     if recover.train != "all" and schedule.watches_training:
         raise ValueError(
-            f"schedule.kind {schedule.kind} with criterion {schedule.criterion} and regrow {schedule.regrow} looks at how "
-            f"matrices train, and recover.train {recover.train} leaves them alone; use all"
+            f"schedule.kind {schedule.kind} with criterion {schedule.criterion} and regrow {schedule.regrow} looks at "
+            f"how matrices train, and recover.train {recover.train} leaves them alone; use all"
         )
     if recover.train == "lora":
         raise ValueError(f"recover.train lora keeps its masks, {changes}; use all, or kind one-shot")
@@ -156,8 +156,8 @@ def check_schedule(prune: PruneConfig, schedule: ScheduleConfig, recover: Recove
 def _check_rounds(prune: PruneConfig, schedule: ScheduleConfig) -> None:
     if schedule.criterion != "auto":
         raise ValueError(
-            f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; use "
-            "prune.criterion"
+            f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; "
+            "use prune.criterion"
         )
     if schedule.kind == "admm":
         raise ValueError(

@@ -3,8 +3,8 @@
 Candidates compete for being among the `removed` with the smallest loss on all sequences. They are compared in pairs on
 the same sequences: most of what a sequence does to the loss without one unit it does to the loss without another. The
 question is only what *these* sequences say: after n of N of them, the difference of two means over all N is known up to
-sqrt(1 - n / N) of its standard error. After each round a candidate is decided when enough others are smaller, or larger,
-more surely than LEVEL. A decision is final; the others are probed on.
+sqrt(1 - n / N) of its standard error. After each round a candidate is decided when enough others are smaller, or
+larger, more surely than LEVEL. A decision is final; the others are probed on.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from tinygn_dist.estimate.problem import Problem, batch_size
 from tinygn_dist.maths import confidence
 
 LEVEL = 1.55
-"""standard normal deviates (6 % of pairs that are alike): on KV groups of SmolLM2-135M the least with which 95 % of the units are
-those of all sequences"""
+"""standard normal deviates (6 % of pairs that are alike): on KV groups of SmolLM2-135M the least with which 95 % of the
+units are those of all sequences"""
 CLEAR = 2.0
-"""standard errors between the removed and the kept, of any sequences, for a choice that the report does not call open"""
+"""standard errors between the removed and the kept, of any sequences, for a choice that the report does not call
+open"""
 FIRST = 8
 """the first round takes this fraction of the sequences, but at least three: the error that two show may be anything"""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """candidates: indices of probes that compete. removed: how many of them go. Where it is open how many will, there is a choice for
-    each number."""
+    """candidates: indices of probes that compete. removed: how many of them go. Where it is open how many will, there
+    is a choice for each number."""
 
     candidates: tuple[int, ...]
     removed: int
@@ -54,9 +55,9 @@ class Limit:
 @dataclass(frozen=True)
 class Ranking:
     """mean, error: (probes,) fp64 loss change per token and its standard error, from each probe's own sequences.
-    sequences: (probes,) how many. place: (probes,) int64 place in the probe's choice, 0 the first to go; a decision on few
-    sequences is final, whatever others' means became on more. open: choices in which noise or the limit leaves open what
-    goes. forwards: probe passes spent; exhaustive: what all probes on all sequences would have taken."""
+    sequences: (probes,) how many. place: (probes,) int64 place in the probe's choice, 0 the first to go; a decision on
+    few sequences is final, whatever others' means became on more. open: choices in which noise or the limit leaves open
+    what goes. forwards: probe passes spent; exhaustive: what all probes on all sequences would have taken."""
 
     mean: torch.Tensor
     error: torch.Tensor
@@ -73,8 +74,8 @@ class Elimination:
     def __init__(
         self, count: int, sizes: Sequence[int], choices: Sequence[Choice], *, adaptive: bool = True, limit: Limit
     ) -> None:
-        """count: probes. sizes: sequences of each micro-batch. Probes of no choice, and without `adaptive` all, are measured
-        on all sequences, or until the limit is reached after at least one round."""
+        """count: probes. sizes: sequences of each micro-batch. Probes of no choice, and without `adaptive` all, are
+        measured on all sequences, or until the limit is reached after at least one round."""
         self._sizes, self._choices, self._adaptive, self._limit = list(sizes), choices, adaptive, limit
         self._rounds = _rounds(sizes) if adaptive or limit != Limit() else [len(sizes)]
         self._undecided = [_Undecided(choice) for choice in choices]
@@ -151,7 +152,8 @@ def successive_elimination(
     limit: Limit = Limit(),  # noqa: B008 (frozen)
 ) -> Ranking:
     """Probe until every choice is decided, the sequences are used up, or the limit is reached (after at least one
-    round). without: layers and units that are already gone. The same on any number of ranks, unless a deadline ends it."""
+    round). without: layers and units that are already gone. The same on any number of ranks, unless a deadline ends
+    it."""
     sizes = [batch_size(batch) for batch in problem.batches]
     elimination = Elimination(len(probes), sizes, choices, adaptive=adaptive, limit=limit)
     while elimination.wants_more(problem.backend):

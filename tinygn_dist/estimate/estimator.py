@@ -21,8 +21,8 @@ SPARE = 0.8
 
 
 def resolve_estimator(problem: Problem, asked: str, held: int = 0) -> tuple[Estimator, str | None]:
-    """The estimator, the same on every rank, and for `auto` a note that says why this one. held: bytes that the statistics
-    of a backward take beside it."""
+    """The estimator, the same on every rank, and for `auto` a note that says why this one. held: bytes that the
+    statistics of a backward take beside it."""
     return choose(problem, held) if asked == "auto" else (asked, None)
 
 

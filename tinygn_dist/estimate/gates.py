@@ -31,9 +31,10 @@ _KINKED = 0.75
 
 @dataclass(frozen=True)
 class GateDerivatives:
-    """slopes, bends: (gates, sequences) fp64 first and second derivative of each sequence's summed loss. counts: (sequences,) tokens. steps: by place. kinked: indices of gates at
-    which the loss has no derivative: forward and backward differences disagree beyond noise and curvature; their slope
-    is the mean of the two. forwards: probe passes over all ranks, the search for steps included."""
+    """slopes, bends: (gates, sequences) fp64 first and second derivative of each sequence's summed loss. counts:
+    (sequences,) tokens. steps: by place. kinked: indices of gates at which the loss has no derivative: forward and
+    backward differences disagree beyond noise and curvature; their slope is the mean of the two. forwards: probe passes
+    over all ranks, the search for steps included."""
 
     slopes: torch.Tensor
     bends: torch.Tensor
@@ -44,8 +45,8 @@ class GateDerivatives:
 
 
 def gate_derivatives(problem: Problem, gates: Sequence[Probe], *, step: float | None = None) -> GateDerivatives:
-    """Central difference quotients at all gates 1 (the probes' own factors are ignored): two forwards per gate, an error in
-    step^2.
+    """Central difference quotients at all gates 1 (the probes' own factors are ignored): two forwards per gate, an
+    error in step^2.
 
     step: measured for each group of units by default. Raises UserError for a step that the model's dtype cannot see.
     """
@@ -104,8 +105,8 @@ def check_step(step: float, dtype: torch.dtype) -> None:
         name, least = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
         better = max(least, finite_difference.power_of_two(step))
         raise UserError(
-            f"prune.probes.step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} and exact in "
-            f"{name}, such as {better:g}; or leave it out to have it measured"
+            f"prune.probes.step {step:g} moves a {name} gate from {down:g} to {up:g}, accepted: at least {least:g} "
+            f"and exact in {name}, such as {better:g}; or leave it out to have it measured"
         )
 
 

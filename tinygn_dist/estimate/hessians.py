@@ -87,8 +87,9 @@ def layer_groups(anatomy: Anatomy, matrices: Sequence[Matrix], room_gib: float) 
         return [Group(range(max(anatomy.num_layers, 1)), tuple(matrices))]
     if not anatomy.layers_path:
         raise UserError(
-            f"prune.solver.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model needs at once: it has "
-            f"no one list of layers that can run by themselves; raise prune.solver.gram_gib to {needed:.3g}, or use criterion wanda"
+            f"prune.solver.gram_gib {room_gib:g} and {needed:.3g} GiB of Gram matrices, which this kind of model "
+            "needs at once: it has no one list of layers that can run by themselves; raise prune.solver.gram_gib to "
+            f"{needed:.3g}, or use criterion wanda"
         )
     groups: list[list[int]] = []
     used = 0.0
@@ -139,8 +140,8 @@ class _InGroups:
         self._problem, self._groups = problem, groups
         matrices = [matrix for group in groups for matrix in group.matrices]
         self.notes = (
-            f"the Gram matrices of all layers take {gram_gib(matrices):.3g} GiB: {len(groups)} groups of layers were solved "
-            f"one after another, to stay within prune.solver.gram_gib {options.room_gib:g}",
+            f"the Gram matrices of all layers take {gram_gib(matrices):.3g} GiB: {len(groups)} groups of layers were "
+            f"solved one after another, to stay within prune.solver.gram_gib {options.room_gib:g}",
         )
         self._weights = TokenWeights(problem, matrices, options.plain) if options.backprop else None
         self._energies = {} if self._weights else _probed(problem, matrices, options)

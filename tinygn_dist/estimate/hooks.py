@@ -141,8 +141,8 @@ def shifted(bare: nn.Module, shifts: Mapping[str, torch.Tensor]) -> contextlib.A
 
 
 class Observer(ModelHook):
-    """Calls `seen(input, output)` with a module's first input and output; `output` is None for inputs only. Not where the
-    hook is called for a module that does not run: transformers does so for weights that it multiplies itself."""
+    """Calls `seen(input, output)` with a module's first input and output; `output` is None for inputs only. Not where
+    the hook is called for a module that does not run: transformers does so for weights that it multiplies itself."""
 
     def __init__(self, seen: Callable[[torch.Tensor, Any], None], *, output: bool = False) -> None:
         self.seen, self.output = seen, output

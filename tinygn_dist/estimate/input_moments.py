@@ -68,8 +68,8 @@ def input_moments(problem: Problem, matrices: Sequence[Matrix], *, full: bool) -
 
 
 def complete(found: InputMoments, problem: Problem) -> None:
-    """Gram matrices whole; and every rank takes part in all sums, in one order: names and shapes come from the ranks whose
-    batches reached them."""
+    """Gram matrices whole; and every rank takes part in all sums, in one order: names and shapes come from the ranks
+    whose batches reached them."""
     for name in found.moments.names():
         if found.moments.sum(name).dim() == 2:
             found.moments.fill_gram(name)

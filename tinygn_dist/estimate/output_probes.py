@@ -73,8 +73,8 @@ def _layer_of(problem: Problem, matrix: Matrix) -> int | None:
 class _Nudge(ModelHook):
     """Moves a linear layer's output along its direction. scale: the c of the last forward, 0 where nothing could move.
 
-    Signs are drawn by a token's number among the real ones, and padding stays where it is: how much of it there is, and on
-    which side, changes nothing.
+    Signs are drawn by a token's number among the real ones, and padding stays where it is: how much of it there is, and
+    on which side, changes nothing.
     """
 
     def __init__(self, key: int, real: torch.Tensor | None) -> None:

@@ -48,11 +48,9 @@ class _Finite(ModelHook):
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         hidden = first(output)
-        if isinstance(hidden, torch.Tensor) and hidden.is_floating_point() and not self.found:
-            if not bool(hidden.isfinite().all()):
-                kind = str(hidden.dtype).removeprefix("torch.")
-                where = f"{self.name} gives NaN or inf in {kind}"
-                self.found.append(
-                    f"{where} from finite inputs" if self._began_finite else f"{self.name} reads NaN or inf"
-                )
+        looks = isinstance(hidden, torch.Tensor) and hidden.is_floating_point() and not self.found
+        if looks and not bool(hidden.isfinite().all()):
+            kind = str(hidden.dtype).removeprefix("torch.")
+            where = f"{self.name} gives NaN or inf in {kind}"
+            self.found.append(f"{where} from finite inputs" if self._began_finite else f"{self.name} reads NaN or inf")
         return output

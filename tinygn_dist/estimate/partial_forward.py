@@ -4,8 +4,8 @@ Layers before a probed one do not change, so a probe of layer l needs only layer
 forward does the work (masks, rotary embeddings, final norm, head): for the length of one call its list of layers is
 replaced by the wanted ones, with a stand-in that hands over the cached hidden states in front.
 
-`run_layers` runs a model a few layers at a time, each rank keeping the hidden states of its own micro-batches in CPU memory
-in between: so the layers before, which may have changed since, do not run again.
+`run_layers` runs a model a few layers at a time, each rank keeping the hidden states of its own micro-batches in CPU
+memory in between: so the layers before, which may have changed since, do not run again.
 """
 
 from __future__ import annotations
@@ -147,10 +147,11 @@ def run_layers(
     hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
     seen: Callable[[int, Batch], None] = lambda number, batch: None,
 ) -> list[PrefixCache]:
-    """A forward of each of this rank's micro-batches through `layers` alone; returns what the layer after the last one reads.
+    """A forward of each of this rank's micro-batches through `layers` alone; returns what the layer after the last one
+    reads.
 
-    starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this rank's,
-    micro-batch on the device): called after each forward that counts.
+    starts: what this returned for the layers before; empty: `layers` begin at the embeddings. seen(which of this
+    rank's, micro-batch on the device): called after each forward that counts.
     """
     ends: list[PrefixCache] = []
 
@@ -167,7 +168,8 @@ def run_layers(
 
 
 def output_of(problem: Problem, layers: range, batch: Batch, start: PrefixCache | None) -> Any:
-    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the embeddings."""
+    """What the last of `layers` returns for a micro-batch on the device. start: what they read; None: the
+    embeddings."""
     last, outputs = problem.bare.get_submodule(problem.anatomy.layers_path)[layers[-1]], []
     recording = attached([(last, Observer(lambda _, output: outputs.append(output), output=True))])
     at = None if start is None else (start, layers[0])

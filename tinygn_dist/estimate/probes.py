@@ -60,8 +60,8 @@ def measure(
 ) -> Measured:
     """Loss change of every probe on every sequence. `without`: layers and units that are already gone.
 
-    Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input of its
-    layer, or without `reuse`, or where a forward cannot start there, runs the layers before it too.
+    Batches, and where they do not go round probes, are shared over the ranks; each probe restarts from the cached input
+    of its layer, or without `reuse`, or where a forward cannot start there, runs the layers before it too.
     """
     reuse = reuse and problem.anatomy.starts_anywhere
     differences = torch.zeros(len(probes), problem.num_sequences, dtype=torch.float64)
@@ -105,10 +105,10 @@ class _Work:
 def _dealt(problem: Problem, probes: Sequence[Probe]) -> list[_Work]:
     """Work in the order in which it is dealt out to the ranks one by one.
 
-    Whole micro-batches as long as they go round, because a rank that takes part in one runs its plain forward; then each of the
-    rest cut into parts that cost the same. A probe costs the layers from its own on, so those of a micro-batch are sorted by
-    layer and dealt back and forth (0 1 1 0 0 1 ...). Ranks that share one copy of the model take part in the same forwards:
-    there nothing is cut.
+    Whole micro-batches as long as they go round, because a rank that takes part in one runs its plain forward; then
+    each of the rest cut into parts that cost the same. A probe costs the layers from its own on, so those of a
+    micro-batch are sorted by layer and dealt back and forth (0 1 1 0 0 1 ...). Ranks that share one copy of the model
+    take part in the same forwards: there nothing is cut.
     """
     ranks, batches = problem.backend.num_ranks, len(problem.batches)
     in_order = sorted(range(len(probes)), key=lambda index: probes[index].layer)
@@ -133,8 +133,8 @@ def single_units(groups: Sequence[UnitGroup]) -> Iterator[Probe]:
 def _probed(
     problem: Problem, batch: Batch, layers: Sequence[int], cache: PrefixCache | None, probes: Sequence[Probe]
 ) -> torch.Tensor:
-    """(batch,) fp64 summed losses with the gates of all these probes set, from one forward. The first probe is the one that is
-    measured: the forward starts at its layer where there is a cache."""
+    """(batch,) fp64 summed losses with the gates of all these probes set, from one forward. The first probe is the one
+    that is measured: the forward starts at its layer where there is a cache."""
     first = probes[0].layer
     out = {probe.layer for probe in probes if probe.removes_layer}
     left = [layer for layer in layers if layer not in out and (layer >= first or not cache)]

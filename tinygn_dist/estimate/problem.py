@@ -25,8 +25,8 @@ class MicroBatch:
     """One micro-batch that this rank works on.
 
     batch: its tensors, on the device. number: its place among the problem's micro-batches. sequences: the places of its
-    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every rank;
-    nothing of it may be added to a sum.
+    sequences among all of them. counts: False where it runs only because the forward of a sharded model needs every
+    rank; nothing of it may be added to a sum.
     """
 
     batch: Batch
@@ -92,8 +92,8 @@ class Problem:
         hooks: Iterable[tuple[nn.Module, ModelHook]] = (),
         doing: str | None = None,
     ) -> Iterator[tuple[MicroBatch, Output]]:
-        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients. Hooks
-        are attached while it runs, and only then."""
+        """The calibration loop: each of this rank's micro-batches with what `run` returns for it, without gradients.
+        Hooks are attached while it runs, and only then."""
         hooks = list(hooks)
         for micro_batch in self.micro_batches(doing):
             with torch.no_grad(), attached(hooks):

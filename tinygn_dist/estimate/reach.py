@@ -48,8 +48,8 @@ def reached_by_data(problem: Problem, matrices: Sequence[Matrix]) -> Reached:
         called, counted = called | more, counted + counts
     if not counted:
         raise UserError(
-            "no calibration token or label counts in the loss (all labels are ignored, -100): scores of nothing; give rows "
-            "with labels"
+            "no calibration token or label counts in the loss (all labels are ignored, -100): scores of nothing; give "
+            "rows with labels"
         )
     missed = [matrix for matrix in matrices if matrix.module not in called]
     if len(missed) == len(matrices):
@@ -83,8 +83,8 @@ def _look(problem: Problem, modules: set[str]) -> tuple[set[str], int]:
 
 def _note(missed: Sequence[Matrix]) -> str:
     return (
-        f"left dense: no calibration data passes through {_kinds(missed)} ({sum(t.numel for t in missed):,} weights), so "
-        "nothing is known of what they do; data that reaches them would change that"
+        f"left dense: no calibration data passes through {_kinds(missed)} ({sum(t.numel for t in missed):,} weights), "
+        "so nothing is known of what they do; data that reaches them would change that"
     )
 
 

@@ -1,10 +1,10 @@
-"""Moments of units: of the inputs of the weights that read them, for choosing and re-fitting, and of the outputs of whole layers, for
-the weight that absorbs them; and how large units are.
+"""Moments of units: of the inputs of the weights that read them, for choosing and re-fitting, and of the outputs of
+whole layers, for the weight that absorbs them; and how large units are.
 
-Layers behind norm the residual stream, so an output error counts relative to its size there: every token weighs
-1 / (mean square of its layer's output). A few tokens whose stream is far larger than the others' would otherwise decide alone.
-(A weight that absorbs layers which make such tokens themselves, near a model's ends, is not kept from it: there it is the
-stream before them that is measured.)
+Layers behind norm the residual stream, so an output error counts relative to its size there: every token weighs 1 /
+(mean square of its layer's output). A few tokens whose stream is far larger than the others' would otherwise decide
+alone. (A weight that absorbs layers which make such tokens themselves, near a model's ends, is not kept from it: there
+it is the stream before them that is measured.)
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ NOTHING: Mapping[str, Sequence[Segment]] = {}
 
 
 class UnitMoments(NamedTuple):
-    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. absorbed: by `absorbed_by(
-    matrix's name, segment)` the sum (out, in) of w d x^T, d being the sum that the segment's layers added to the stream.
+    """This rank's sums, not yet reduced. inputs: a weighted Gram matrix (in, in) for each matrix. absorbed: by
+    `absorbed_by( matrix's name, segment)` the sum (out, in) of w d x^T, d being the sum that the segment's layers added
+    to the stream.
 
     Of matrices with a bias, a last input that is always 1 stands beside theirs: (in + 1, in + 1) and (out, in + 1).
     """
@@ -53,8 +54,8 @@ def unit_moments(
     absorbs: Mapping[str, Sequence[Segment]] = NOTHING,
     layers: Sequence[int] | None = None,
 ) -> UnitMoments:
-    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. absorbs: by matrix's name, the
-    segments behind it that it may have to absorb. layers: those that run, all by default."""
+    """Sums over this rank's batches. with_constant: names of the matrices that have a bias. absorbs: by matrix's name,
+    the segments behind it that it may have to absorb. layers: those that run, all by default."""
     found = UnitMoments(InputMoments(source_of={matrix.name: matrix.name for matrix in matrices}), Moments())
     for matrix in matrices:
         shape = matrix.shape[0], matrix.shape[1] + (matrix.name in with_constant)
@@ -117,8 +118,8 @@ def _gain(gains: dict[int, torch.Tensor], layer: int) -> Callable[[torch.Tensor,
 def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(in + 1, in + 1) fp64 weighted moment of (tokens, in) rows with a 1 at the end of each.
 
-    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would drown what
-    varies beside it, and the matrix about the mean would not be one of squares.
+    Products are taken about the rows' mean and moved to zero in fp64: in fp32 the squares of a large constant would
+    drown what varies beside it, and the matrix about the mean would not be one of squares.
     """
     total, about = weights.double().sum(), (weights @ rows) / weights.sum()
     apart = rows - about
@@ -131,16 +132,16 @@ def _beside_one(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _with_one(weighted: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of each, likewise
-    about the rows' mean."""
+    """(out, in + 1) fp64 product of (tokens, out) weighted outputs and of (tokens, in) rows with a 1 at the end of
+    each, likewise about the rows' mean."""
     about = (weights @ rows) / weights.sum()
     apart, sums = weighted.t() @ (rows - about), weighted.sum(0, dtype=torch.float64)
     return torch.cat([apart.double() + torch.outer(sums, about.double()), sums[:, None]], 1)
 
 
 def column_energies(problem: Problem, groups: Sequence[UnitGroup], moments: InputMoments | None) -> list[torch.Tensor]:
-    """||W_:,j||^2 sum w x_j^2 of every input feature of each group's output, over the data of all ranks, with the moments'
-    weights of tokens; the sum of all weights that read the group, where there are several."""
+    """||W_:,j||^2 sum w x_j^2 of every input feature of each group's output, over the data of all ranks, with the
+    moments' weights of tokens; the sum of all weights that read the group, where there are several."""
     assert moments is not None
     read_by = [[problem.anatomy.matrix_of(module) for module, _ in group.readers] for group in groups]
     squares = {

@@ -35,8 +35,8 @@ def check_tasks(options: EvaluateConfig, task: str) -> None:
     missing = [name for name in options.tasks if name not in known]
     if missing:
         raise UserError(
-            f"evaluate.tasks {missing[0]!r} is no task of lm_eval; `lm_eval ls tasks` lists them, and evaluate.task_dir adds "
-            "a folder of your own"
+            f"evaluate.tasks {missing[0]!r} is no task of lm_eval; `lm_eval ls tasks` lists them, and "
+            "evaluate.task_dir adds a folder of your own"
         )
 
 

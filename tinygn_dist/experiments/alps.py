@@ -60,7 +60,8 @@ SOLVERS = {"admm": SweepOrAdmm()}
 
 
 def prune(weight: torch.Tensor, hessian: torch.Tensor, goal: LayerGoal, iterations: int = 300) -> Solved:
-    """Arguments and result as of `obs.prune`. iterations: the most there may be; the mask usually stands still before."""
+    """Arguments and result as of `obs.prune`. iterations: the most there may be; the mask usually stands still
+    before."""
     solid = damped(hessian.float(), goal.damping)
     scale = solid.diagonal().sqrt()
     values, vectors = torch.linalg.eigh(solid / scale[:, None] / scale)

@@ -63,8 +63,9 @@ def check(options: PruneConfig) -> None:
     solves = options.criterion in ("auto", "obs") and options.scope == "auto"
     if options.pattern != "unstructured" or not solves:
         raise ValueError(
-            f"solver.allocation search is for criterion obs, got pattern {options.pattern}, criterion {options.criterion} and "
-            f"scope {options.scope}, accepted: pattern unstructured, criterion auto or obs, scope auto"
+            f"solver.allocation search is for criterion obs, got pattern {options.pattern}, criterion "
+            f"{options.criterion} and scope {options.scope}, accepted: pattern unstructured, criterion auto or obs, "
+            "scope auto"
         )
 
 

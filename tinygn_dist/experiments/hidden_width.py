@@ -1,10 +1,10 @@
-"""The width of the residual stream: one set of hidden dimensions stays for the whole model, in embeddings, everything that
-reads or writes the stream, norms and head.
+"""The width of the residual stream: one set of hidden dimensions stays for the whole model, in embeddings, everything
+that reads or writes the stream, norms and head.
 
-RMSNorm divides by the root of the mean square over all dimensions. With k of d left the mean is over k; so its weights are
-multiplied by sqrt(d / k) and its epsilon by d / k. The smaller model then computes what the dense one does with the removed
-dimensions zero wherever they are written. LayerNorm also subtracts a mean, which spreads to dimensions that are zero, so
-families with it are refused.
+RMSNorm divides by the root of the mean square over all dimensions. With k of d left the mean is over k; so its weights
+are multiplied by sqrt(d / k) and its epsilon by d / k. The smaller model then computes what the dense one does with the
+removed dimensions zero wherever they are written. LayerNorm also subtracts a mean, which spreads to dimensions that are
+zero, so families with it are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _CRITERIA = ("auto", "activation", "magnitude", "random")
 
 
 def step_of(anatomy: Anatomy, multiple_of: int) -> int:
-    """Kept widths are multiples of this: of the asked number where there is room, and of the heads, as configs check."""
+    """Kept widths are multiples of this: of the asked number where there is room, and of the heads, as configs
+    check."""
     full, heads = anatomy.hidden.num_units, anatomy.hidden.least
     step = math.lcm(multiple_of, heads)
     return step if step <= full // 2 else heads
@@ -78,14 +79,14 @@ def _mix(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> Mix:
         if (full - kept) * anatomy.hidden.unit_params >= round(goal.sparsity * anatomy.total_params):
             return Mix(hidden=full - kept)
     raise UserError(
-        f"hidden cannot lose {goal.sparsity:.0%} of the {anatomy.total_params:,} parameters: of {full} dimensions a multiple "
-        f"of {step} stays; lower sparsity or prune.multiple_of ({options.multiple_of})"
+        f"hidden cannot lose {goal.sparsity:.0%} of the {anatomy.total_params:,} parameters: of {full} dimensions a "
+        f"multiple of {step} stays; lower sparsity or prune.multiple_of ({options.multiple_of})"
     )
 
 
 def _scores(problem: Problem, options: PruneConfig) -> torch.Tensor:
-    """(hidden,) fp64: over the matrices that read the stream, the share of each one's output energy that comes through a
-    dimension, |W_:,j|^2 sum_t x_tj^2 (magnitude: without the inputs)."""
+    """(hidden,) fp64: over the matrices that read the stream, the share of each one's output energy that comes through
+    a dimension, |W_:,j|^2 sum_t x_tj^2 (magnitude: without the inputs)."""
     group = problem.anatomy.hidden
     if options.criterion == "random":
         return uniform(0, group.num_units, key_of(options.seed, "hidden")).double()

@@ -192,8 +192,8 @@ def check_movement(schedule: ScheduleConfig) -> None:
 def check_consensus(schedule: ScheduleConfig) -> None:
     if schedule.regrow != "none" or schedule.criterion != "auto":
         raise ValueError(
-            f"kind admm with criterion {schedule.criterion!r} and regrow {schedule.regrow!r}: it keeps the largest weights of "
-            "its own sum and masks nothing before the last update; leave both at their defaults"
+            f"kind admm with criterion {schedule.criterion!r} and regrow {schedule.regrow!r}: it keeps the largest "
+            "weights of its own sum and masks nothing before the last update; leave both at their defaults"
         )
 
 

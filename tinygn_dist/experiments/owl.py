@@ -41,8 +41,8 @@ def check(options: PruneConfig) -> None:
     """ValueError where layers may not differ."""
     if options.pattern != "unstructured" or options.scope == "global":
         raise ValueError(
-            f"solver.allocation owl gives every layer a number of zeros, got pattern {options.pattern} and scope {options.scope}, "
-            "accepted: pattern unstructured, scope auto, layer or row"
+            f"solver.allocation owl gives every layer a number of zeros, got pattern {options.pattern} and scope "
+            f"{options.scope}, accepted: pattern unstructured, scope auto, layer or row"
         )
 
 

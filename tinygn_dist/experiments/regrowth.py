@@ -90,8 +90,8 @@ def make_at_random(
 def check_regrowth(schedule: ScheduleConfig) -> None:
     if schedule.criterion not in ("auto", "magnitude"):
         raise ValueError(
-            f"criterion {schedule.criterion!r} with regrow {schedule.regrow!r}: the smallest kept weights make room for the "
-            "regrown ones; leave criterion at auto"
+            f"criterion {schedule.criterion!r} with regrow {schedule.regrow!r}: the smallest kept weights make room "
+            "for the regrown ones; leave criterion at auto"
         )
 
 

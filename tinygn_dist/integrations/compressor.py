@@ -81,8 +81,8 @@ class Compressor:
         units, self._pruning = _without_training(self.config)
         if units and bare is not model:
             raise UserError(
-                f"pattern {units[0].options.pattern} with a model in {type(model).__name__}; compress the plain model first, "
-                "and wrap the smaller one"
+                f"pattern {units[0].options.pattern} with a model in {type(model).__name__}; compress the plain model "
+                "first, and wrap the smaller one"
             )
         request = self._request(bare, needs_units=bool(units))
         for step in [*units, *([self._mask_step(0)] if self._pruning else [])]:
@@ -142,8 +142,8 @@ class Compressor:
 
         num_steps: optimizer steps of the whole training, which a schedule divides; only steps of the first optimizer
         that really move weights count. after_update: called when masks changed. Nothing to do where only units were
-        removed. Called again, for a loop that begins anew in one process, it begins anew too: hooks on the optimizers of
-        the call before are taken off first.
+        removed. Called again, for a loop that begins anew in one process, it begins anew too: hooks on the optimizers
+        of the call before are taken off first.
         """
         self._need_compressed()
         if not self._pruning:
@@ -267,21 +267,21 @@ class _Live:
 
 
 def _without_training(config: Config) -> tuple[list[RemoveUnits], StepConfig | None]:
-    """The steps that remove units, and the one that sets weights to zero. UserError for what needs a run of its own: the
-    caller trains."""
+    """The steps that remove units, and the one that sets weights to zero. UserError for what needs a run of its own:
+    the caller trains."""
     entries = [entry for entry in config.recipe if entry.prune]
     for entry in config.recipe:
         if entry.reconstruct or entry.quantize or (entry.recover and config.steps):
             raise UserError(
-                f"a step {entry.name} is for `tinygn compress`, which has the dense model and the training data; leave it out "
-                "here, and train as you do"
+                f"a step {entry.name} is for `tinygn compress`, which has the dense model and the training data; "
+                "leave it out here, and train as you do"
             )
     for entry in entries:
         _refuse_what_takes_a_run(entry.prune)
         if entry.prune.unit_kinds and entry.schedule.changes:
             raise UserError(
-                f"schedule.kind {entry.schedule.kind} with pattern {entry.prune.pattern}: units can only go before your "
-                "optimizer is made; use kind one-shot here, or `tinygn compress`, which trains between the rounds"
+                f"schedule.kind {entry.schedule.kind} with pattern {entry.prune.pattern}: units can only go before "
+                "your optimizer is made; use kind one-shot here, or `tinygn compress`, which trains between the rounds"
             )
     masked = [entry for entry in entries if not entry.prune.unit_kinds]
     if len(masked) > 1:

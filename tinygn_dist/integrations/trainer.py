@@ -31,8 +31,8 @@ class TinyGNCallback(TrainerCallback):
         patterns = [step.prune.pattern for step in config.recipe if step.prune and step.prune.unit_kinds]
         if patterns:
             raise UserError(
-                f"pattern {patterns[0]} removes units, which have to go before the Trainer makes its optimizer; use `tinygn "
-                "compress` first, or Compressor.compress, and train the smaller model"
+                f"pattern {patterns[0]} removes units, which have to go before the Trainer makes its optimizer; use "
+                "`tinygn compress` first, or Compressor.compress, and train the smaller model"
             )
         self._accelerator = trainer.accelerator
         self._config, self._resume_from = config, resume_from
@@ -73,6 +73,6 @@ class TinyGNCallback(TrainerCallback):
             if isinstance(folder, str | Path) and (Path(folder) / "tinygn").is_dir():
                 return Path(folder)
         raise UserError(
-            f"training goes on from step {state.global_step} and {usual} holds no masks of ours; pass the checkpoint's folder "
-            "as TinyGNCallback(..., resume_from=...)"
+            f"training goes on from step {state.global_step} and {usual} holds no masks of ours; pass the "
+            "checkpoint's folder as TinyGNCallback(..., resume_from=...)"
         )

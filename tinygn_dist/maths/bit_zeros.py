@@ -14,7 +14,8 @@ _CHUNK = 1 << 17
 
 
 def keep_only_(weight: torch.Tensor, keep: torch.Tensor) -> None:
-    """Set `weight` to +0.0 where `keep` is False, in place. weight: any floating dtype; keep: bool of the same shape."""
+    """Set `weight` to +0.0 where `keep` is False, in place. weight: any floating dtype; keep: bool of the same
+    shape."""
     _bits(weight).mul_(keep)
 
 

@@ -10,8 +10,8 @@ from tinygn_dist.maths.unit_kinds import UNIT_KINDS
 
 
 def share_left(sparsity: float, began_with: int, here: int) -> float:
-    """The share of the `here` parameters that are left which still has to go, so that `sparsity` of the `began_with` is gone; 0
-    where it is already."""
+    """The share of the `here` parameters that are left which still has to go, so that `sparsity` of the `began_with` is
+    gone; 0 where it is already."""
     left = 1 - (1 - sparsity) * began_with / here
     return left if round(left * here) > 0 else 0.0
 
@@ -53,12 +53,12 @@ def blend(total: int, sizes: Sequence[int], wanted: Sequence[float], share: floa
 
 @dataclass(frozen=True, order=True)
 class Mix:
-    """How many units of each kind go, `mix[kind]`: one field for each row of UNIT_KINDS. Whole layers; heads (KV groups),
-    channels and experts out of every layer that stays; of filters so many of the equal parts of every group; hidden
-    dimensions of the whole model.
+    """How many units of each kind go, `mix[kind]`: one field for each row of UNIT_KINDS. Whole layers; heads (KV
+    groups), channels and experts out of every layer that stays; of filters so many of the equal parts of every group;
+    hidden dimensions of the whole model.
 
-    uneven: channels or filters that go from each group of them, where groups may differ; `channels` or `filters` is then the
-    largest.
+    uneven: channels or filters that go from each group of them, where groups may differ; `channels` or `filters` is
+    then the largest.
     """
 
     layers: int = 0
@@ -116,7 +116,8 @@ class UnitSizes:
     head_counts: tuple[int, ...] = ()
     """how many heads a layer may keep; empty where any number will do"""
     uneven_params: int = 0
-    """of all layers together, where they differ in size: then no number of whole layers, nor of heads, reaches a budget"""
+    """of all layers together, where they differ in size: then no number of whole layers, nor of heads, reaches a
+    budget"""
 
     def removed_params(self, mix: Mix) -> int:
         """Parameters that go with a mix. Whole layers only where all are alike: which ones go is not known here."""
@@ -155,9 +156,9 @@ class UnitSizes:
 class Latency:
     """Measured seconds of one forward of a model whose `layers` layers are alike.
 
-    rest: everything but the layers. layer: one whole layer. heads, channels: one layer by how many KV groups or channels
-    it keeps, the other kind whole; at a few counts, the full one and the least among them, linear in between. What heads
-    and channels save is added: attention and feed-forward run one after the other.
+    rest: everything but the layers. layer: one whole layer. heads, channels: one layer by how many KV groups or
+    channels it keeps, the other kind whole; at a few counts, the full one and the least among them, linear in between.
+    What heads and channels save is added: attention and feed-forward run one after the other.
     """
 
     layers: int
@@ -182,8 +183,8 @@ class Latency:
         return self.rest + self.layers * self.layer
 
     def corrected(self, mix: Mix, rest: float, layer: float, cut: float) -> Latency:
-        """The table that agrees with new seconds: of the rest, of a whole layer and of one cut by a mix. What any number of heads
-        or channels saves is scaled by the same factor."""
+        """The table that agrees with new seconds: of the rest, of a whole layer and of one cut by a mix. What any
+        number of heads or channels saves is scaled by the same factor."""
         saved = self.layer - self._of_cut_layer(mix)
         scale = (layer - cut) / saved if saved else layer / self.layer
         kinds = {
@@ -239,8 +240,9 @@ def channel_step(channels: int, multiple_of: int) -> int:
 def evenly(
     sizes: Sequence[int], cuts: Sequence[Sequence[int]], enough: Callable[[Sequence[int]], bool]
 ) -> list[int] | None:
-    """Of each part one of its cuts (how many of its `sizes` units go, fewest first), so that all keep about the same share: the
-    one of which the most is left goes on to its next, until there are enough. None where all are at their last before."""
+    """Of each part one of its cuts (how many of its `sizes` units go, fewest first), so that all keep about the same
+    share: the one of which the most is left goes on to its next, until there are enough. None where all are at their
+    last before."""
     at = [0] * len(sizes)
     while True:
         gone = [cut[place] for cut, place in zip(cuts, at, strict=True)]

@@ -20,8 +20,8 @@ def magnitude(weight: torch.Tensor) -> torch.Tensor:
 
 
 def wanda(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
-    """|w| * ||x||_2 with the norm of each weight's input feature over all tokens (Sun et al. 2023). input_sq_sum broadcasts
-    against the weight."""
+    """|w| * ||x||_2 with the norm of each weight's input feature over all tokens (Sun et al. 2023). input_sq_sum
+    broadcasts against the weight."""
     return weight.float().abs() * input_sq_sum.clamp(min=0).sqrt()
 
 
@@ -37,8 +37,9 @@ def ria(weight: torch.Tensor, input_sq_sum: torch.Tensor) -> torch.Tensor:
 def gblm(
     weight: torch.Tensor, input_sq_sum: torch.Tensor, grad_sq_sum: torch.Tensor, alpha: float = 100
 ) -> torch.Tensor:
-    """|w| * (||x||_2 + alpha * ||g||_2): Wanda with the norm of the weight's gradients over the samples (GBLM-Pruner, Das et
-    al. 2023). input_sq_sum broadcasts against the weight; the gradients' scale is that of each sample's mean loss."""
+    """|w| * (||x||_2 + alpha * ||g||_2): Wanda with the norm of the weight's gradients over the samples (GBLM-Pruner,
+    Das et al. 2023). input_sq_sum broadcasts against the weight; the gradients' scale is that of each sample's mean
+    loss."""
     return weight.float().abs() * (input_sq_sum.clamp(min=0).sqrt() + alpha * grad_sq_sum.sqrt())
 
 

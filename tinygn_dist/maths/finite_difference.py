@@ -7,10 +7,10 @@ grows with h, and by noise, which grows with 1 / h:
     forward (f(h) - f(0)) / h        h f2 / 2     sqrt(2) sigma / h      least at h = 8^(1/4) sqrt(sigma / f2)
     central (f(h) - f(-h)) / 2h      h^2 f3 / 6   sigma / (sqrt(2) h)    least at h = (3 sigma / f3)^(1/3)
 
-with sigma the noise of one value of phi, f2 = |phi''|, f3 = |phi'''|. sigma comes from a difference table (ECNoise, More
-and Wild 2011), f2 from a second difference that stands out of the noise (More and Wild 2012), and where that fails, and
-for f3, from a bisection over h until the higher difference is a small multiple of the noise (Shi, Xie, Xuan and Nocedal
-2022).
+with sigma the noise of one value of phi, f2 = |phi''|, f3 = |phi'''|. sigma comes from a difference table (ECNoise,
+More and Wild 2011), f2 from a second difference that stands out of the noise (More and Wild 2012), and where that
+fails, and for f3, from a bisection over h until the higher difference is a small multiple of the noise (Shi, Xie, Xuan
+and Nocedal 2022).
 
 A search is a generator: it yields the t it wants, is sent phi there, and returns a `Step`. So the searches of many
 groups can share their forward passes.
@@ -42,9 +42,10 @@ _LOW, _HIGH = 1.5, 6.0
 class Step:
     """A step and where it came from.
 
-    value: relative, a power of two, so that 1 + value is exact in every dtype that sees it. noise: standard deviation of
-    one value of phi. bend: |phi''| (forward) or |phi'''| (central), or the most that noise could hide. error: expected RMS error of
-    the difference, in units of the derivative. limit: what decided the value. evaluations: values of phi spent.
+    value: relative, a power of two, so that 1 + value is exact in every dtype that sees it. noise: standard deviation
+    of one value of phi. bend: |phi''| (forward) or |phi'''| (central), or the most that noise could hide. error:
+    expected RMS error of the difference, in units of the derivative. limit: what decided the value. evaluations: values
+    of phi spent.
     """
 
     value: float
@@ -58,8 +59,8 @@ class Step:
 def noise_level(values: Sequence[float]) -> tuple[float | None, Literal["found", "too small", "too large"]]:
     """Standard deviation of the noise in phi at equally spaced points, by ECNoise; and whether the spacing was right.
 
-    sigma_k^2 = (k!)^2 / (2k)! * mean of the squared k-th differences. It is noise when three consecutive k agree within a
-    factor 4 and the k-th differences change sign. The number is None where the spacing says nothing.
+    sigma_k^2 = (k!)^2 / (2k)! * mean of the squared k-th differences. It is noise when three consecutive k agree within
+    a factor 4 and the k-th differences change sign. The number is None where the spacing says nothing.
     """
     first = _differences(values)
     if 2 * sum(d == 0 for d in first) >= len(first):

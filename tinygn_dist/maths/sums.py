@@ -111,7 +111,8 @@ def add_gram(total: torch.Tensor, rows: torch.Tensor, weights: torch.Tensor | No
 
 
 def fill_below(gram: torch.Tensor) -> torch.Tensor:
-    """A sum of `add_gram`, (in, in), completed in place: what lies below the diagonal blocks is what lies above them."""
+    """A sum of `add_gram`, (in, in), completed in place: what lies below the diagonal blocks is what lies above
+    them."""
     for start, stop in _blocks(len(gram)):
         gram[stop:, start:stop] = gram[start:stop, stop:].t()
     return gram

@@ -1,4 +1,5 @@
-"""The kinds of unit that can be removed whole: one row each. Config choices, help, checks and messages read this table."""
+"""The kinds of unit that can be removed whole: one row each. Config choices, help, checks and messages read this
+table."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class UnitKind:
-    """label: for people, in the plural. per_layer: whether counts are of each layer that stays (or of each group of filters). mixed: whether a
-    mix may remove some beside other kinds (pattern units, `prune.counts`). solved: whether the weight that reads these units
-    can rank them by its own least-squares saliency. criterion: the meaning of `auto`. uneven_cost: why no share of multiplications or
-    seconds can be counted for them; empty where it can."""
+    """label: for people, in the plural. per_layer: whether counts are of each layer that stays (or of each group of
+    filters). mixed: whether a mix may remove some beside other kinds (pattern units, `prune.counts`). solved: whether
+    the weight that reads these units can rank them by its own least-squares saliency. criterion: the meaning of `auto`.
+    uneven_cost: why no share of multiplications or seconds can be counted for them; empty where it can."""
 
     label: str
     per_layer: bool = True

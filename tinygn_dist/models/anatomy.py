@@ -1,7 +1,7 @@
 """Which tensors make up a model's units and matrices. Reads module structure only, so it works on the meta device.
 
-A *unit group* is all units of one kind in one layer (`unit_groups.py`). A *matrix* is one linear weight matrix that can be masked: the weight of a Linear or
-Conv1D, or one expert's matrix in a fused 3-D parameter.
+A *unit group* is all units of one kind in one layer (`unit_groups.py`). A *matrix* is one linear weight matrix that can
+be masked: the weight of a Linear or Conv1D, or one expert's matrix in a fused 3-D parameter.
 """
 
 from __future__ import annotations
@@ -113,18 +113,18 @@ def read_anatomy(model: nn.Module, *, needs_units: bool) -> Anatomy:
     sparse = {group.layer for group in groups if group.kind == "experts"}
     if 0 < len(sparse) < len(layers):
         fixed["layers"] = (
-            f"{len(layers) - len(sparse)} of its {len(layers)} layers have no experts, so what goes with a layer depends on "
-            "which one it is, and their positions are part of its config"
+            f"{len(layers) - len(sparse)} of its {len(layers)} layers have no experts, so what goes with a layer "
+            "depends on which one it is, and their positions are part of its config"
         )
     if len(stacks) > 1:
         fixed["layers"] = (
-            f"layers of its {len(stacks)} stacks differ in size, so what goes with a number of parameters depends on which "
-            "ones go; say how many with prune.counts"
+            f"layers of its {len(stacks)} stacks differ in size, so what goes with a number of parameters depends on "
+            "which ones go; say how many with prune.counts"
         )
     if family and family.stack_heads:
         fixed["heads"] = (
-            "the layers of a stack share one position bias per head, so a head goes from all of them at once, and how much that is "
-            "depends on the stack; say how many with prune.counts"
+            "the layers of a stack share one position bias per head, so a head goes from all of them at once, and how "
+            "much that is depends on the stack; say how many with prune.counts"
         )
     return Anatomy(
         family=family,

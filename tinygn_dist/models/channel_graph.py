@@ -1,8 +1,8 @@
 """Which channels of a convolutional net hang together: a walk over its exported graph.
 
 A *space* is a set of channels that must go together: the filters of a convolution, the BatchNorm behind it, what reads
-them, and everything a residual sum ties them to. Works on the meta device; no weight is read. What the walk does not know
-freezes the channels that reach it, with the reason, so nothing is ever cut by guess.
+them, and everything a residual sum ties them to. Works on the meta device; no weight is read. What the walk does not
+know freezes the channels that reach it, with the reason, so nothing is ever cut by guess.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ SAME = frozenset(
 
 @dataclass
 class Space:
-    """num channels that go together. slices: (tensor, dim, width): channel c owns entries c * width to (c + 1) * width - 1.
-    readers: (module, width): modules whose input features c * width to (c + 1) * width - 1 are the channel. fixed: why
-    the channels must stay, or None."""
+    """num channels that go together. slices: (tensor, dim, width): channel c owns entries c * width to (c + 1) * width
+    - 1. readers: (module, width): modules whose input features c * width to (c + 1) * width - 1 are the channel. fixed:
+    why the channels must stay, or None."""
 
     num: int
     slices: list[tuple[str, int, int]] = field(default_factory=list)

@@ -84,8 +84,8 @@ _RMS = Residual(
     norms=("input_layernorm", "post_attention_layernorm"),
 )
 _NO_HIDDEN = (
-    "its norms do not take the width of the stream alone (LayerNorm subtracts a mean; Gemma scales embeddings by the width's "
-    "root; OLMo 2 norms small queries with the same epsilon) or its class is not described"
+    "its norms do not take the width of the stream alone (LayerNorm subtracts a mean; Gemma scales embeddings by the "
+    "width's root; OLMo 2 norms small queries with the same epsilon) or its class is not described"
 )
 _4H = FeedForward(inputs=_separate("mlp.dense_h_to_4h"), output="mlp.dense_4h_to_h")
 _PHI3_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
@@ -135,7 +135,8 @@ FAMILIES = (
         ),
         starts_anywhere=False,
         fixed={
-            "layers": "its embeddings of each layer and the keys and values that its layers share lie at their positions",
+            "layers": "its embeddings of each layer and the keys and values that its layers share lie at their "
+            "positions",
             "heads": "its last layers have queries alone and read the keys and values of others",
         },
     ),

@@ -1,4 +1,5 @@
-"""What a model family looks like: the words in which `families.py` describes one. Names only; sizes are read from the model."""
+"""What a model family looks like: the words in which `families.py` describes one. Names only; sizes are read from the
+model."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class StackHeads:
-    """Heads that go from all layers of a stack at once, because one parameter of its first layer, `bias` (..., heads), serves
-    all. blocks: paths of attention modules in a layer, as far as it has them, each with the linear modules `inputs` and
-    `output`."""
+    """Heads that go from all layers of a stack at once, because one parameter of its first layer, `bias` (..., heads),
+    serves all. blocks: paths of attention modules in a layer, as far as it has them, each with the linear modules
+    `inputs` and `output`."""
 
     blocks: tuple[str, ...]
     inputs: tuple[str, ...]
@@ -66,11 +67,11 @@ class FeedForward:
     width: str | tuple[str, ...] = "intermediate_size"
     """the config's entry, or all its entries, that say how many channels there are"""
     added: Callable[[Any], bool] = lambda config: True
-    """whether what `output` gives is added to the residual stream as it is, with no norm or factor between or after: then it can
-    also give what removed layers gave"""
+    """whether what `output` gives is added to the residual stream as it is, with no norm or factor between or after:
+    then it can also give what removed layers gave"""
     uneven: Literal["", "layers", "stacks"] = ""
-    """whether the config has a width for each layer (`width` names a list) or each stack (an entry of `width` for each), so that
-    they may keep different numbers of channels"""
+    """whether the config has a width for each layer (`width` names a list) or each stack (an entry of `width` for
+    each), so that they may keep different numbers of channels"""
     stays: Callable[[Any, int], bool] = lambda config, layer: False
     """whether the channels of this very layer depend on each other, so that all stay"""
 
@@ -88,9 +89,9 @@ class Experts:
 
 @dataclass(frozen=True)
 class Residual:
-    """What reads, writes and norms the residual stream, in each layer and around them (relative to the base model; the head
-    is found). Only RMSNorm: x / rms(x) * weight. size, eps, num_heads: the config's entries. The epsilon grows as the width shrinks;
-    norms of queries and keys, which read it too, then differ by a part in a million."""
+    """What reads, writes and norms the residual stream, in each layer and around them (relative to the base model; the
+    head is found). Only RMSNorm: x / rms(x) * weight. size, eps, num_heads: the config's entries. The epsilon grows as
+    the width shrinks; norms of queries and keys, which read it too, then differ by a part in a million."""
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -104,9 +105,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class Filters:
-    """A convolutional net, whose groups of filters `dependencies` finds. resize(config, width_of) writes new widths into a
-    config, width_of("module.path") being the outputs that a convolution or linear module keeps. slot(path): of a parameter, a name
-    that is the same for all whose filters keep the same share; layers of different names may keep different ones.
+    """A convolutional net, whose groups of filters `dependencies` finds. resize(config, width_of) writes new widths
+    into a config, width_of("module.path") being the outputs that a convolution or linear module keeps. slot(path): of a
+    parameter, a name that is the same for all whose filters keep the same share; layers of different names may keep
+    different ones.
     """
 
     resize: Callable[[Any, Callable[[str], int]], None]
@@ -115,11 +117,12 @@ class Filters:
 
 @dataclass(frozen=True)
 class Family:
-    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit kind.
+    """attention, feed_forward, experts, filters: None where a family has none to remove; `fixed` then says why, by unit
+    kind.
 
     layers: the list of layers; several where stacks of them run one after the other, and `depth` then has the config's
-    entry for each (a `*` in a path stands for every number, and `depth` for a list with one entry for each). feed_forward:
-    where layers differ, the first description whose modules a layer has holds for it.
+    entry for each (a `*` in a path stands for every number, and `depth` for a list with one entry for each).
+    feed_forward: where layers differ, the first description whose modules a layer has holds for it.
     """
 
     model_types: tuple[str, ...]
@@ -132,9 +135,11 @@ class Family:
     residual: Residual | None = None
     depth: str | tuple[str, ...] = "num_hidden_layers"
     layers_fixed_if: Callable[[Any], str | None] = lambda config: None
-    """why the layers of this very config must stay, or None: where its class computes something from a layer's number"""
+    """why the layers of this very config must stay, or None: where its class computes something from a layer's
+    number"""
     starts_anywhere: bool = True
-    """whether a forward may begin at any layer, from what the one before it returned: not where layers read more of earlier ones"""
+    """whether a forward may begin at any layer, from what the one before it returned: not where layers read more of
+    earlier ones"""
     fixed: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -1,4 +1,5 @@
-"""The weight matrices of a model that can be masked: of Linear and Conv1D modules, and of experts in fused 3-D parameters."""
+"""The weight matrices of a model that can be masked: of Linear and Conv1D modules, and of experts in fused 3-D
+parameters."""
 
 from __future__ import annotations
 
@@ -98,8 +99,8 @@ def find_matrices(model: nn.Module, stacks: tuple[Stack, ...]) -> Iterator[Matri
     missed = [n for n, p in model.named_parameters() if p.dim() == 3 and "expert" in n and n not in reached]
     if missed:
         raise Refused(
-            f"{missed[0]} is a fused expert tensor whose layout {type(model).__name__} does not declare; accepted: Linear, "
-            "Conv1D, and experts classes made by transformers' use_experts_implementation"
+            f"{missed[0]} is a fused expert tensor whose layout {type(model).__name__} does not declare; accepted: "
+            "Linear, Conv1D, and experts classes made by transformers' use_experts_implementation"
         )
     if not seen and not reached:
         raise Refused(f"model type {model.config.model_type!r} has no Linear or Conv1D weight to prune")

@@ -63,7 +63,8 @@ def layer_of(stacks: Iterable[Stack], name: str) -> int | None:
 
 
 def keep_layers(config: Any, stacks: tuple[Stack, ...], layers: Sequence[int]) -> None:
-    """So many layers of each stack; lists with an entry for each layer (such as layer_types) keep those of `layers`. In place."""
+    """So many layers of each stack; lists with an entry for each layer (such as layer_types) keep those of `layers`. In
+    place."""
     before = sum(stack.num for stack in stacks)
     for key, value in config.to_dict().items():
         if isinstance(value, list) and "layer" in key and len(value) == before:

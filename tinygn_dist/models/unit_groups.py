@@ -1,4 +1,5 @@
-"""The units of a model: which slices of tensors go with each. Reads module structure only, so it works on the meta device."""
+"""The units of a model: which slices of tensors go with each. Reads module structure only, so it works on the meta
+device."""
 
 from __future__ import annotations
 
@@ -34,9 +35,9 @@ class UnitGroup:
 
     slices: everything that goes with a unit. output: the module whose input the gates multiply: `output_width`
     consecutive features per unit (for experts: the experts module, whose routing weights they multiply). also_read_by:
-    further modules that read the units, with their features per unit (filters; `layer` then only numbers the groups). router: the
-    module that chooses between the units, if any. least: how many have to stay. added: whether `output` is known to write straight
-    to the residual stream (`FeedForward.added`).
+    further modules that read the units, with their features per unit (filters; `layer` then only numbers the groups).
+    router: the module that chooses between the units, if any. least: how many have to stay. added: whether `output` is
+    known to write straight to the residual stream (`FeedForward.added`).
     """
 
     kind: str
@@ -77,8 +78,8 @@ def unit_groups(model: nn.Module, family: Family, stacks: tuple[Stack, ...]) -> 
 
 
 def _head_counts(model: nn.Module, family: Family, stacks: tuple[Stack, ...]) -> tuple[int, ...]:
-    """How many KV groups a model of this class can have: configs check them against other sizes (Llama and Gemma 2 want the
-    hidden size to be a multiple of the number of heads). Found by building one layer of each on the meta device."""
+    """How many KV groups a model of this class can have: configs check them against other sizes (Llama and Gemma 2 want
+    the hidden size to be a multiple of the number of heads). Found by building one layer of each on the meta device."""
     full = getattr(model.config, family.attention.num_kv_heads)
     return tuple(count for count in range(1, full + 1) if count == full or _can_have(model, family, stacks, count))
 

@@ -1,8 +1,9 @@
 """VGG with any number of filters per convolution, as a transformers model.
 
-The file stands alone (torch and transformers only): `save_pretrained` copies it into the folder, so that a pruned network
-loads anywhere with `from_pretrained(folder, trust_remote_code=True)`. Architecture: Simonyan & Zisserman 2014,
-configuration D with BatchNorm; the classifier for small images is one hidden layer (torchvision's for 224 x 224 has two).
+The file stands alone (torch and transformers only): `save_pretrained` copies it into the folder, so that a pruned
+network loads anywhere with `from_pretrained(folder, trust_remote_code=True)`. Architecture: Simonyan & Zisserman 2014,
+configuration D with BatchNorm; the classifier for small images is one hidden layer (torchvision's for 224 x 224 has
+two).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ VGG16 = (64, 64, POOL, 128, 128, POOL, 256, 256, 256, POOL, 512, 512, 512, POOL,
 
 
 class VggConfig(PretrainedConfig):
-    """filters: of each convolution, 0 for a pooling. hidden: widths of the classifier's hidden layers. pooled: side of the
-    feature map that the classifier reads (adaptive average pooling; 1 for 32 x 32 images, 7 for 224 x 224)."""
+    """filters: of each convolution, 0 for a pooling. hidden: widths of the classifier's hidden layers. pooled: side of
+    the feature map that the classifier reads (adaptive average pooling; 1 for 32 x 32 images, 7 for 224 x 224)."""
 
     model_type = "tinygn_vgg"
 

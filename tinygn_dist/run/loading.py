@@ -30,7 +30,8 @@ def load_processor(state: RunState) -> None:
 
 
 def load_model(state: RunState) -> None:
-    """The dense model on every rank as its backend spreads it, and once more as the teacher where training asks for it."""
+    """The dense model on every rank as its backend spreads it, and once more as the teacher where training asks for
+    it."""
     backend, source = state.backend, state.source
     state.model, state.dtypes = placed(source, backend)
     state.digest = weights_digest(backend.full_tensors(state.model))
@@ -99,7 +100,8 @@ def caches_teacher(state: RunState) -> bool:
 
 
 def write_teacher(state: RunState) -> None:
-    """The logits of the dense model, which is still the one that is placed, on every sequence that training will read."""
+    """The logits of the dense model, which is still the one that is placed, on every sequence that training will
+    read."""
     (asked,) = (each for each in state.config.trainings if each.teacher_cache_gib is not None)
     backend, sequences = state.backend, state.splits.training
     wanted = sorted({n for step in window_numbers(len(sequences), asked, asked.steps) for n in step})

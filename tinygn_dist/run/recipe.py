@@ -1,4 +1,5 @@
-"""From the recipe that was asked for to the steps that run it: units that go in rounds take turns with their training."""
+"""From the recipe that was asked for to the steps that run it: units that go in rounds take turns with their
+training."""
 
 from __future__ import annotations
 

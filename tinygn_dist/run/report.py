@@ -59,7 +59,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     def add(self, step: str, facts: Mapping[str, Any]) -> None:
-        """What a step found, by field. Fields hold the last step's; selections before it are kept, parameters add up."""
+        """What a step found, by field. Fields hold the last step's; selections before it are kept, parameters add
+        up."""
         if step == "prune" and self.selection and "selection" in facts:
             self.earlier_selections.append(self.selection)
         for name, value in facts.items():
@@ -130,11 +131,12 @@ class Report:
         recovery = f"{self.recovery['steps']} steps on {self.recovery['tokens']:,} tokens" if self.recovery else "none"
         front = f"---\nbase_model: {self.model}\ntags:\n- pruned\n- tinygn_dist\n---\n"
         return (
-            f"{front}\n# {Path(self.output).name}\n\n`{self.model}` compressed with tinygn_dist: {self.asked()}.\n\n| | before | after |\n|---|---|---|\n{table}\n\n"
-            f"- calibration: {data['calibration']['sequences']} sequences of {data['calibration']['source']}\n"
-            f"- evaluation: {data['evaluation']['sequences']} sequences, used for nothing else\n- recovery: {recovery}\n"
-            f"- selection fingerprint: `{self.selection.get('fingerprint')}`, {self.num_processes} processes{notes}\n\n"
-            "Loads with plain `from_pretrained`. Every figure was measured on the files in this folder; the full record is "
+            f"{front}\n# {Path(self.output).name}\n\n`{self.model}` compressed with tinygn_dist: {self.asked()}.\n\n| "
+            f"| before | after |\n|---|---|---|\n{table}\n\n- calibration: {data['calibration']['sequences']} "
+            f"sequences of {data['calibration']['source']}\n- evaluation: {data['evaluation']['sequences']} "
+            f"sequences, used for nothing else\n- recovery: {recovery}\n- selection fingerprint: "
+            f"`{self.selection.get('fingerprint')}`, {self.num_processes} processes{notes}\n\nLoads with plain "
+            "`from_pretrained`. Every figure was measured on the files in this folder; the full record is "
             f"`{REPORT_FILE}`.\n"
         )
 

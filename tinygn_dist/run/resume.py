@@ -127,8 +127,8 @@ def _remove_statistics(state: RunState) -> None:
 
 
 def resume_training(state: RunState, now: InTraining) -> bool:
-    """Take up what was saved from training, if it was. A best model that is no longer there is forgotten: the evaluations
-    that replaced it come again."""
+    """Take up what was saved from training, if it was. A best model that is no longer there is forgotten: the
+    evaluations that replaced it come again."""
     saved, state.saved = state.saved, None
     if saved is None:
         return False

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 @dataclass
 class Course:
     """How far a training is. losses: of every step so far, the mean per token over all ranks. evaluations: on held-out
-    data, by step. best: the step of the best of them with the final masks. probed: of a forward-only training, the step of
-    its probes and its learning rate."""
+    data, by step. best: the step of the best of them with the final masks. probed: of a forward-only training, the step
+    of its probes and its learning rate."""
 
     step: int = 0
     tokens: int = 0
@@ -169,8 +169,8 @@ class Recovery:
         course.probed = {"step": asdict(training.step_taken), "learning_rate": training.rate}
         if training.rate is None:
             log.warning(
-                "no step lowers the loss measurably after %d steps: the weights stayed where they were; raise recover.steps, "
-                "batch_size and directions, or set learning_rate",
+                "no step lowers the loss measurably after %d steps: the weights stayed where they were; raise "
+                "recover.steps, batch_size and directions, or set learning_rate",
                 course.step,
             )
         self._check_constraints(model, constraints)
@@ -212,8 +212,8 @@ def check_training(options: RecoverConfig, matrices: Sequence[Matrix], backend: 
         raise UserError(f"recover.batch_size {options.batch_size} on {ranks} ranks; accepted: a multiple of {ranks}")
     if options.forward_only and options.train == "norms-and-biases" and backend.splits_weights:
         raise UserError(
-            f"recover.optimizer {options.optimizer} with train norms-and-biases where ranks hold pieces of weights; accepted: "
-            "train all, or one process, DDP, ZeRO-1 or ZeRO-2"
+            f"recover.optimizer {options.optimizer} with train norms-and-biases where ranks hold pieces of weights; "
+            "accepted: train all, or one process, DDP, ZeRO-1 or ZeRO-2"
         )
     if options.train == "lora":
         check_targets(matrices)
@@ -221,8 +221,8 @@ def check_training(options: RecoverConfig, matrices: Sequence[Matrix], backend: 
         _adamw_8bit()
         if not backend.steps_plain_tensors:
             raise UserError(
-                "recover.optimizer adamw-8bit under FSDP2, whose DTensors bitsandbytes does not know; accepted: DDP or ZeRO; or use "
-                "adamw"
+                "recover.optimizer adamw-8bit under FSDP2, whose DTensors bitsandbytes does not know; accepted: DDP "
+                "or ZeRO; or use adamw"
             )
 
 

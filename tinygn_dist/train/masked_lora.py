@@ -2,8 +2,9 @@
 
 The product is masked before it is added (PERP, arXiv 2312.15230), so what is merged is as sparse as W, and the merged
 matrix computes what the training computed. M is where W is not zero: nobody has to keep a second copy of it, and where
-ranks hold pieces of W it comes whole with W in every forward. Unlike plain LoRA the masked product has no small rank: it is
-formed anew in every forward and backward, which costs about rank / tokens of the matrix product itself, and is never kept.
+ranks hold pieces of W it comes whole with W in every forward. Unlike plain LoRA the masked product has no small rank:
+it is formed anew in every forward and backward, which costs about rank / tokens of the matrix product itself, and is
+never kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _SCALE = 2.0
 
 
 def check_targets(matrices: Sequence[Matrix]) -> None:
-    """UserError where there is nothing to update, or experts in one tensor, whose matrices no module of their own applies."""
+    """UserError where there is nothing to update, or experts in one tensor, whose matrices no module of their own
+    applies."""
     fused = next((matrix for matrix in matrices if matrix.index is not None), None)
     if fused or not matrices:
         what = f"the fused experts of {fused.module}" if fused else "a model without linear layers"
@@ -51,8 +53,8 @@ class LowRankUpdates:
         seed: int,
         backend: Backend,
     ) -> None:
-        """keep: masks by matrix, shaped like this rank's shards, applied already; matrices without one are dense. rank: that of
-        a smaller matrix is its own. Every rank makes the same numbers."""
+        """keep: masks by matrix, shaped like this rank's shards, applied already; matrices without one are dense. rank:
+        that of a smaller matrix is its own. Every rank makes the same numbers."""
         self.matrices, self._keep, self._backend = tuple(matrices), keep, backend
         self._values: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         bare, generator, added = backend.unwrap(model), torch.Generator().manual_seed(seed), []
@@ -106,9 +108,9 @@ class _LowRank(nn.Module):
 
 
 class _Apply(torch.autograd.Function):
-    """hidden (..., in) times the updated matrix, plus a bias. The updated matrix is made again for the backward: kept by
-    every layer it would be a second model, and whole on every rank where the weights are sharded. `weight` is the module's
-    own parameter, which sharded backends bring back for the backward, and gets no gradient."""
+    """hidden (..., in) times the updated matrix, plus a bias. The updated matrix is made again for the backward: kept
+    by every layer it would be a second model, and whole on every rank where the weights are sharded. `weight` is the
+    module's own parameter, which sharded backends bring back for the backward, and gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, up, down, matrix, masked) -> torch.Tensor:  # noqa: ANN001

@@ -1,10 +1,11 @@
-"""Block reconstruction: the weights that are left of one layer after the other are tuned until the layer gives, on what the
-compressed layers before it give, what the dense model has at that place.
+"""Block reconstruction: the weights that are left of one layer after the other are tuned until the layer gives, on what
+the compressed layers before it give, what the dense model has at that place.
 
-Masks and units are chosen before and stay. This is the block-wise fine-tuning of EBFT (Guo et al. 2024, arXiv 2402.12419),
-with an error that is relative to each token, because a few tokens of a language model are a hundred times as long as the others;
-with a learning rate that is relative to each matrix; and with held-out sequences, on which a layer never gets worse.
-Two streams of hidden states are kept, at one place in each model; a gradient is that of one layer.
+Masks and units are chosen before and stay. This is the block-wise fine-tuning of EBFT (Guo et al. 2024, arXiv
+2402.12419), with an error that is relative to each token, because a few tokens of a language model are a hundred times
+as long as the others; with a learning rate that is relative to each matrix; and with held-out sequences, on which a
+layer never gets worse. Two streams of hidden states are kept, at one place in each model; a gradient is that of one
+layer.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Mean squared error per token of a layer's output on held-out sequences, relative to the dense output's square; epoch:
-    the one whose weights were taken, 0 for those from before."""
+    """Mean squared error per token of a layer's output on held-out sequences, relative to the dense output's square;
+    epoch: the one whose weights were taken, 0 for those from before."""
 
     layer: int
     before: float
@@ -83,14 +84,14 @@ def check(anatomy: Anatomy, options: ReconstructConfig) -> None:
     """UserError, before weights load, for a model that cannot be worked on layer by layer."""
     if not anatomy.layers_path:
         raise UserError(
-            f"reconstruct.epochs {options.epochs} tunes one layer after the other, and {anatomy.model_class} has no single "
-            "list of layers that can run by themselves; leave it at 0, and use recover.steps"
+            f"reconstruct.epochs {options.epochs} tunes one layer after the other, and {anatomy.model_class} has no "
+            "single list of layers that can run by themselves; leave it at 0, and use recover.steps"
         )
 
 
 def blocks_of(kept: Sequence[int], num_dense: int) -> list[Block]:
-    """kept: the dense model's layers that stayed. What a kept layer reads must be what it read in the dense model, so the
-    layer before it also does the work of those that were removed in between."""
+    """kept: the dense model's layers that stayed. What a kept layer reads must be what it read in the dense model, so
+    the layer before it also does the work of those that were removed in between."""
     starts = [0, *kept[1:], num_dense]
     return [Block(layer, range(starts[layer], starts[layer + 1])) for layer in range(len(kept))]
 
@@ -192,8 +193,8 @@ class _Part:
 
 
 class _Moved:
-    """This rank's piece of a matrix that is tuned: in fp32, and as it was at its best. rms: of all its weights that are not
-    zero."""
+    """This rank's piece of a matrix that is tuned: in fp32, and as it was at its best. rms: of all its weights that are
+    not zero."""
 
     def __init__(self, problem: Problem, matrix: Matrix, keep: torch.Tensor | None) -> None:
         self.matrix, self._problem = matrix, problem

@@ -46,7 +46,8 @@ def write_weights(
 
 
 def saved_origin(saved: Saved, build: Callable[[], nn.Module], like: nn.Module) -> Origin:
-    """The model that `build` makes, with a checkpoint's weights and buffers; generation settings are those of `like`."""
+    """The model that `build` makes, with a checkpoint's weights and buffers; generation settings are those of
+    `like`."""
 
     def run(name: str, low: int, high: int) -> torch.Tensor:
         return saved.run(f"{'weight' if name in parameters else 'buffer'}|{name}", low, high)
@@ -98,7 +99,8 @@ def write_forward_only(writer: Writer, training: ForwardOnly) -> None:
 
 
 def read_forward_only(saved: Saved, training: ForwardOnly) -> None:
-    """At any world size on any backend. The weights have been rounded to the model's dtype, and are read again in fp32."""
+    """At any world size on any backend. The weights have been rounded to the model's dtype, and are read again in
+    fp32."""
     probes = training.probes
     read_weights(saved, probes.model, probes.backend)
     training.load_state_dict(saved.facts["forward_only"])

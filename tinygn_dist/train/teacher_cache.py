@@ -27,7 +27,8 @@ _LEAST_TAIL = 1e-6
 
 
 class TeacherCache:
-    """One file per training sequence, in a folder that every rank sees. identity: plain values that decide its content."""
+    """One file per training sequence, in a folder that every rank sees. identity: plain values that decide its
+    content."""
 
     def __init__(self, folder: Path, top_k: int, temperature: float, identity: Mapping[str, Any]) -> None:
         self.folder, self.top_k, self.temperature = folder, top_k, temperature
@@ -38,8 +39,9 @@ class TeacherCache:
         size = positions * self.top_k * _BYTES / 2**30
         if size > cap_gib:
             raise UserError(
-                f"recover.teacher_cache_gib {cap_gib:g}, and {positions:,} predictions of {self.top_k} tokens take {size:.3g}; raise "
-                "it, lower recover.teacher_top_k or recover.steps, or leave it out to keep the teacher in memory"
+                f"recover.teacher_cache_gib {cap_gib:g}, and {positions:,} predictions of {self.top_k} tokens take "
+                f"{size:.3g}; raise it, lower recover.teacher_top_k or recover.steps, or leave it out to keep the "
+                "teacher in memory"
             )
 
     def is_complete(self, backend: Backend) -> bool:

@@ -72,8 +72,8 @@ def test_left_to_right_update_is_least_squares_on_columns_to_the_right():
 
 @pytest.mark.parametrize("nm", [None, (2, 4), (3, 5)])
 def test_a_sweep_over_several_blocks_is_the_closed_form_column_by_column(nm: tuple[int, int] | None):
-    """In fp64: w -= w_q / [P]_qq P_q for every pruned w_q, with P the inverse Hessian of the columns from q on; of N:M the mask
-    too, by w_q^2 / [P]_qq when the sweep comes to the group."""
+    """In fp64: w -= w_q / [P]_qq P_q for every pruned w_q, with P the inverse Hessian of the columns from q on; of N:M
+    the mask too, by w_q^2 / [P]_qq when the sweep comes to the group."""
     weight, inputs = layer(out=6, num_inputs=180, tokens=900)
     solved = obs.prune(weight, inputs.t() @ inputs, LayerGoal(500, nm=nm), block_size=100)
     values, keep = weight.double(), solved.keep.clone()

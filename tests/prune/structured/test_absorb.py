@@ -1,4 +1,5 @@
-"""What removed layers gave is taken over by the feed-forward before them: who does, and that it is the least-squares fit."""
+"""What removed layers gave is taken over by the feed-forward before them: who does, and that it is the least-squares
+fit."""
 
 from __future__ import annotations
 
@@ -123,9 +124,9 @@ class Recorded:
 def test_it_is_the_least_squares_fit(
     backend, monkeypatch, family: str, gone: tuple[int, ...], channels: int, in_two_steps: bool
 ):
-    """torch.linalg.lstsq of what the feed-forward and the layers behind it gave, on the inputs that stay (and on a column of
-    ones where there is a bias), every token divided by the root mean square of what its layer gives; padding left out. Of one channel
-    that goes in the same fit, it is the one without which the fit is best."""
+    """torch.linalg.lstsq of what the feed-forward and the layers behind it gave, on the inputs that stay (and on a
+    column of ones where there is a bias), every token divided by the root mean square of what its layer gives; padding
+    left out. Of one channel that goes in the same fit, it is the one without which the fit is best."""
     _goes(monkeypatch, gone)
     if not in_two_steps:
         monkeypatch.setattr(Trials, "in_two_steps", lambda *_: False)
@@ -316,8 +317,8 @@ def _deep(family: str):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: str):
-    """Each judged with what is taken over, on the last quarter of the sequences, fitted on the others; weights come back to the last
-    bit, and the final fit is made on all."""
+    """Each judged with what is taken over, on the last quarter of the sequences, fitted on the others; weights come
+    back to the last bit, and the final fit is made on all."""
     fitted, tried = slice(None, -2), slice(-2, None)
     gone: list[int] = []
     left = {(): None}
@@ -360,8 +361,8 @@ def test_other_criteria_judge_layers_alone(backend, criterion: str, compensate: 
 
 
 def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
-    """Of 16 micro-batches of two sequences four are held out; three of ten tokens each make the 48 of 48 inputs, and of images all
-    that are not held out are taken."""
+    """Of 16 micro-batches of two sequences four are held out; three of ten tokens each make the 48 of 48 inputs, and of
+    images all that are not held out are taken."""
     monkeypatch.setattr(depth, "_TOKENS_PER_INPUT", 1)
     for family, fits in (("llama", 3), ("vit", 12)):
         problem = tiny.problem(family, backend, count=16)
@@ -371,8 +372,9 @@ def test_few_tokens_fit_and_all_that_are_held_out_judge(backend, monkeypatch):
 
 
 def test_layers_are_judged_on_as_many_sequences_as_tell_them_apart(backend, monkeypatch):
-    """With losses that are known: 2 and 0 are close, and on the first sequences 2 looks better; 1, 3 and 4 are far off and soon
-    out, although what 3 does on the later sequences would make it the best. Each loss is told relative to the dense one."""
+    """With losses that are known: 2 and 0 are close, and on the first sequences 2 looks better; 1, 3 and 4 are far off
+    and soon out, although what 3 does on the later sequences would make it the best. Each loss is told relative to the
+    dense one."""
     problem = tiny.problem("llama", backend, model=_deep("llama"), count=64, size=1)
     place = {id(batch): number for number, batch in enumerate(problem.batches[48:])}
     generator, early = torch.Generator().manual_seed(0), torch.arange(16) < 6

@@ -44,8 +44,8 @@ def test_what_a_mix_saves(mix: Mix, gone: float):
 
 @pytest.mark.parametrize("share", [0.1, 0.28, 0.3, 0.5, 0.7])
 def test_mixes_are_the_cheapest_that_meet_the_latency(share: float):
-    """Against enumeration: for each number of layers and heads the fewest channels, and none where fewer heads or layers
-    alone were enough."""
+    """Against enumeration: for each number of layers and heads the fewest channels, and none where fewer heads or
+    layers alone were enough."""
     sizes = UnitSizes(layers=4, layer_params=1, heads=2, head_params=1, channels=48, channel_params=1)
     wanted, expected = 100 * share - 1e-6, set()
     for layers, heads in itertools.product(range(4), range(2)):

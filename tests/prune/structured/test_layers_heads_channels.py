@@ -109,9 +109,10 @@ CHOICES = [("layers", 0.3), ("heads", 0.1), ("channels", 0.2), ("units", 0.4)]
 def test_the_live_model_computes_what_the_smaller_one_will(
     backend, no_backward, monkeypatch, family: str, pattern: str, sparsity: float, at_once: bool
 ):
-    """After remove_units the dense-shaped model is zeroed, re-fitted and its biases shifted; cutting it must not change the outputs; as
-    many units are gone as were planned; the loss told for the chosen mix is the loss of the result, where mixes are compared on what
-    they were fitted on because there is one micro-batch, and all is fitted at once (or no layer goes)."""
+    """After remove_units the dense-shaped model is zeroed, re-fitted and its biases shifted; cutting it must not change
+    the outputs; as many units are gone as were planned; the loss told for the chosen mix is the loss of the result,
+    where mixes are compared on what they were fitted on because there is one micro-batch, and all is fitted at once (or
+    no layer goes)."""
     if at_once:
         monkeypatch.setattr(Trials, "in_two_steps", lambda *_: False)
     if pattern == "heads" and family in tiny.FIXED_HEADS:
@@ -190,9 +191,10 @@ def test_where_mixes_are_tried_few_tokens_rank_the_units(backend, monkeypatch, t
 def test_mixes_are_compared_on_what_they_were_not_fitted_on(
     backend, monkeypatch, family: str, criterion: str, count: int, held: int, tried: int, replanned: bool
 ):
-    """The last quarter of the sequences (of two micro-batches one, and no more than ten here) are held out, and as many of them tried
-    as are probed: the loss told for each mix is that of the model that the others alone give, all fitted at once, whatever was tried
-    before; what is left in the end is fitted on all. Also where there was one mix, until it was looked at more closely."""
+    """The last quarter of the sequences (of two micro-batches one, and no more than ten here) are held out, and as many
+    of them tried as are probed: the loss told for each mix is that of the model that the others alone give, all fitted
+    at once, whatever was tried before; what is left in the end is fitted on all. Also where there was one mix, until it
+    was looked at more closely."""
     monkeypatch.setattr(units, "_HELD_OUT", 10)
     deeper = {"n_layer" if family == "gpt2" else "num_hidden_layers": 4}
     options = PruneConfig(pattern="units", sparsity=0.3, multiple_of=8, criterion=criterion, probes={"samples": 6})

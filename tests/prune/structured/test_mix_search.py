@@ -24,8 +24,8 @@ def test_the_best_of_all_is_found_where_losses_fall_and_rise_once(layers: int, h
 
 
 def test_few_are_tried_and_each_once():
-    """Three layers, one head: 0 to 5 layers up to two rises; 3, then two to each side; one more head is no better after the
-    same five."""
+    """Three layers, one head: 0 to 5 layers up to two rises; 3, then two to each side; one more head is no better after
+    the same five."""
     seen: list[Mix] = []
     loss = bowl(3, 1)
     search(CANDIDATES, lambda mix: seen.append(mix) or loss(mix), 99)
@@ -45,8 +45,8 @@ def test_no_more_than_allowed_and_the_best_of_those(most: int):
 
 @pytest.mark.parametrize("edge", [Mix(0, 0, 256), Mix(3, 0, 0), Mix(0, 2, 0)])
 def test_one_kind_alone_is_never_missed(edge: Mix):
-    """Mixes as they are for a tenth of SmolLM2-135M's layers, whatever the losses between those of one kind: three whole layers
-    remove exactly a tenth, one or two more than that, for the channels are rounded up."""
+    """Mixes as they are for a tenth of SmolLM2-135M's layers, whatever the losses between those of one kind: three
+    whole layers remove exactly a tenth, one or two more than that, for the channels are rounded up."""
     some = [Mix(0, 0, 256), Mix(1, 0, 192), Mix(2, 0, 128), Mix(3, 0, 0), Mix(0, 1, 64), Mix(1, 1, 64), Mix(0, 2, 0)]
     best, _ = search(some, lambda mix: 1.0 if mix == edge else 2.0 + mix.layers + mix.heads, 12)
     assert best == edge

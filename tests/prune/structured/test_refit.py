@@ -1,4 +1,5 @@
-"""What removed units give on average goes into a bias: exact where they are constant, least squares with an intercept else."""
+"""What removed units give on average goes into a bias: exact where they are constant, least squares with an intercept
+else."""
 
 from __future__ import annotations
 
@@ -75,7 +76,8 @@ def test_constant_channels_leave_nothing_behind(family: str, backend: Replicated
 
 
 def test_large_constants_do_not_drown_what_varies():
-    """Three inputs near 100 with deviations of 1e-3, of which fp32 products would leave nothing; against fp64, weighted."""
+    """Three inputs near 100 with deviations of 1e-3, of which fp32 products would leave nothing; against fp64,
+    weighted."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(4000, 8, generator=generator)
     inputs[:, :3] = 100 + 1e-3 * inputs[:, :3]
@@ -91,8 +93,8 @@ def test_large_constants_do_not_drown_what_varies():
 
 
 def test_weight_and_bias_are_the_least_squares_fit_with_an_intercept(backend: Replicated):
-    """Of the first layer, whose inputs nothing changed: torch.linalg.lstsq on the inputs and a column of ones, every token
-    divided by the root mean square of what its layer gives; padding left out."""
+    """Of the first layer, whose inputs nothing changed: torch.linalg.lstsq on the inputs and a column of ones, every
+    token divided by the root mean square of what its layer gives; padding left out."""
     problem, seen = tiny.problem("opt", backend, count=12, size=4, length=12), {}
     layer = problem.model.model.decoder.layers[0]
     handles = [

@@ -1,4 +1,5 @@
-"""Smaller models that the class itself accepts: head counts, layers whose number matters, and dtypes of every tensor."""
+"""Smaller models that the class itself accepts: head counts, layers whose number matters, and dtypes of every
+tensor."""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def test_a_count_that_cannot_be_written_is_refused_before_weights_load():
         plan_mixes(on_meta("llama", **EIGHT_GROUPS), PruneConfig(pattern="heads", counts={"heads": 1}))
 
 
-# -- facts computed from a layer's number ----------------------------------------------------------------------------------
+# -- facts computed from a layer's number ------------------------------------------------------------------------------
 BY_NUMBER = {
     "gpt2": "scale_attn_by_inverse_layer_idx: layers are fixed where it is set",
     "qwen2_moe": "decoder_sparse_step: where only some layers have experts, layers are fixed",
@@ -82,7 +83,8 @@ _ARITHMETIC = re.compile(
 
 @pytest.mark.parametrize("model_type", [name for name in CASES if "layers" not in on_meta(name).fixed])
 def test_no_class_computes_with_a_layers_number_unseen(model_type: str):
-    """Read in the source of the class: arithmetic with a layer's index changes its meaning when a layer before it goes."""
+    """Read in the source of the class: arithmetic with a layer's index changes its meaning when a layer before it
+    goes."""
     config = hf.AutoConfig.for_model(model_type, **CASES[model_type])
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
@@ -109,7 +111,7 @@ def test_where_layers_stay_the_scaling_changes_nothing(backend):
             torch.testing.assert_close(logits(small, batch), logits(problem.model, batch), rtol=1e-4, atol=1e-4)
 
 
-# -- dtypes ----------------------------------------------------------------------------------------------------------------
+# -- dtypes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "model_type, kinds, fp32",
     [
@@ -120,7 +122,8 @@ def test_where_layers_stay_the_scaling_changes_nothing(backend):
     ],
 )
 def test_every_tensor_keeps_its_dtype(backend, model_type: str, kinds: list[str], fp32: str):
-    """Some in fp32 among fp16, as classes and checkpoints have them; the bits that stay are those of the dense model."""
+    """Some in fp32 among fp16, as classes and checkpoints have them; the bits that stay are those of the dense
+    model."""
     model = build(model_type).half()
     for name, parameter in model.named_parameters():
         if name.endswith(fp32):

@@ -1,4 +1,5 @@
-"""Each thing that a forward-only training goes on from is read back: one that was made again from the weights would differ."""
+"""Each thing that a forward-only training goes on from is read back: one that was made again from the weights would
+differ."""
 
 from __future__ import annotations
 

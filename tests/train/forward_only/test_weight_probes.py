@@ -43,7 +43,7 @@ def loss(model: Quadratic, batch: dict) -> Losses:
 BATCH = [{"x": torch.zeros(1)}]
 
 
-# -- signs ---------------------------------------------------------------------------------------------------------------
+# -- signs -------------------------------------------------------------------------------------------------------------
 def test_signs_are_the_bits_of_the_hash():
     key, found = key_of(0, "w"), signs(0, 1000, key_of(0, "w")).tolist()
     words = [value & ((1 << 64) - 1) for value in hash64(torch.arange(16), key).tolist()]
@@ -58,7 +58,8 @@ def test_signs_are_the_same_whatever_the_shard_boundaries(cuts: tuple[int, ...])
 
 
 def test_signs_are_balanced_and_uncorrelated():
-    """z-tests at 5 sigma: mean, neighbours at many distances (within and between words), other directions, bit places."""
+    """z-tests at 5 sigma: mean, neighbours at many distances (within and between words), other directions, bit
+    places."""
     n = 1 << 20
     one, other = signs(0, n, key_of(0, "0/a")), signs(0, n, key_of(0, "1/a"))
     bound = 5 / math.sqrt(n)
@@ -70,7 +71,7 @@ def test_signs_are_balanced_and_uncorrelated():
     assert transformed[1:].max() < 2 * math.log(n)
 
 
-# -- slopes --------------------------------------------------------------------------------------------------------------
+# -- slopes ------------------------------------------------------------------------------------------------------------
 def test_slopes_are_those_of_the_quadratic(backend):
     """phi(t) = f(w + t rms z): phi'(0) = rms * grad.z exactly, since central differences are exact on quadratics."""
     model = Quadratic()
@@ -132,7 +133,7 @@ def test_a_probe_that_fails_restores_too(backend):
     assert tiny.same_bits(weights, tiny.state_bytes(problem.model))
 
 
-# -- optimizers ------------------------------------------------------------------------------------------------------------
+# -- optimizers --------------------------------------------------------------------------------------------------------
 def reference(rule: str, gradients: list[torch.Tensor], rate: float) -> list[torch.Tensor]:
     """torch's own optimizers on given gradients: the changes of each step."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
@@ -180,11 +181,11 @@ def test_a_history_of_numbers_resumes_bit_for_bit(rule: str):
         assert all(torch.equal(again[name], changes[i][name]) for name in "ab")
 
 
-# -- the whole training ----------------------------------------------------------------------------------------------------
+# -- the whole training ------------------------------------------------------------------------------------------------
 @functools.cache
 def trained() -> tuple[nn.Module, list[dict]]:
-    """A tiny model that has learnt an arithmetic rule (the next token is 5 times the last plus 3 mod 61, one in ten at random),
-    and 48 sequences of it."""
+    """A tiny model that has learnt an arithmetic rule (the next token is 5 times the last plus 3 mod 61, one in ten at
+    random), and 48 sequences of it."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(61, (48, 24), generator=draw)
     for place in range(1, 24):
@@ -244,8 +245,8 @@ def test_norms_and_biases_move_alone(backend):
 
 
 class Noisy(nn.Module):
-    """A loss that is quadratic in weight (1, 64): each sequence has the gradient g + its own noise at the start, and the same
-    Hessian, 50 times the identity."""
+    """A loss that is quadratic in weight (1, 64): each sequence has the gradient g + its own noise at the start, and
+    the same Hessian, 50 times the identity."""
 
     def __init__(self, g: float) -> None:
         super().__init__()
@@ -273,8 +274,8 @@ def descended(backend, g: float, noise: float, seed: int, steps: int) -> Forward
 
 
 def test_the_measured_rate_is_shrunk_by_the_noise_of_sequences(backend):
-    """|g|^2 = 16; a direction sees two sequences, so |n|^2 = 64 / 2 and a quarter to a half of K / tr H is best. Half of that is
-    taken, and one standard error of the slope less."""
+    """|g|^2 = 16; a direction sees two sequences, so |n|^2 = 64 / 2 and a quarter to a half of K / tr H is best. Half
+    of that is taken, and one standard error of the slope less."""
     best = 8 / (64 * 50) * 16 / (16 + 32)
     rates = [descended(backend, 0.5, 1.0, seed, 12).rate for seed in range(6)]
     assert 0.2 * best < min(rates) and max(rates) < best and 0.3 * best < sum(rates) / 6 < 0.7 * best

@@ -83,7 +83,8 @@ def inverse_factor(hessian: torch.Tensor, damping: float) -> tuple[torch.Tensor,
 
 
 def _inverse_of_upper(upper: torch.Tensor, leaf: int = 128) -> torch.Tensor:
-    """By halves, so that most of the work is matrix products: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    """By halves, so that most of the work is matrix products: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0,
+    C^-1]]."""
     size = len(upper)
     if size <= leaf:
         return torch.linalg.solve_triangular(upper, torch.eye(size, dtype=upper.dtype, device=upper.device), upper=True)

@@ -141,9 +141,9 @@ class GradualMasks:
         coded = [each for each in optimizers if self._problem.backend.keeps_codes(each)]
         if self.plan.updates and coded and not stays:
             raise UserError(
-                f"{type(self._problem.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in which that "
-                "of weights which go or come back cannot be cleared; accepted: optimizers with 32-bit state, or schedule.kind "
-                "one-shot without regrow"
+                f"{type(self._problem.backend.inner_optimizer(coded[0])).__name__} keeps its state in 8-bit codes, in "
+                "which that of weights which go or come back cannot be cleared; accepted: optimizers with 32-bit "
+                "state, or schedule.kind one-shot without regrow"
             )
 
     def _update(self, model: nn.Module, optimizers: Sequence[Any]) -> Update:

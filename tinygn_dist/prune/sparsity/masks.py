@@ -74,8 +74,8 @@ class Masks:
         for matrix in self._changed(model, backend):
             if wrong := num_nonzero(backend.shard(model, matrix).weight, self.by_name[matrix.name]):
                 raise RuntimeError(
-                    f"rank {backend.rank}: {wrong} masked weights of {matrix.name} are not zero, but they were after the "
-                    "last step: something else writes to the model's weights"
+                    f"rank {backend.rank}: {wrong} masked weights of {matrix.name} are not zero, but they were after "
+                    "the last step: something else writes to the model's weights"
                 )
 
     def _changed(self, model: nn.Module, backend: Backend) -> list[Matrix]:

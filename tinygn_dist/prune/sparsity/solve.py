@@ -29,7 +29,8 @@ class LayerSolver(Protocol):
     """A row of SOLVERS: one matrix from its dense weight to mask and updated weight."""
 
     def solve(self, weight: torch.Tensor, hessian: torch.Tensor, goal: LayerGoal, refine: int) -> Solved:
-        """weight: (out, in). hessian: (in, in) fp32. refine: conjugate gradient iterations on the kept weights. Pure."""
+        """weight: (out, in). hessian: (in, in) fp32. refine: conjugate gradient iterations on the kept weights.
+        Pure."""
 
     def notes(self, extras: Mapping[str, Extras]) -> tuple[str, ...]:
         """For the report, from the extras of all matrices."""
@@ -75,7 +76,8 @@ def task_of(options: PruneConfig, level: Level, backprop: bool) -> SolverTask:
 
 
 def hessian_options(task: SolverTask, competing: bool) -> HessianOptions:
-    """competing: matrices compete for their zeros by what they cost in loss, which asks for the energies of their rows."""
+    """competing: matrices compete for their zeros by what they cost in loss, which asks for the energies of their
+    rows."""
     plain = PLAIN_NM if task.level.nm else PLAIN
     return HessianOptions(task.solver.gram_gib, task.backprop, plain, competing, _pattern(task.level))
 

@@ -16,8 +16,8 @@ from tinygn_dist.prune.sparsity.gradual_masks import GradualMasks
 from tinygn_dist.step import Live, Outcome, Request, Step
 
 STORED_DENSELY = (
-    "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves storage "
-    "with compression, research, and kernels made for it"
+    "zeros are stored densely: the files do not shrink and stock engines run at the dense speed; sparsity serves "
+    "storage with compression, research, and kernels made for it"
 )
 
 

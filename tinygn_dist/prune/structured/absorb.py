@@ -1,8 +1,9 @@
-"""Which feed-forward absorbs removed layers: is re-fitted to reproduce their output beside its own. Pure: which layers, not how.
+"""Which feed-forward absorbs removed layers: is re-fitted to reproduce their output beside its own. Pure: which layers,
+not how.
 
-Layers that go in a row added some d to the residual stream. The output W of the feed-forward before them reads h, and is
-re-fitted to W h + d by least squares over the calibration tokens (as ReplaceMe does behind the same weight, with a transform of
-W h; Shopkhoev et al. 2025). The smaller model keeps its class, and d h^T is one forward pass.
+Layers that go in a row added some d to the residual stream. The output W of the feed-forward before them reads h, and
+is re-fitted to W h + d by least squares over the calibration tokens (as ReplaceMe does behind the same weight, with a
+transform of W h; Shopkhoev et al. 2025). The smaller model keeps its class, and d h^T is one forward pass.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ Absorbers = dict[UnitGroup, Segments]
 
 
 def absorbers_of(anatomy: Anatomy, removals: Sequence[Collection[int]]) -> Absorbers:
-    """removals: every set of layers that may be removed. Only feed-forwards that write straight to the residual stream absorb,
-    and only within their stack. Segments end where one of the removals does, so the output of a segment's layers is only
-    ever needed as one sum."""
+    """removals: every set of layers that may be removed. Only feed-forwards that write straight to the residual stream
+    absorb, and only within their stack. Segments end where one of the removals does, so the output of a segment's
+    layers is only ever needed as one sum."""
     found: Absorbers = {}
     for group in anatomy.of_kind("channels"):
         stack = next(stack for stack in anatomy.stacks if group.layer in stack.layers)

@@ -1,8 +1,8 @@
 """Filters of convolutional nets: how many go, which ones, and the same units taken out of everything that reads them.
 
-Every set of channels that hang together (`channel_graph.py`) is one unit group. By default each loses the same fraction. With
-`uneven` whatever the config has a width of its own for (every layer of a VGG, every stage of a ResNet) may lose another one:
-blocks of filters go one after the other, the cheapest loss per parameter saved first.
+Every set of channels that hang together (`channel_graph.py`) is one unit group. By default each loses the same
+fraction. With `uneven` whatever the config has a width of its own for (every layer of a VGG, every stage of a ResNet)
+may lose another one: blocks of filters go one after the other, the cheapest loss per parameter saved first.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Filters:
         return anatomy.total_params
 
     def plan(self, anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> UnitPlan:
-        """One mix: the fewest parts of every group, or with `uneven` the most even cut of the slots, that reach the sparsity."""
+        """One mix: the fewest parts of every group, or with `uneven` the most even cut of the slots, that reach the
+        sparsity."""
         _check(anatomy, options, goal)
         slots = slots_of(anatomy) if options.uneven else [Slot(anatomy.of_kind("filters"))]
         total = anatomy.total_params
@@ -98,8 +99,8 @@ class Filters:
         return RemovedUnits(KeptUnits((), filters=chosen), scores, notes=tuple(scores.notes))
 
     def recalibrate_(self, smaller: Problem) -> None:
-        """Running means and variances of every BatchNorm, averaged over the calibration batches of all ranks: with forward
-        passes only, they make up for the contribution of the removed filters."""
+        """Running means and variances of every BatchNorm, averaged over the calibration batches of all ranks: with
+        forward passes only, they make up for the contribution of the removed filters."""
         reestimate_norms(smaller)
 
 
@@ -139,8 +140,9 @@ def reestimate_norms(problem: Problem) -> None:
 def by_loss_per_parameter(
     anatomy: Anatomy, ranked: Mapping[UnitGroup, torch.Tensor], budget: int, multiple_of: int
 ) -> dict[UnitGroup, int]:
-    """Removed counts with which at most `budget` parameters stay: the slot whose lowest-ranked filters, up to its next cut, cost
-    the least loss per parameter saved at the present widths goes, until the budget is met. ranked: (units,) losses."""
+    """Removed counts with which at most `budget` parameters stay: the slot whose lowest-ranked filters, up to its next
+    cut, cost the least loss per parameter saved at the present widths goes, until the budget is met. ranked: (units,)
+    losses."""
     slots = slots_of(anatomy)
     cuts, at = [slot.cuts(multiple_of) for slot in slots], [0] * len(slots)
     losses = {

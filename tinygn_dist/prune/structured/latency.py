@@ -1,9 +1,9 @@
 """Latency as a budget: what a layer costs on this device at a few widths, measured before the weights load.
 
-Seconds depend on shapes, not on values. So models of the same class with fresh weights are timed, on one forward of a fixed
-batch (for language models the prefill, with its cache and the logits of the last token). They have as many layers as weigh
-a GiB, at least four: fewer would stay in the processor's caches, and narrow ones more than wide ones. What is compared runs in
-turns, one forward of each: a machine that is slower for a while is so for all of them.
+Seconds depend on shapes, not on values. So models of the same class with fresh weights are timed, on one forward of a
+fixed batch (for language models the prefill, with its cache and the logits of the last token). They have as many layers
+as weigh a GiB, at least four: fewer would stay in the processor's caches, and narrow ones more than wide ones. What is
+compared runs in turns, one forward of each: a machine that is slower for a while is so for all of them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ _SHARES = (0.75, 0.5, 0.25)
 
 
 class LatencyGoal:
-    """plan: the mixes that meet the goal by what layers cost on the main rank's device, the same on every rank. figures: for the
-    report."""
+    """plan: the mixes that meet the goal by what layers cost on the main rank's device, the same on every rank.
+    figures: for the report."""
 
     def __init__(self, request: Request, options: PruneConfig, goal: UnitGoal) -> None:
         """A collective. UserError when no mix meets the goal."""
@@ -70,8 +70,9 @@ class LatencyGoal:
         return LayersHeadsChannels().plan(self._anatomy, self._options, goal)
 
     def replanned(self, mix: Mix) -> list[Mix]:
-        """The mixes that meet the goal once this one was timed beside the dense model, the table corrected by what was found: it
-        is among them where it is still the least that does. What was timed and missed the goal is not. A collective."""
+        """The mixes that meet the goal once this one was timed beside the dense model, the table corrected by what was
+        found: it is among them where it is still the least that does. What was timed and missed the goal is not. A
+        collective."""
         whole, cut = self._on_main(lambda: self._layers.timed({}, self._layers.left_by(mix)))
         before = 1 - self.table.removed_seconds(mix) / self.table.total_seconds
         self.table = self.table.corrected(mix, whole.rest, whole.layer, cut.layer)
@@ -88,8 +89,8 @@ class LatencyGoal:
         return [other for other in met if self._timed.get(other, 0.0) <= 1 - self._goal.sparsity]
 
     def time(self, which: str, model: nn.Module) -> None:
-        """The latency of a model as the backend placed it. which: dense, then smaller, which runs beside a dense one where that is
-        small enough to be built once more. A collective."""
+        """The latency of a model as the backend placed it. which: dense, then smaller, which runs beside a dense one
+        where that is small enough to be built once more. A collective."""
         backend, bare, layers = self._backend, self._backend.unwrap(model), self._layers
         again = which == "smaller" and layers.num == self._anatomy.num_layers and not backend.shards_weights
 
@@ -145,8 +146,8 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layers:
-    """Models of one class with fresh weights, to be timed at other widths. build: the model of a config, with any finite weights
-    of `dtype`, on the CPU."""
+    """Models of one class with fresh weights, to be timed at other widths. build: the model of a config, with any
+    finite weights of `dtype`, on the CPU."""
 
     build: Callable[[PretrainedConfig], nn.Module]
     config: PretrainedConfig
@@ -181,8 +182,8 @@ class Layers:
 
 
 def cost_table(layers: Layers, options: PruneConfig) -> Latency:
-    """Seconds of a layer at a few counts of each kind that may go, each timed beside a whole one, and of the rest of the model.
-    options: which kinds may go, and the multiple that channels are kept at."""
+    """Seconds of a layer at a few counts of each kind that may go, each timed beside a whole one, and of the rest of
+    the model. options: which kinds may go, and the multiple that channels are kept at."""
     wholes, shares = [], {}
     for kind in _KINDS:
         groups = layers.anatomy.of_kind(kind) if kind in options.unit_kinds else ()
@@ -209,8 +210,8 @@ def _rising(shares: Mapping[int, float]) -> dict[int, float]:
 
 
 def _counts(full: int, multiple_of: int, accepted: Sequence[int] = ()) -> list[int]:
-    """Counts below the full one at which a layer is timed: the least that can stay and some between. accepted: by the class;
-    empty: any."""
+    """Counts below the full one at which a layer is timed: the least that can stay and some between. accepted: by the
+    class; empty: any."""
     step = channel_step(full, multiple_of)
     found = {max(step, round(full * share / step) * step) for share in _SHARES} | {step}
     if accepted:

@@ -1,9 +1,9 @@
 """Which layers go, each judged together with the feed-forward that absorbs it (`absorb.py`).
 
-A plain removal probe says what a layer's absence costs, and most of that may be made up for: of SmolLM2-135M's layers 14 costs
-least then, 17 without, and of four layers those chosen here leave a perplexity of 32.68, those of plain probes 34.89
-(docs/results.md). So the layers that plain probes rank first, and the neighbours of those that are gone, are tried: moments of a
-few sequences, one fit each, the loss on as many others as tell them apart (`estimate.elimination`).
+A plain removal probe says what a layer's absence costs, and most of that may be made up for: of SmolLM2-135M's layers
+14 costs least then, 17 without, and of four layers those chosen here leave a perplexity of 32.68, those of plain probes
+34.89 (docs/results.md). So the layers that plain probes rank first, and the neighbours of those that are gone, are
+tried: moments of a few sequences, one fit each, the loss on as many others as tell them apart (`estimate.elimination`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _TOKENS_PER_INPUT = 4
 
 @dataclass(frozen=True)
 class LayerOrder:
-    """probed: sequences of plain probes, and of other criteria. fitted, held_out: those of the fits, and of the losses that the fits
-    leave. protect: layers that stay."""
+    """probed: sequences of plain probes, and of other criteria. fitted, held_out: those of the fits, and of the losses
+    that the fits leave. protect: layers that stay."""
 
     probed: Problem
     fitted: Problem
@@ -89,8 +89,8 @@ class LayerEvaluator:
         self._added: dict[tuple[int, ...], float] = {(): 0.0}  # to the dense loss, without these layers
 
     def added_losses(self, able: Sequence[int], removed: Sequence[int]) -> dict[int, float]:
-        """By layer: the loss added to that without the `removed` layers. able: layers that may go, best first; only the most
-        promising are tried, and fewer where the budget ends."""
+        """By layer: the loss added to that without the `removed` layers. able: layers that may go, best first; only the
+        most promising are tried, and fewer where the budget ends."""
         prober = self._prober
         if self._dense is None:
             self._dense, _ = sequence_losses(self._problem, "evaluating")
@@ -114,8 +114,8 @@ class LayerEvaluator:
         return losses
 
     def _compared(self, orders: Sequence[list[int]], *, adaptive: bool) -> dict[tuple[int, ...], float]:
-        """The loss added to the dense one without each of these sets of layers, on as many sequences as it takes to know which
-        adds least."""
+        """The loss added to the dense one without each of these sets of layers, on as many sequences as it takes to
+        know which adds least."""
         trials, problem, prober = self._fit(orders), self._problem, self._prober
         sizes = [batch_size(batch) for batch in problem.batches]
         choice = Choice(tuple(range(len(orders))), 1)

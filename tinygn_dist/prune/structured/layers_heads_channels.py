@@ -27,18 +27,19 @@ from tinygn_dist.prune.structured.trials import RefitPlan, Trials
 log = logging.getLogger(__name__)
 _ROUTED = "{} stay, as many as the router chooses for each token"
 _PROBE_TOKENS = 512
-"""of which removal ranks the layers of SmolLM2-135M with a correlation of 0.93 with held-out losses, and heads with 0.82, where
-two halves of what was held out agree with 0.98 and 0.83 (docs/results.md)"""
+"""of which removal ranks the layers of SmolLM2-135M with a correlation of 0.93 with held-out losses, and heads with
+0.82, where two halves of what was held out agree with 0.98 and 0.83 (docs/results.md)"""
 _HELD_OUT = 32
-"""of SmolLM2-135M's layers the seventh to go was another one on eight sequences, which left 13 % more perplexity than what other
-eight chose (docs/results.md)"""
+"""of SmolLM2-135M's layers the seventh to go was another one on eight sequences, which left 13 % more perplexity than
+what other eight chose (docs/results.md)"""
 _IN_LAYERS = tuple(kind for kind in MIXED_KINDS if UNIT_KINDS[kind].per_layer)
 _MOST_LOOKS = 4
 """at mixes of which each was the best by the times of the ones before"""
 
 
 def unit_sizes(anatomy: Anatomy, kinds: Collection[str] = ()) -> UnitSizes:
-    """Counts and parameters per unit. UserError when layers differ in one of these kinds, which an even cut cannot express."""
+    """Counts and parameters per unit. UserError when layers differ in one of these kinds, which an even cut cannot
+    express."""
     facts: dict[str, tuple[int, int]] = {}
     for kind in _IN_LAYERS:
         by_count = len(anatomy.stacks) > 1 and kind == "heads"
@@ -77,7 +78,8 @@ def _some_stay(anatomy: Anatomy) -> bool:
 
 
 class LayersHeadsChannels:
-    """The same number of heads, channels and experts out of every layer that stays, so that stock classes load. See `UnitMethod`."""
+    """The same number of heads, channels and experts out of every layer that stays, so that stock classes load. See
+    `UnitMethod`."""
 
     def dense_params(self, anatomy: Anatomy) -> int:
         """The parameters of the layers."""
@@ -88,9 +90,10 @@ class LayersHeadsChannels:
         return UnitPlan(tuple(_mixes(anatomy, options, goal)), goal.protect)
 
     def remove(self, problem: Problem, plan: UnitPlan, options: PruneConfig) -> RemovedUnits:
-        """Choose the units and zero them in the live model, with the rest re-fitted (layers and experts are only named: no
-        value of their weights is the same as their absence). Where there is a choice of mixes, they are compared on sequences
-        that they were not fitted on, and the best is fitted on all: heads and channels to what the shorter model gives."""
+        """Choose the units and zero them in the live model, with the rest re-fitted (layers and experts are only named:
+        no value of their weights is the same as their absence). Where there is a choice of mixes, they are compared on
+        sequences that they were not fitted on, and the best is fitted on all: heads and channels to what the shorter
+        model gives."""
         most, anatomy, samples = largest_of(plan.mixes), problem.anatomy, options.probes.samples
         several = len(plan.mixes) > 1
         probed = problem.first(_enough_to_rank(problem, samples) if several else samples)
@@ -125,7 +128,8 @@ def _mixes(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> list[Mix]:
     ):
         others = [kind for kind in reversed(UNIT_KINDS) if kind not in anatomy.fixed]
         raise UserError(
-            f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern {' or '.join(others)}"
+            f"{options.pattern} cannot be removed: {anatomy.fixed[options.pattern]}; use --pattern "
+            f"{' or '.join(others)}"
         )
     goal.check_protect(anatomy)
     if goal.protect and kinds != ("layers",):
@@ -137,7 +141,8 @@ def _mixes(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> list[Mix]:
     if not found and goal.latency:
         raise UserError(
             f"{options.pattern} cannot reach {options.goal}: of {goal.latency.total_seconds:.3g} s measured, "
-            f"{goal.latency.rest / goal.latency.total_seconds:.0%} lie outside the layers ({_described(sizes)}); ask for more"
+            f"{goal.latency.rest / goal.latency.total_seconds:.0%} lie outside the layers ({_described(sizes)}); ask "
+            "for more"
         )
     if not found:
         raise UserError(
@@ -148,7 +153,8 @@ def _mixes(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> list[Mix]:
 
 
 def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
-    """most_layers: how many layers of several stacks may go, which no budget removes, as it removes no heads of them."""
+    """most_layers: how many layers of several stacks may go, which no budget removes, as it removes no heads of
+    them."""
     mix = Mix(**options.counts)
     for kind in MIXED_KINDS:
         there, asked = sizes.count(kind), mix[kind]
@@ -163,30 +169,35 @@ def _fixed_mix(sizes: UnitSizes, options: PruneConfig, most_layers: int) -> Mix:
     if not sizes.accepts(mix):
         raise UserError(
             f"prune.counts leaves {sizes.heads - mix.heads} KV groups of {sizes.heads}, accepted: "
-            f"{', '.join(map(str, sizes.head_counts))} (the model's config checks the number of heads against its hidden size)"
+            f"{', '.join(map(str, sizes.head_counts))} (the model's config checks the number of heads against its "
+            "hidden size)"
         )
     return mix
 
 
 def _described(sizes: UnitSizes) -> str:
-    described = f"layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each stays"
+    described = (
+        f"layers {sizes.layers}, KV groups {sizes.heads}, channels {sizes.channels} per layer, at least one of each "
+        "stays"
+    )
     if sizes.experts:
         described += f"; of {sizes.experts} experts {_ROUTED.format(sizes.least_experts)}"
     return described
 
 
 def hold_out(problem: Problem) -> tuple[Problem, Problem]:
-    """The sequences that layers and mixes are fitted on, and a quarter (one micro-batch at least, _HELD_OUT at most) that they
-    are compared on: on those of the fit the kind with more weights to fit looks better than it is. One micro-batch serves for
-    both."""
+    """The sequences that layers and mixes are fitted on, and a quarter (one micro-batch at least, _HELD_OUT at most)
+    that they are compared on: on those of the fit the kind with more weights to fit looks better than it is. One
+    micro-batch serves for both."""
     if len(problem.batches) < 2:
         return problem, problem
     return problem.split(min(_HELD_OUT, problem.num_sequences // 4))
 
 
 def _closer(trials: Trials, best: Mix, most: Mix, replan: Replan) -> Mix:
-    """Has the best mix timed until it is the best by its own time too, `_MOST_LOOKS` times at most: the last may then be one that
-    only the corrected table speaks for. most: of every kind the largest number in any mix that the jobs serve."""
+    """Has the best mix timed until it is the best by its own time too, `_MOST_LOOKS` times at most: the last may then
+    be one that only the corrected table speaks for. most: of every kind the largest number in any mix that the jobs
+    serve."""
     for _ in range(_MOST_LOOKS):
         others = [mix for mix in replan(best) if set(mix.kinds) <= set(most.kinds)]
         if not others or best in others:

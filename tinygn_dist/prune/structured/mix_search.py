@@ -1,10 +1,10 @@
 """Which of several mixes is best, by trying few of them. Pure.
 
-Mixes of one kind alone come first, so a mix of several is never worse, on what they are tried on, than what one kind alone would
-be. They lie at the edges, where a walk may not arrive: counts are rounded to what hardware likes, so some mixes remove more
-than was asked for, and between those that do not there are rises. Between the edges the loss is smooth in the number of layers
-that go: they go in the order of what they cost, and the fewer channels go for each. So for every number of heads the search
-begins where the last one ended and walks up and down from there.
+Mixes of one kind alone come first, so a mix of several is never worse, on what they are tried on, than what one kind
+alone would be. They lie at the edges, where a walk may not arrive: counts are rounded to what hardware likes, so some
+mixes remove more than was asked for, and between those that do not there are rises. Between the edges the loss is
+smooth in the number of layers that go: they go in the order of what they cost, and the fewer channels go for each. So
+for every number of heads the search begins where the last one ended and walks up and down from there.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def search(
 ) -> tuple[Mix, list[Mix]]:
     """The best of the mixes tried, at most `most` of them, and those that were not tried, in order.
 
-    known: losses of mixes that were tried before; the new ones are added. First each kind alone. Then, for each number of heads,
-    from few on: more layers until the loss has risen twice in a row (then fewer, likewise), from the best number of layers so far; no more heads once
-    they are no better than fewer.
+    known: losses of mixes that were tried before; the new ones are added. First each kind alone. Then, for each number
+    of heads, from few on: more layers until the loss has risen twice in a row (then fewer, likewise), from the best
+    number of layers so far; no more heads once they are no better than fewer.
     """
     measured: dict[Mix, float] = {} if known is None else known
     left = most

@@ -1,8 +1,9 @@
 """Scores of layers and units: the change in loss when they are removed.
 
-Single removals misjudge sets: two units that can replace each other both look free. So layers are removed one by one, and the
-best candidates are probed again without those that are gone (or compared by something better, `layer_order.py`). With
-`prune.probes.greedy` the same is done for other units. All of it stays within one budget of forwards and minutes.
+Single removals misjudge sets: two units that can replace each other both look free. So layers are removed one by one,
+and the best candidates are probed again without those that are gone (or compared by something better,
+`layer_order.py`). With `prune.probes.greedy` the same is done for other units. All of it stays within one budget of
+forwards and minutes.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ MANY = 64
 @dataclass
 class UnitScores:
     """by_group: (kind, layer) -> (units,) scores; a missing group is chosen by its solver. layer_order: layers, the
-    first to go first. table: rows of the report. forwards: probe passes spent; exhaustive: what
-    removal probes would have taken on every sequence; open: groups whose choice noise or the budget left open. steps: of gate
-    derivatives, by kind and layer, with what was measured to choose them. kinked: gates at which the loss has no
-    derivative. notes: for the reader of the report."""
+    first to go first. table: rows of the report. forwards: probe passes spent; exhaustive: what removal probes would
+    have taken on every sequence; open: groups whose choice noise or the budget left open. steps: of gate derivatives,
+    by kind and layer, with what was measured to choose them. kinked: gates at which the loss has no derivative. notes:
+    for the reader of the report."""
 
     by_group: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     layer_order: list[int] = field(default_factory=list)
@@ -49,7 +50,8 @@ class UnitScores:
 
 
 class Prober:
-    """Removal probes of one problem, within what is left of the budget. What they find and take is added to `scores`."""
+    """Removal probes of one problem, within what is left of the budget. What they find and take is added to
+    `scores`."""
 
     def __init__(self, scores: UnitScores, problem: Problem, options: ProbeConfig) -> None:
         self.scores, self.problem, self.options = scores, problem, options
@@ -85,8 +87,8 @@ class Prober:
         return found
 
     def greedy(self, probes: Sequence[Probe], choices: Sequence[Choice], ranking: Ranking) -> list[int]:
-        """Indices in the order they go, each after the best few have been measured again without those before it. What the
-        budget does not measure again goes by its first ranking."""
+        """Indices in the order they go, each after the best few have been measured again without those before it. What
+        the budget does not measure again goes by its first ranking."""
         order = RemovalOrder(choices, ranking)
         while able := order.candidates():
             if order.removed and not self.exhausted:
@@ -158,8 +160,8 @@ def rank_layers(prober: Prober, probes: Sequence[Probe], places: Sequence[int]) 
 
 @dataclass(frozen=True)
 class ProbedGroup:
-    """A group of units, and the blocks of them that are removed together: one probe per block. removed: how many units go; least: or
-    as few as this, where a mix decides later."""
+    """A group of units, and the blocks of them that are removed together: one probe per block. removed: how many units
+    go; least: or as few as this, where a mix decides later."""
 
     group: UnitGroup
     blocks: Sequence[torch.Tensor]
@@ -175,8 +177,8 @@ class ProbedGroup:
 
 
 def unit_losses(prober: Prober, groups: Sequence[ProbedGroup]) -> list[torch.Tensor]:
-    """(units,) fp64 scores of each group: losses per token for filters, which compete everywhere; for other kinds only ranks
-    within a group."""
+    """(units,) fp64 scores of each group: losses per token for filters, which compete everywhere; for other kinds only
+    ranks within a group."""
     probes = [probe for one in groups for probe in one.probes()]
     starts = list(itertools.accumulate((len(one.blocks) for one in groups), initial=0))
     choices = [

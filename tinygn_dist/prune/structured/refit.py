@@ -1,8 +1,9 @@
-"""Heads and channels of one mix zeroed in the live weights, the columns that stay re-fitted, and removed layers absorbed.
+"""Heads and channels of one mix zeroed in the live weights, the columns that stay re-fitted, and removed layers
+absorbed.
 
 Least squares to the dense outputs over the calibration tokens. Where the weight has a bias it is part of the fit: the
-moments are taken about their means, and the mean of what is removed goes into the bias, so a constant unit costs nothing.
-Of a feed-forward that absorbs layers behind it, their addition to the residual stream is part of the outputs
+moments are taken about their means, and the mean of what is removed goes into the bias, so a constant unit costs
+nothing. Of a feed-forward that absorbs layers behind it, their addition to the residual stream is part of the outputs
 (`absorb.py`).
 """
 
@@ -28,8 +29,8 @@ from tinygn_dist.prune.structured.probing import UnitScores
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """How weights are fitted. compensate: False leaves the columns that stay as they are. damping: fraction of the mean of the Gram
-    matrix's diagonal. most: of every kind the largest number in any mix that is tried on the same jobs."""
+    """How weights are fitted. compensate: False leaves the columns that stay as they are. damping: fraction of the mean
+    of the Gram matrix's diagonal. most: of every kind the largest number in any mix that is tried on the same jobs."""
 
     compensate: bool
     damping: float
@@ -38,11 +39,12 @@ class RefitOptions:
 
 @dataclass(kw_only=True)
 class RefitJob(Job):
-    """A weight that reads the units of `group`, `width` inputs for each. moments: the Gram matrix of its inputs, then for each of the
-    segments behind it the product of the segment's output and these inputs. biased: whether its bias is part of the fit.
+    """A weight that reads the units of `group`, `width` inputs for each. moments: the Gram matrix of its inputs, then
+    for each of the segments behind it the product of the segment's output and these inputs. biased: whether its bias is
+    part of the fit.
 
-    orders: in what order units go, by how many segments are absorbed. It is nested, so it serves every mix that absorbs as
-    many; the first call sees the dense weight.
+    orders: in what order units go, by how many segments are absorbed. It is nested, so it serves every mix that absorbs
+    as many; the first call sees the dense weight.
     """
 
     group: UnitGroup
@@ -120,9 +122,9 @@ def apply_mix(
 
 
 class _Sums(NamedTuple):
-    """Of one job, about the means where its weight has a bias. gram: (in, in) fp32. absorbed: (out, in) fp32 of the layers it
-    absorbs. mean, gain: (in,) and (out,) fp64 means of its inputs and of the output of these layers. None: no bias; nothing to
-    absorb."""
+    """Of one job, about the means where its weight has a bias. gram: (in, in) fp32. absorbed: (out, in) fp32 of the
+    layers it absorbs. mean, gain: (in,) and (out,) fp64 means of its inputs and of the output of these layers. None: no
+    bias; nothing to absorb."""
 
     gram: torch.Tensor
     mean: torch.Tensor | None

@@ -24,8 +24,8 @@ Replan = Callable[[Mix], Sequence[Mix]]
 class UnitGoal:
     """How much has to go.
 
-    sparsity: of `UnitMethod.dense_params`, or of the measured seconds where `latency` says what layers cost. protect: layers
-    that stay whole, by their numbers in the model as it is now.
+    sparsity: of `UnitMethod.dense_params`, or of the measured seconds where `latency` says what layers cost. protect:
+    layers that stay whole, by their numbers in the model as it is now.
     """
 
     sparsity: float
@@ -42,8 +42,8 @@ class UnitGoal:
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What may be removed. mixes: each reaches the goal; empty where nothing has to go. protect: as of the goal. replan: None
-    where the mixes are final."""
+    """What may be removed. mixes: each reaches the goal; empty where nothing has to go. protect: as of the goal.
+    replan: None where the mixes are final."""
 
     mixes: tuple[Mix, ...] = ()
     protect: tuple[int, ...] = ()
@@ -62,8 +62,8 @@ class Trial:
 class RemovedUnits:
     """What stays, and how that was chosen.
 
-    trials: every mix that was tried. shifts: what biases gain when the units are taken out, which the live model lacks until
-    then, (out,) fp32 by the bias's name. notes: sentences for the reader of the report.
+    trials: every mix that was tried. shifts: what biases gain when the units are taken out, which the live model lacks
+    until then, (out,) fp32 by the bias's name. notes: sentences for the reader of the report.
     """
 
     kept: KeptUnits

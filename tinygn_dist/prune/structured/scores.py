@@ -54,8 +54,8 @@ def reads_moments(anatomy: Anatomy, most: Mix, options: PruneConfig) -> bool:
 
 
 def criterion_of(group: UnitGroup, asked: str) -> str:
-    """The criterion that `auto` and `obs` mean for units such as these. Only one weight that reads them can solve for them: experts
-    and filters have none, and heads of a stack several."""
+    """The criterion that `auto` and `obs` mean for units such as these. Only one weight that reads them can solve for
+    them: experts and filters have none, and heads of a stack several."""
     kind = UNIT_KINDS[group.kind]
     if asked not in ("auto", "obs"):
         return asked
@@ -76,8 +76,8 @@ def removable(anatomy: Anatomy, protect: Sequence[int]) -> list[int]:
 class UnitScorer:
     """Scores the units of a problem and adds them to `scores`.
 
-    moments: unreduced Gram matrices of the groups' outputs, for the criteria activation and (of channels) removal. protect:
-    layers that stay.
+    moments: unreduced Gram matrices of the groups' outputs, for the criteria activation and (of channels) removal.
+    protect: layers that stay.
     """
 
     problem: Problem
@@ -91,8 +91,8 @@ class UnitScorer:
         return Prober(self.scores, self.problem, self.options.probes)
 
     def score(self, most: Mix) -> UnitScores:
-        """Every kind of which `most` removes some. auto: removal probes for layers, heads and experts; channels are left to the
-        solver's own saliency."""
+        """Every kind of which `most` removes some. auto: removal probes for layers, heads and experts; channels are
+        left to the solver's own saliency."""
         self._estimator = self.options.estimator
         if self.options.criterion == "gate" and most != Mix():  # the only one that has a choice
             self._estimator, note = resolve_estimator(self.problem, self.options.estimator)
@@ -154,8 +154,9 @@ class UnitScorer:
         return values
 
     def _blocks(self, groups: Sequence[UnitGroup]) -> list[list[torch.Tensor]]:
-        """The units of each probe. One head or expert; channels in blocks of similar activation energy, which orders them inside;
-        of filters at most MANY blocks of similar magnitude per group, whose units share the block's loss."""
+        """The units of each probe. One head or expert; channels in blocks of similar activation energy, which orders
+        them inside; of filters at most MANY blocks of similar magnitude per group, whose units share the block's
+        loss."""
         if groups[0].kind == "filters":
             orders = [unit_magnitude(self.problem, group).argsort(stable=True) for group in groups]
             return [list(order.split(max(1, len(order) // MANY))) for order in orders]
@@ -167,8 +168,8 @@ class UnitScorer:
     def _gates(self, groups: Sequence[UnitGroup]) -> list[torch.Tensor]:
         if self._estimator != "backprop" and groups[0].num_units > MANY:
             raise UserError(
-                f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} are "
-                "too many for finite differences: use --estimator backprop, where a smaller data.micro_batch or "
+                f"criterion gate needs two forwards per unit; {len(groups) * groups[0].num_units:,} {groups[0].kind} "
+                "are too many for finite differences: use --estimator backprop, where a smaller data.micro_batch or "
                 "data.seq_len makes it fit, or criterion obs, removal or activation"
             )
         derivatives, counts = self._gate_derivatives(list(probes.single_units(groups)))

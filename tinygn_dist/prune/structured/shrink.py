@@ -94,9 +94,9 @@ def smaller_origin(
     backend: Backend,
     shifts: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Origin:
-    """The smaller model, to be placed by the backend, with the kept weights of the prepared `dense` one. build: makes it
-    from `smaller_config`. shifts: added to the dense one's tensors of these names. Placing it is a collective: one dense
-    tensor at a time is whole on a rank."""
+    """The smaller model, to be placed by the backend, with the kept weights of the prepared `dense` one. build: makes
+    it from `smaller_config`. shifts: added to the dense one's tensors of these names. Placing it is a collective: one
+    dense tensor at a time is whole on a rank."""
     bare = backend.unwrap(dense)
     shapes = {name: backend.shape(t) for name, t in bare.state_dict(keep_vars=True).items()}
     cut, scales = Cut(anatomy, kept, shapes), norm_scales(anatomy, kept)
@@ -121,8 +121,8 @@ def smaller_origin(
 def in_dtypes(
     build: Callable[[], nn.Module], anatomy: Anatomy, kept: KeptUnits, dtypes: Mapping[str, torch.dtype]
 ) -> Callable[[], nn.Module]:
-    """`build` of a smaller model, with every tensor in the dtype that it has in the dense one: classes keep some in fp32
-    whatever the others are (T5's `wo`), and only loading does so. dtypes: by the dense model's names."""
+    """`build` of a smaller model, with every tensor in the dtype that it has in the dense one: classes keep some in
+    fp32 whatever the others are (T5's `wo`), and only loading does so. dtypes: by the dense model's names."""
     names = Cut(anatomy, KeptUnits(kept.layers), {})
 
     def built() -> nn.Module:
@@ -148,7 +148,8 @@ def _widths(anatomy: Anatomy, kept: KeptUnits) -> Callable[[str], int]:
 
 
 def _write_widths(small: PretrainedConfig, config: PretrainedConfig, anatomy: Anatomy, kept: KeptUnits) -> None:
-    """Channels that are left, into the entries of the config: one of all layers, a list of each, or one of each stack."""
+    """Channels that are left, into the entries of the config: one of all layers, a list of each, or one of each
+    stack."""
     ffn, left = anatomy.family.feed_forwards[0], {layer: len(units) for layer, units in kept.channels.items()}
     if ffn.uneven == "layers":
         full = getattr(config, ffn.width)

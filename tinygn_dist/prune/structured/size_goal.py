@@ -1,5 +1,6 @@
-"""What `--goal params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share of
-its removable layers' parameters that has to go. `latency=0.8` stays what it is, a share of what `latency.py` measures."""
+"""What `--goal params=0.8` means for one model: a share of all parameters, bytes or multiplications becomes the share
+of its removable layers' parameters that has to go. `latency=0.8` stays what it is, a share of what `latency.py`
+measures."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from tinygn_dist.models.anatomy import Anatomy
 def sparsity_of(options: PruneConfig, anatomy: Anatomy, skeleton: nn.Module, dense_params: int) -> float:
     """The sparsity that brings the whole model to `options.goal`; `options.sparsity` without a goal.
 
-    dense_params: what a sparsity is a share of. skeleton: the model on the meta device. Raises UserError, before weights
-    load, when what cannot be cut alone is more than the goal.
+    dense_params: what a sparsity is a share of. skeleton: the model on the meta device. Raises UserError, before
+    weights load, when what cannot be cut alone is more than the goal.
     """
     if options.goal is None:
         return options.sparsity

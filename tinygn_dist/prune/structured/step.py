@@ -1,4 +1,5 @@
-"""The step that takes whole units out: `prune` with pattern layers, heads, channels, experts, filters, hidden or units."""
+"""The step that takes whole units out: `prune` with pattern layers, heads, channels, experts, filters, hidden or
+units."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ class RemoveUnits(Step):
         )
 
     def _plan_for(self, method: UnitMethod, anatomy: Anatomy, live: Live) -> UnitPlan:
-        """Of the model as earlier steps and rounds left it. A goal, and the level of a round, are of the dense model."""
+        """Of the model as earlier steps and rounds left it. A goal, and the level of a round, are of the dense
+        model."""
         here = method.dense_params(anatomy)
         if self.level is None and here == self._dense_params:
             return self.plan

@@ -1,4 +1,5 @@
-"""Mixes of units tried on the live model: the weights that are re-fitted for them, the loss they leave, and everything put back."""
+"""Mixes of units tried on the live model: the weights that are re-fitted for them, the loss they leave, and everything
+put back."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class RefitPlan:
-    """The weights that are re-fitted when units go: readers of the kinds of which `most` removes some, and those that absorb layers."""
+    """The weights that are re-fitted when units go: readers of the kinds of which `most` removes some, and those that
+    absorb layers."""
 
     def __init__(
         self,
@@ -75,15 +77,15 @@ def uncompensated(problem: Problem, mix: Mix, kept: KeptUnits) -> list[str]:
     lost = not_absorbed(absorbers, removed)
     if lost:
         notes.append(
-            f"the output of the removed layers {lost} is not reproduced: no feed-forward before them writes straight to the "
-            "residual stream"
+            f"the output of the removed layers {lost} is not reproduced: no feed-forward before them writes straight "
+            "to the residual stream"
         )
     return notes
 
 
 class Trials:
-    """Mixes applied to the live model, measured, and undone to the last bit. losses: per token, in the order tried. jobs: of the
-    weights that are re-fitted. notes: for the report."""
+    """Mixes applied to the live model, measured, and undone to the last bit. losses: per token, in the order tried.
+    jobs: of the weights that are re-fitted. notes: for the report."""
 
     def __init__(
         self, problem: Problem, most: Mix, options: PruneConfig, scores: UnitScores, jobs: Sequence[RefitJob] = ()
@@ -103,16 +105,16 @@ class Trials:
         best, untried = search(candidates, self.record_loss, self._most_mixes, self.losses)
         if untried:
             self.notes.append(
-                f"{len(self.losses)} of the mixes that reach the goal were tried (losses in the report) and {len(untried)} "
-                f"left out by the search or by prune.most_mixes={self._most_mixes}, such as {untried[0]}"
+                f"{len(self.losses)} of the mixes that reach the goal were tried (losses in the report) and "
+                f"{len(untried)} left out by the search or by prune.most_mixes={self._most_mixes}, such as {untried[0]}"
             )
         return best
 
     def commit(self, mix: Mix, problem: Problem, *, anew: bool) -> tuple[KeptUnits, dict[str, torch.Tensor]]:
         """Leaves the chosen mix in the live weights, which must be the dense ones. anew: fitted to these sequences.
 
-        Where layers go, heads and channels are fitted to what the other layers then read: 2 % less perplexity where seven of
-        SmolLM2-135M's layers and a quarter of its channels go (docs/results.md).
+        Where layers go, heads and channels are fitted to what the other layers then read: 2 % less perplexity where
+        seven of SmolLM2-135M's layers and a quarter of its channels go (docs/results.md).
         """
         self._refit, self._dense, bare, gained = replace(self._refit, most=mix), None, problem.bare, {}
         if self.in_two_steps(mix):

@@ -1,10 +1,10 @@
-"""FFN channels, another number out of each layer: for classes whose config has a width for each layer (Gemma 3n) or each stack of
-layers (BART).
+"""FFN channels, another number out of each layer: for classes whose config has a width for each layer (Gemma 3n) or
+each stack of layers (BART).
 
-Starting from an even cut, each slot (`widths.py`) is tried at a few other widths, everything re-fitted, on sequences that
-nothing was fitted on; the widths with the least sum of losses under the budget are then exact (a knapsack). The sum is
-right only near the point where it was measured, so a few points on the way there are tried, the even cut among them, and the best
-is taken.
+Starting from an even cut, each slot (`widths.py`) is tried at a few other widths, everything re-fitted, on sequences
+that nothing was fitted on; the widths with the least sum of losses under the budget are then exact (a knapsack). The
+sum is right only near the point where it was measured, so a few points on the way there are tried, the even cut among
+them, and the best is taken.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class UnevenChannels:
         if counts is None:
             most = sum(largest_cut(slots, options.multiple_of).values()) * params
             raise UserError(
-                f"channels cannot remove {goal.sparsity:.0%} of the layers' {self.dense_params(anatomy):,} parameters: at "
-                f"most {most:,} of them are in channels that may go; lower sparsity or prune.multiple_of "
-                f"({options.multiple_of})"
+                f"channels cannot remove {goal.sparsity:.0%} of the layers' {self.dense_params(anatomy):,} "
+                f"parameters: at most {most:,} of them are in channels that may go; lower sparsity or "
+                f"prune.multiple_of ({options.multiple_of})"
             )
         return UnitPlan((uneven_mix(anatomy, "channels", removed_by(slots, counts)),), goal.protect)
 
@@ -113,8 +113,9 @@ def _check(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> None:
         )
     if ffn is None or not ffn.uneven:
         raise UserError(
-            f"prune.uneven: {anatomy.model_class} builds its layers with one width that its config names, so they cannot "
-            "differ; leave it out (pattern layers takes out whole ones), or mask weights with --pattern unstructured"
+            f"prune.uneven: {anatomy.model_class} builds its layers with one width that its config names, so they "
+            "cannot differ; leave it out (pattern layers takes out whole ones), or mask weights with --pattern "
+            "unstructured"
         )
     if options.counts is not None:
         raise UserError(
@@ -123,16 +124,16 @@ def _check(anatomy: Anatomy, options: PruneConfig, goal: UnitGoal) -> None:
     goal.check_protect(anatomy)
     if not anatomy.of_kind("channels"):
         raise UserError(
-            f"channels cannot be removed: those of every layer of this {anatomy.model_class} depend on each other; mask "
-            "weights with --pattern unstructured"
+            f"channels cannot be removed: those of every layer of this {anatomy.model_class} depend on each other; "
+            "mask weights with --pattern unstructured"
         )
 
 
 def _costs(
     trials: Trials, prober: Prober, even: Mix, slots: Sequence[Slot], cuts: Sequence[Sequence[int]]
 ) -> list[dict[int, float]]:
-    """For every slot: by how many of its channels go, the loss added to that of the even cut: measured at a few cuts, on the
-    line in between. Nothing where the budget of probes ends before."""
+    """For every slot: by how many of its channels go, the loss added to that of the even cut: measured at a few cuts,
+    on the line in between. Nothing where the budget of probes ends before."""
     few, anatomy = prober.problem.first(prober.options.samples), prober.problem.anatomy
     quiet = replace(few, progress=Progress(shown=False))  # one bar is enough
     now, costs = removed_of(anatomy, "channels", even), []

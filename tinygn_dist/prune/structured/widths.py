@@ -1,8 +1,9 @@
 """Layers that may keep different numbers of channels or filters: which of them share a width, and the most even cut.
 
-A *slot* is the groups that keep the same fraction of their units, because one entry of the config says how many all of them
-have. How a cut is improved from there differs: channels cost parameters one by one, so measured losses can be added up
-(`uneven_channels.py`); what a filter costs depends on how many others are left, so filters go step by step (`filters.py`).
+A *slot* is the groups that keep the same fraction of their units, because one entry of the config says how many all of
+them have. How a cut is improved from there differs: channels cost parameters one by one, so measured losses can be
+added up (`uneven_channels.py`); what a filter costs depends on how many others are left, so filters go step by step
+(`filters.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def removed_by(slots: Sequence[Slot], counts: Sequence[int]) -> dict[UnitGroup, 
 
 
 def most_even(slots: Sequence[Slot], multiple_of: int, enough: Callable[[Removed], bool]) -> list[int] | None:
-    """How many parts of each slot go, as even as possible and no more than enough; None where all that may go are not."""
+    """How many parts of each slot go, as even as possible and no more than enough; None where all that may go are
+    not."""
     cuts = [slot.cuts(multiple_of) for slot in slots]
     return evenly([slot.parts for slot in slots], cuts, lambda counts: enough(removed_by(slots, counts)))
 

@@ -1,14 +1,14 @@
 """How far forward-only descent may go, measured: from directions on some sequences, and what their sum does on others.
 
-A step of K directions moves the weights by -rate * (1/K) sum_k c_k z_k, with slopes c_k = (g + n_k).z_k, where n_k is how the
-gradient of direction k's own sequences differs from that of all. It lowers the loss most at
+A step of K directions moves the weights by -rate * (1/K) sum_k c_k z_k, with slopes c_k = (g + n_k).z_k, where n_k is
+how the gradient of direction k's own sequences differs from that of all. It lowers the loss most at
 
     rate = K / tr H * |g|^2 / (|g|^2 + |n|^2),
 
 and on a language model's sequences |n|^2 is many times |g|^2, so that the rate K / tr H raises the loss. Nothing in one
-batch tells g from n. So the slopes of a first set of sequences are summed up to one direction v, along which the loss of
-*other* sequences is measured: its slope there is -|g|^2 (in units of v) without any n, its second derivative says how far the
-step may go, and a set of sequences that sees no slope beyond its noise means that no step would help.
+batch tells g from n. So the slopes of a first set of sequences are summed up to one direction v, along which the loss
+of *other* sequences is measured: its slope there is -|g|^2 (in units of v) without any n, its second derivative says
+how far the step may go, and a set of sequences that sees no slope beyond its noise means that no step would help.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ SAFE = 0.5
 
 @dataclass
 class RateSearch:
-    """Collects slopes and looks until a rate is found. All of it is numbers: `history` has the first direction of each step and
-    its slopes, `seen` what the present look saw, (3, sequences) summed losses at v's steps -h, 0, h and (sequences,) tokens."""
+    """Collects slopes and looks until a rate is found. All of it is numbers: `history` has the first direction of each
+    step and its slopes, `seen` what the present look saw, (3, sequences) summed losses at v's steps -h, 0, h and
+    (sequences,) tokens."""
 
     directions: int = DIRECTIONS
     history: list[tuple[int, list[float]]] = field(default_factory=list)
@@ -84,8 +85,8 @@ class RateSearch:
     def look(
         self, probes: WeightProbes, objective: Objective, batch: Sequence[Batch], step: float
     ) -> tuple[float | None, torch.Tensor, torch.Tensor]:
-        """The best rate of plain descent per direction (multiply by the K of a step), None where more must be seen; and the
-        (sequences,) summed losses of the batch where the weights are, and their tokens."""
+        """The best rate of plain descent per direction (multiply by the K of a step), None where more must be seen; and
+        the (sequences,) summed losses of the batch where the weights are, and their tokens."""
         total, size = self.sum_of(probes)
         reach = step / size if size else 0.0
         seen = probes.losses(objective, batch, total, [-reach, 0.0, reach])

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class ForwardOnly:
-    """One training of a model's matrices on their kept weights. The model is in eval mode: every loss is a difference, so
-    nothing random may happen in the forward.
+    """One training of a model's matrices on their kept weights. The model is in eval mode: every loss is a difference,
+    so nothing random may happen in the forward.
 
     Memory: the model, a copy of what moves while a direction is probed, and one (Nesterov) or two (Adam) more.
     """
@@ -57,8 +57,8 @@ class ForwardOnly:
         self.search = RateSearch()
 
     def step(self, batch: Sequence[Batch], number: int, factor: float) -> tuple[float, int]:
-        """Step `number` of the training on a batch; factor: on the learning rate. Returns the mean loss per token and the
-        tokens, over all ranks. The first steps measure the rate, unless one is given."""
+        """Step `number` of the training on a batch; factor: on the learning rate. Returns the mean loss per token and
+        the tokens, over all ranks. The first steps measure the rate, unless one is given."""
         count = self.options.directions
         if self.step_taken is None:
             self.step_taken = self._measure(batch)
@@ -73,8 +73,8 @@ class ForwardOnly:
         return float(seen.losses.mean()), seen.tokens
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers alone: with the weights, and with `probes.keep` where not all of them move, all that a training goes on
-        from. What is measured at the beginning is among them: the weights are no longer those."""
+        """Numbers alone: with the weights, and with `probes.keep` where not all of them move, all that a training goes
+        on from. What is measured at the beginning is among them: the weights are no longer those."""
         step = None if self.step_taken is None else asdict(self.step_taken)
         measured = {"step": step, "rate": self.rate, "scales": dict(self.probes.scales)}
         return measured | {"search": self.search.state_dict()} | self.optimizer.state_dict()

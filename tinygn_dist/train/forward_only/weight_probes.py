@@ -32,8 +32,8 @@ Direction = int | Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Slopes:
-    """slopes: (directions,) fp64 d loss / d t per token. losses: (directions,) the mean of the two sides. tokens: of all
-    directions."""
+    """slopes: (directions,) fp64 d loss / d t per token. losses: (directions,) the mean of the two sides. tokens: of
+    all directions."""
 
     slopes: torch.Tensor
     losses: torch.Tensor
@@ -110,8 +110,8 @@ class WeightProbes:
     def losses(
         self, objective: Objective, batch: Sequence[Batch], direction: Direction, steps: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(steps, sequences) fp64 summed losses at relative steps of one direction, and (sequences,) tokens. Every rank gets
-        all of them."""
+        """(steps, sequences) fp64 summed losses at relative steps of one direction, and (sequences,) tokens. Every rank
+        gets all of them."""
         totals = torch.zeros(len(steps), len(batch), dtype=torch.float64)
         counts = torch.zeros(len(batch), dtype=torch.float64)
         mine = self.backend.dealt(list(enumerate(batch)))
