@@ -18,7 +18,5 @@ class CheckpointConfig(Section):
     layers are solved in groups (prune.solver.gram_gib)"""
     dir: str | None = None
     """folder, seen by every rank; by default the output folder's name with .checkpoints behind it"""
-    keep: int = Field(2, ge=1)
-    """how many checkpoints stay until the run is done"""
     resume: Literal["never", "auto"] = "never"
     """auto goes on from the newest complete checkpoint, where there is one"""

@@ -47,8 +47,6 @@ class RecoverConfig(Section):
     """decoupled weight decay (of SGD: an L2 penalty)"""
     clip_norm: float = Field(1.0, gt=0)
     """largest norm of the whole gradient"""
-    train_embeddings: bool = False
-    """also update token embeddings (and a head tied to them)"""
     seed: int = Field(0, ge=0)
     """order of the training windows"""
     evaluate_every: int = Field(0, ge=0)

@@ -21,6 +21,8 @@ from tinygn_dist.train.state_io import (
 )
 
 log = logging.getLogger(__name__)
+KEPT = 2
+"""checkpoints that stay until the run is done: the newest, and one more where that cannot be read"""
 
 _KEPT_OF_REPORT = (
     "before",
@@ -38,7 +40,7 @@ def find_checkpoint(state: RunState) -> bool:
     """Whether there is one to go on from. Raises UserError when it is of another run."""
     asked, folder = state.config.checkpoint, state.checkpoint_folder
     identity = state.identity()
-    state.checkpoints = Checkpoints(folder, identity, state.backend, asked.keep)
+    state.checkpoints = Checkpoints(folder, identity, state.backend, KEPT)
     state.best = Checkpoints(folder.with_name(f"{folder.name}.best"), identity, state.backend, keep=1)
     if asked.resume == "auto":
         state.saved = state.checkpoints.newest()

@@ -263,7 +263,7 @@ def freeze(model: nn.Module, options: RecoverConfig, backend: Backend) -> list[n
         embeddings = model.get_input_embeddings()
     except (AttributeError, NotImplementedError):  # of convolutional nets
         embeddings = None
-    if isinstance(embeddings, nn.Embedding) and not options.train_embeddings:
+    if isinstance(embeddings, nn.Embedding):
         fixed |= {id(p): p for p in embeddings.parameters()}
     chosen = [p for p in fixed.values() if p.requires_grad]
     for parameter in chosen:
