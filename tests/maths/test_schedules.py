@@ -7,12 +7,13 @@ import math
 import pytest
 
 from tinygn_dist.errors import UserError
-from tinygn_dist.maths.schedules import Plan, make_plan, sparsity_between, swapped_share, warmup_linear
+from tinygn_dist.maths.schedules import Growth, Plan, make_plan, sparsity_between, swapped_share, warmup_linear
 
 
 def plan(kind: str = "cubic", total: int = 100, every: int = 10, **changes: object) -> Plan:
-    asked = dict(first=0.2, final=0.8, freeze=0.25, swaps=False, rounds=False)
-    return make_plan(kind, total=total, every=every, **{**asked, **changes})
+    asked = dict(first=0.2, final=0.8, freeze=0.25) | changes
+    final = asked.pop("final")
+    return make_plan(Growth(kind, every, **asked), total, final)
 
 
 def test_every_kind_starts_at_the_first_and_ends_at_the_final_sparsity():

@@ -78,6 +78,11 @@ class ScheduleConfig(Section):
         return [name for option, name in named.items() if name not in BUILT_IN[option]]
 
     @property
+    def growth(self) -> str:
+        """The curve of the sparsity. Kinds of experiments/ leave all weights in place until their last update."""
+        return self.kind if self.kind in BUILT_IN["kind"] else "late"
+
+    @property
     def experiment(self) -> str | None:
         """The row of MASK_UPDATES that chooses the masks of updates; None where a criterion does."""
         return next(iter(self._experiments_named()), None)

@@ -159,9 +159,9 @@ def _check_rounds(prune: PruneConfig, schedule: ScheduleConfig) -> None:
             f"schedule.criterion {schedule.criterion!r} scores weights and pattern {prune.pattern!r} removes units; "
             "use prune.criterion"
         )
-    if schedule.kind == "admm":
+    if schedule.growth == "late":
         raise ValueError(
-            f"schedule.kind admm zeroes weights and pattern {prune.pattern!r} removes units; use iterative"
+            f"schedule.kind {schedule.kind} zeroes weights and pattern {prune.pattern!r} removes units; use iterative"
         )
     if prune.counts is not None and schedule.kind != "one-shot":
         raise ValueError("prune.counts fixes what goes, so it cannot go by a schedule; use prune.sparsity")

@@ -71,27 +71,42 @@ class Plan:
         return warmup_linear(step - cycle.start, len(cycle))
 
 
-def make_plan(
-    kind: str, *, total: int, every: int, first: float | None, final: float, freeze: float, swaps: bool, rounds: bool
-) -> Plan:
-    """The plan of a training of `total` steps with an update after every `every` of them, none in the last `freeze`.
+@dataclass(frozen=True)
+class Growth:
+    """How the sparsity grows in a training.
 
-    first: sparsity of the first masks, by default half of `final`. swaps: masks change at constant sparsity too (kind
-    one-shot). rounds: every update begins a new round of training. Raises UserError when no update fits.
+    kind: one-shot, linear, cubic, iterative, or late (dense until the last update). every: optimizer steps from one
+    update to the next. first: sparsity of the first masks, by default half of the final one. freeze: last share of the
+    training without an update. swaps: masks change at constant sparsity too (kind one-shot). rounds: every update
+    begins a new round of training.
     """
-    if kind == "one-shot" and not swaps:
+
+    kind: str
+    every: int
+    first: float | None = None
+    freeze: float = 0.0
+    swaps: bool = False
+    rounds: bool = False
+
+
+def make_plan(growth: Growth, total: int, final: float) -> Plan:
+    """The plan of a training of `total` optimizer steps that ends at the sparsity `final`.
+
+    Raises UserError when no update fits."""
+    kind = growth.kind
+    if kind == "one-shot" and not growth.swaps:
         return Plan(total, (), (final,))
-    count = int((1 - freeze) * total) // every
+    count = int((1 - growth.freeze) * total) // growth.every
     if count == 0:
         raise UserError(
-            f"schedule.every {every} leaves no update in the first {1 - freeze:.0%} of {total} optimizer steps; use a "
-            "smaller one, or more steps"
+            f"schedule.every {growth.every} leaves no update in the first {1 - growth.freeze:.0%} of {total} optimizer "
+            "steps; use a smaller one, or more steps"
         )
-    updates = tuple(every * (number + 1) for number in range(count))
+    updates = tuple(growth.every * (number + 1) for number in range(count))
     if kind == "one-shot":
         return Plan(total, updates, (final,) * (count + 1))
-    if kind == "admm":  # dense until the last update
+    if kind == "late":
         return Plan(total, updates, (*(0.0,) * count, final))
-    start = final / 2 if first is None else min(first, final)
+    start = final / 2 if growth.first is None else min(growth.first, final)
     levels = (start, *(sparsity_between(kind, start, final, (number + 1) / count) for number in range(count)))
-    return Plan(total, updates, levels, restarts=rounds or kind == "iterative")
+    return Plan(total, updates, levels, restarts=growth.rounds or kind == "iterative")

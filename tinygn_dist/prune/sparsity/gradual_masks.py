@@ -20,7 +20,7 @@ from tinygn_dist.config import PruneConfig, ScheduleConfig
 from tinygn_dist.errors import UserError
 from tinygn_dist.estimate.problem import Problem
 from tinygn_dist.estimate.reach import reached_by_data
-from tinygn_dist.maths.schedules import Plan, make_plan
+from tinygn_dist.maths.schedules import Growth, Plan, make_plan
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.prune.sparsity.levels import Level, final_level, level_at
 from tinygn_dist.prune.sparsity.mask_selection import choose_masks
@@ -51,16 +51,10 @@ def plan_of(
     UserError when no update fits into it."""
     if final is None:
         final = 1 - prune.nm.n / prune.nm.m if prune.nm else prune.sparsity
-    return make_plan(
-        schedule.kind,
-        total=total,
-        every=schedule.every,
-        first=schedule.first,
-        final=final,
-        freeze=schedule.freeze,
-        swaps=schedule.regrow != "none",
-        rounds=rounds,
+    growth = Growth(
+        schedule.growth, schedule.every, schedule.first, schedule.freeze, swaps=schedule.regrow != "none", rounds=rounds
     )
+    return make_plan(growth, total, final)
 
 
 class GradualMasks:
