@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tinygn_dist.cli.main import _overrides, _parser
 from tinygn_dist.config import Config, Section, load_config
 from tinygn_dist.registry import experimental
 
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("tinygn_dist", "tests", "launch", "configs", "benchmarks", "docs")
 """a name that begins with one of these is a path of this project"""
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 
 
 def sections_in(annotation: object) -> Iterator[type[Section]]:
@@ -73,43 +75,37 @@ def test_the_readers_find_what_they_look_for():
     assert not has_key("prune.nothing") and not has_key("steps.x") and not has_key("prune.experiments.owl.x")
 
 
-@pages
-def test_links_lead_somewhere(page: Path):
-    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+def test_links_lead_somewhere():
+    links = [(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)]
+    assert len(links) > 50
+    assert not [
+        pair for pair in links if "://" not in pair[1] and not (ROOT / pair[0]).parent.joinpath(pair[1]).exists()
+    ]
 
 
-@pages
-def test_paths_exist(page: Path):
-    for path in paths_in(page.read_text(encoding="utf-8")):
-        assert list(ROOT.glob(path.rstrip("/."))), f"{page.name} names {path}"
+def test_paths_exist():
+    paths = [(page, path) for page, text in TEXTS.items() for path in paths_in(text)]
+    assert len(paths) > 50
+    assert not [pair for pair in paths if not list(ROOT.glob(pair[1].rstrip("/.")))]
 
 
-@pages
-def test_keys_exist(page: Path):
-    for key in keys_in(page.read_text(encoding="utf-8")):
-        assert has_key(key), f"{page.name} names the key {key}"
+def test_keys_exist():
+    keys = [(page, key) for page, text in TEXTS.items() for key in keys_in(text)]
+    assert len(keys) > 50
+    assert not [pair for pair in keys if not has_key(pair[1])]
 
 
-@pages
-def test_recipes_on_a_page_are_accepted(page: Path):
-    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        asked = yaml.safe_load(block)
-        assert Config(**asked).recipe
-
-
-@pages
-def test_arguments_of_commands_are_accepted(page: Path):
-    """Keys with their values; quoted values are left out, as a shell would have to read them."""
-    for command in re.findall(r"tinygn compress ((?:[^`\n]|\\\n)+)", page.read_text(encoding="utf-8")):
-        words = command.replace("\\\n", " ").split(" #")[0].split()
-        asked = {word[2:]: value for word, value in zip(words, [*words[1:], ""], strict=True) if "." in word[2:]}
-        keys = {
-            word: yaml.safe_load(value) for word, value in asked.items() if has_key(word) and value[:1] not in "'\""
-        }
-        if keys:
-            load_config(overrides={"model.name": "m"} | keys)
+@pytest.mark.parametrize("page", TEXTS)
+def test_recipes_and_commands_are_accepted(page: str):
+    for block in re.findall(r"```yaml\n(.*?)```", TEXTS[page], flags=re.DOTALL):
+        assert Config(**yaml.safe_load(block)).recipe
+    for command in re.findall(r"tinygn (compress (?:\\\n|[^`\n])+)", TEXTS[page]):
+        words = shlex.split(re.sub(r"\[--[^\]]*\]", "", command.replace("\\\n", " ")), comments=True)
+        if "--help" not in words:
+            arguments, rest = _parser().parse_known_args(words)
+            assert load_config(
+                ROOT / arguments.recipe if arguments.recipe else None, _overrides(arguments, rest)
+            ).recipe
 
 
 def test_every_decision_is_listed():

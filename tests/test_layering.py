@@ -5,10 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygn_dist"
@@ -46,15 +43,15 @@ MAX_FUNCTION, MAX_FILE = 60, 320
 
 
 @functools.cache
-def tree_of(name: str) -> ast.Module:
-    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+def nodes_of(name: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))))
 
 
 @functools.cache
 def attributes_of(name: str) -> tuple[tuple[str, int], ...]:
     """(dotted name, line) of every `a.b.c` in a module; begins with a dot where it hangs on a call or an index."""
     found = []
-    for node in ast.walk(tree_of(name)):
+    for node in nodes_of(name):
         if isinstance(node, ast.Attribute):
             words, inner = [node.attr], node.value
             while isinstance(inner, ast.Attribute):
@@ -67,19 +64,17 @@ def attributes_of(name: str) -> tuple[tuple[str, int], ...]:
 
 @functools.cache
 def imports_of(name: str) -> tuple[tuple[str, int], ...]:
-    return tuple(_imports(name))
-
-
-def _imports(name: str) -> Iterator[tuple[str, int]]:
     """(dotted name, column) of everything a module imports; column 0 = when it is itself imported."""
-    for node in ast.walk(tree_of(name)):
+    found = []
+    for node in nodes_of(name):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.col_offset) for alias in node.names)
+            found += [(alias.name, node.col_offset) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}: relative import"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                yield (full if full in FILES or node.module == "torch" else node.module), node.col_offset
+                found.append((full if full in FILES or node.module == "torch" else node.module, node.col_offset))
+    return tuple(found)
 
 
 def room_of(name: str) -> str:
@@ -97,22 +92,34 @@ def test_the_walk_sees_the_package():
     assert ("torch.distributed", 0) in set(imports_of("tinygn_dist.backends.collectives"))
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("tinygn_dist.backends")])
-def test_only_backends_know_of_process_groups(name: str):
-    forbidden = ("torch.distributed", "deepspeed", "accelerate.state", "accelerate.utils")
-    bad = [what for what, _ in imports_of(name) if what.startswith(forbidden) or "DTensor" in what]
-    assert not bad, f"{name} imports {bad}"
+def test_only_backends_know_of_process_groups():
+    modules = ("torch.distributed", "deepspeed", "accelerate.state", "accelerate.utils")
     collectives = {"all_reduce", "all_gather", "full_tensor", "to_local"}
-    for dotted, line in attributes_of(name):
-        assert dotted.split(".")[-1] not in collectives, f"{name}:{line}"
-        assert not dotted.startswith(("torch.distributed", "dist.")), f"{name}:{line}"
+    outside = [name for name in FILES if not name.startswith("tinygn_dist.backends")]
+    wrong = [
+        f"{name} imports {what}"
+        for name in outside
+        for what, _ in imports_of(name)
+        if what.startswith(modules) or "DTensor" in what
+    ]
+    wrong += [
+        f"{name}:{line}: {dotted}"
+        for name in outside
+        for dotted, line in attributes_of(name)
+        if dotted.split(".")[-1] in collectives or dotted.startswith(("torch.distributed", "dist."))
+    ]
+    assert not wrong
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if is_pure(name)])
-def test_pure_modules_import_torch_the_standard_library_and_each_other(name: str):
-    for what, _ in imports_of(name):
-        ours = what.startswith("tinygn_dist")
-        assert is_pure(what) if ours else what.split(".")[0] in (*sys.stdlib_module_names, "torch"), f"{name}: {what}"
+def test_pure_modules_import_torch_the_standard_library_and_each_other():
+    pure = [name for name in FILES if is_pure(name)]
+    may_import = {*sys.stdlib_module_names, "torch"}
+    assert not [
+        f"{name} imports {what}"
+        for name in pure
+        for what, _ in imports_of(name)
+        if not (is_pure(what) if what.startswith("tinygn_dist") else what.split(".")[0] in may_import)
+    ]
 
 
 def test_every_room_has_a_floor():
@@ -120,24 +127,22 @@ def test_every_room_has_a_floor():
     assert rooms <= set(FLOOR), f"say in FLOORS and docs/map.md where {sorted(rooms - set(FLOOR))} lie"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "tinygn_dist"])
-def test_arrows_run_down(name: str):
+def test_arrows_run_down():
     """Imports inside functions count too: they would only hide an arrow that runs up."""
-    here = room_of(name)
-    for what, _ in imports_of(name):
-        there = room_of(what) if what in FILES else here
-        if there == here:
-            continue
-        assert there != QUARANTINE, f"{name} imports {what}, and nothing imports an experiment"
-        if here not in (QUARANTINE, "prune"):
-            assert FLOOR[here] < FLOOR[there], f"{name} imports {what}, which lies above it"
+    wrong = []
+    for name in FILES.keys() - {"tinygn_dist"}:
+        here = room_of(name)
+        for what in {what for what, _ in imports_of(name) if what in FILES and room_of(what) != here}:
+            if room_of(what) == QUARANTINE:
+                wrong.append(f"{name} imports {what}, and nothing imports an experiment")
+            elif here not in (QUARANTINE, "prune") and FLOOR[here] >= FLOOR[room_of(what)]:
+                wrong.append(f"{name} imports {what}, which lies above it")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", [p.parent for p in PACKAGE.rglob("__init__.py")], ids=lambda path: path.name)
-def test_a_folder_says_its_question(path: Path):
-    doc = ast.get_docstring(ast.parse((path / "__init__.py").read_text(encoding="utf-8")))
-    assert doc, f"{path}: what question does it answer?"
-    assert path == PACKAGE or "?" in doc.splitlines()[0] + doc, f"{path}: {doc.splitlines()[0]} asks nothing"
+def test_a_folder_says_its_question():
+    docs = {name: ast.get_docstring(nodes_of(name)[0]) for name, path in FILES.items() if path.name == "__init__.py"}
+    assert not [name for name, doc in docs.items() if not doc or name != "tinygn_dist" and "?" not in doc]
 
 
 def test_no_import_cycles():
@@ -160,26 +165,29 @@ def test_no_import_cycles():
     assert len(done) == len(graph)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_only_the_command_line_reads_argv_and_the_environment(name: str):
-    may_read_environ = name == "tinygn_dist.cli.main" or name.startswith(
-        "tinygn_dist.backends"
-    )  # how the job was launched
-    for dotted, line in attributes_of(name):
-        assert name == "tinygn_dist.cli.main" or dotted != "sys.argv", f"{name}:{line}"
-        assert may_read_environ or dotted not in ("os.environ", "os.getenv"), f"{name}:{line}"
-        configures = dotted in ("logging.basicConfig", "logging.disable")
-        assert name == "tinygn_dist.cli.main" or not configures, f"{name}:{line}"
+def test_only_the_command_line_reads_argv_and_the_environment():
+    """Backends too may read the environment: how the job was launched."""
+    command_line = "tinygn_dist.cli.main"
+    wrong = []
+    for name in FILES.keys() - {command_line}:
+        forbidden = {"sys.argv", "logging.basicConfig", "logging.disable"}
+        if not name.startswith("tinygn_dist.backends"):
+            forbidden |= {"os.environ", "os.getenv"}
+        wrong += [f"{name}:{line}: {dotted}" for dotted, line in attributes_of(name) if dotted in forbidden]
+    assert not wrong
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_files_and_functions_stay_short(name: str):
-    lines = FILES[name].read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= MAX_FILE, f"{name} has {len(lines)} lines"
-    for node in ast.walk(tree_of(name)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{name}.{node.name} has {length} lines"
+def test_files_and_functions_stay_short():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    wrong = [f"{name} has {length} lines" for name, length in lengths.items() if length > MAX_FILE]
+    wrong += [
+        f"{name}.{node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for name in FILES
+        for node in nodes_of(name)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if node.end_lineno - node.lineno >= MAX_FUNCTION
+    ]
+    assert not wrong
 
 
 def test_no_vague_module_names():
