@@ -110,6 +110,17 @@ def assert_best_is_the_sixth(told: str) -> None:
     assert float(now) == pytest.approx(float(loss), abs=2e-6)
 
 
+def test_a_loop_that_begins_anew_has_one_schedule(saved_model, text_file: Path, tmp_path: Path):
+    """The search for a batch size starts the loop again in the same process: the first loop's masks act no more."""
+    told = run(None, saved_model("llama"), text_file, tmp_path / "out", "memory")
+    attempts = told.split("attempts ")[1].splitlines()[0]
+    assert attempts.startswith("[2") and "hooks 2" in attempts, told
+    assert f"history {HISTORY}" in told, told
+    logged = told.split("logged ")[1].splitlines()[0]
+    assert logged.endswith("0.3, 0.4, 0.5]"), logged
+    assert_half(weights(tmp_path / "out/final"))
+
+
 def test_units_are_refused(tmp_path: Path, saved_model):
     from transformers import Trainer, TrainingArguments
 

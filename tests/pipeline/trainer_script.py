@@ -1,6 +1,6 @@
 """A fine-tuning script with transformers.Trainer as users have them; the lines marked with # + are what compression
 adds. More words: `resume`, `best`; `fsdp`, `zero2`, `zero3` (asked for in TrainingArguments); `sft` (TRL's
-SFTTrainer)."""
+SFTTrainer); `memory` (the device runs out of it in the third step until a micro-batch is one sequence)."""
 
 import json
 import os
@@ -60,6 +60,7 @@ with sharding_on_cpu(asked_here):
         bf16=False,
         ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         dataloader_pin_memory=False,
+        auto_find_batch_size="memory" in words,
         **best,
         **sharding,
     )
@@ -71,12 +72,24 @@ asked |= {"prune.pattern": "unstructured", "prune.sparsity": 0.5, "prune.criteri
 asked |= {"schedule.kind": "linear", "schedule.first": 0.2, "schedule.every": 2}
 callback = TinyGNCallback(load_config(overrides=asked), trainer)  # +
 trainer.add_callback(callback)  # +
+if "memory" in words:
+    step, attempts = trainer.training_step, []
+
+    def out_of_memory(*inputs, **named):
+        if trainer.state.global_step == 2 and trainer._train_batch_size > 1:
+            attempts.append(trainer._train_batch_size)
+            raise RuntimeError("CUDA out of memory.")
+        return step(*inputs, **named)
+
+    trainer.training_step = out_of_memory
 trainer.train(resume_from_checkpoint="resume" in words)
 
 masks, state = callback.compressor.masks, trainer.state
 told = [f"backend {type(callback.compressor.backend).__name__} ranks {arguments.world_size}"]
 told += [f"history {[(update.step, round(update.sparsity, 2)) for update in masks.history]}"]
 told += [f"logged {[round(seen['sparsity'], 2) for seen in state.log_history if 'sparsity' in seen]}"]
+if "memory" in words:
+    told += [f"attempts {attempts} hooks {len(callback.compressor._hooks)}"]
 if "best" in words:
     now = trainer.evaluate()["eval_loss"]
     told += [f"best {state.best_model_checkpoint} loss {state.best_metric} now {now}"]
