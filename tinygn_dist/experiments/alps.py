@@ -9,7 +9,7 @@ Inputs are scaled to a unit diagonal of H, so one rho fits all; H is decomposed 
 conjugate gradients. ADMM starts anew and may end in a worse mask than the sweep: both are solved, and the one with the
 smaller error is taken (`--prune.solver.method admm`).
 
-Figures: 80.3 against 76.7 of the sweep at 60 %, in three times the CPU time (docs/results.md). A perplexity below the
+Figures: 80.3 against 76.7 of the sweep at 2:4, in three times the CPU time (docs/results.md). A perplexity below the
 sweep's at the same CPU time would bring it in.
 """
 
