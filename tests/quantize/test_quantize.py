@@ -10,7 +10,7 @@ from tinygn_dist.estimate.hessians import HessianOptions, hessians
 from tinygn_dist.maths.grids import Grid
 from tinygn_dist.maths.solve import quantise
 from tinygn_dist.maths.solve.quantise import Effort
-from tinygn_dist.quantize.quantize import CodeTask, quantize
+from tinygn_dist.quantize.quantize import PLAIN, CodeTask, quantize
 
 
 def task_for(problem, grid: Grid, **more) -> CodeTask:
@@ -39,7 +39,7 @@ def test_codes_are_those_of_the_layer_solver_with_the_hessians_measured(backend:
     problem, grid = tiny.problem("llama", backend), Grid(3, False, 16)
     matrices, effort = problem.anatomy.matrices, Effort(damping=0.03, rounds=1)
     wanted = {}
-    for jobs in hessians(problem, matrices, HessianOptions(name="test")).jobs(solving=False):
+    for jobs in hessians(problem, matrices, HessianOptions(plain=PLAIN, name="test")).jobs(solving=False):
         for job in jobs:
             for matrix in job.matrices:
                 weight = problem.bare.get_parameter(matrix.parameter).data

@@ -18,6 +18,9 @@ from tinygn_dist.maths.solve.quantise import Effort
 from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.quantize.quantiser import Quantiser
 
+PLAIN = 1.0
+"""What every token weighs in the Hessian beside its gradient energy (mean 1): rows do not compete. Figures in docs/results.md"""
+
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +53,7 @@ def _jobs(problem: Problem, matrices: Sequence[Matrix], task: CodeTask) -> Itera
     if task.effort is None:
         yield [Job((matrix,), [], float(matrix.numel)) for matrix in matrices]
         return
-    measured = hessians(problem, matrices, HessianOptions(task.gram_gib, task.backprop, name="quantize"))
+    measured = hessians(problem, matrices, HessianOptions(task.gram_gib, task.backprop, PLAIN, name="quantize"))
     yield from measured.jobs(solving=True)
 
 
