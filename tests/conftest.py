@@ -30,18 +30,27 @@ CLI_SECONDS = 150
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Under `-m pure` no other folder is imported, which would take longer than the pure tests."""
-    inner = collection_path.relative_to(ROOT / "tests").parts if collection_path.is_relative_to(ROOT / "tests") else ()
-    return True if config.option.markexpr == "pure" and inner and inner[0] not in PURE else None
+    """Under `-m pure`, `-m unit` or `-m` and a suite, no folder without such tests is imported: that alone takes longer
+    than the pure tests."""
+    asked = config.option.markexpr
+    if not collection_path.is_relative_to(ROOT / "tests") or collection_path == ROOT / "tests":
+        return None
+    first = collection_path.relative_to(ROOT / "tests").parts[0]
+    without = {"pure": first not in PURE, "unit": first in SUITES} | {suite: first != suite for suite in SUITES}
+    return True if without.get(asked) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test is `unit`, or of the suite whose folder it lies in; those of PURE are `pure` too."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Every test is `unit`, or of the suite whose folder it lies in; those of PURE are `pure` too. Slow ones run where
+    -m names them."""
     for item in items:
         first = item.path.relative_to(ROOT / "tests").parts[0]
         item.add_marker(first if first in SUITES else "unit")
         if first in PURE:
             item.add_marker("pure")
+    if "slow" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(scope="session")
