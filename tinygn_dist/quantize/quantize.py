@@ -19,7 +19,8 @@ from tinygn_dist.models.anatomy import Matrix
 from tinygn_dist.quantize.quantiser import Quantiser
 
 PLAIN = 1.0
-"""What every token weighs in the Hessian beside its gradient energy (mean 1): rows do not compete. Figures in docs/results.md"""
+"""weight of every token in the Hessian beside its gradient energy (mean 1): rows do not compete. Figures in
+docs/results.md"""
 
 log = logging.getLogger(__name__)
 
