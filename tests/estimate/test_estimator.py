@@ -3,8 +3,6 @@ follows."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -77,6 +75,6 @@ def test_scores_go_backward_only_where_it_fits(backend, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: went.append(1) or plain(*a, **k))
     for free, backwards in ((1000, 0), (GIB, len(problem.batches))):
         monkeypatch.setattr(estimator, "free_bytes", lambda device, free=free: free)
-        here = replace(problem, notes=[])
-        scores = score_units(here, Mix(heads=1), PruneConfig(pattern="heads", criterion="gate"), None)
-        assert len(went) == backwards and bool(scores.forwards) == (backwards == 0) and len(here.notes) == 1
+        scores = score_units(problem, Mix(heads=1), PruneConfig(pattern="heads", criterion="gate"))
+        assert len(went) == backwards and bool(scores.forwards) == (backwards == 0) and len(scores.notes) == 1
+        assert not problem.notes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +18,9 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Latency, Mix, UnitSizes, mixes
 from tinygn_dist.prune.structured import latency
 from tinygn_dist.prune.structured.methods import method_of
+from tinygn_dist.prune.structured.removal import UnitGoal
 from tinygn_dist.prune.structured.size_goal import sparsity_of
+from tinygn_dist.step import Request
 
 TABLE = Latency(layers=4, rest=20.0, layer=20.0, heads={1: 15.0, 2: 20.0}, channels={8: 10.0, 24: 16.0, 48: 20.0})
 """of a dense model that takes 100 seconds: 7/12 of a second per channel below 24, 1/6 above"""
@@ -207,7 +208,15 @@ def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:
     config = load_config(
         None, {"model.name": "m", "prune.pattern": "channels", "prune.goal": "latency=0.7"} | {"prune.multiple_of": 8}
     )
-    source = SimpleNamespace(config=build("llama").config, task="causal-lm", options=config.model, gguf_file=None)
+    request = Request(
+        skeleton=build("llama"),
+        anatomy=on_meta("llama"),
+        task="causal-lm",
+        dtype=torch.float32,
+        build=lambda smaller, dtype: auto_class(smaller).from_config(smaller, dtype=dtype),
+        backend=backend,
+        evaluate=config.evaluate,
+    )
 
     def timed(_, *widths):
         return [latency.Timed(20.0 + backend.rank, 10.0 if width else 20.0) for width in widths]
@@ -216,8 +225,8 @@ def _table_of_rank(backend) -> tuple[Latency, list[Mix], Latency]:
         patch.object(latency, "cost_table", lambda *_: replace(TABLE, rest=20.0 + backend.rank)),
         patch.object(latency.Layers, "timed", timed),
     ):
-        target = latency.LatencyGoal(source, config, on_meta("llama"), backend)
-        return target.table, target.replanned(Mix(channels=40)), target.table
+        goal = latency.LatencyGoal(request, config.prune, UnitGoal(sparsity=0.3))
+        return goal.table, goal.plan.replan(Mix(channels=40)), goal.table
 
 
 def test_every_rank_uses_the_main_ranks_table(process_groups):
@@ -225,7 +234,13 @@ def test_every_rank_uses_the_main_ranks_table(process_groups):
     assert one == two and one[0] == TABLE and one[2].rest == 20
 
 
-@pytest.mark.parametrize("more", [{"schedule.kind": "iterative", "recover.steps": 9}, {"distributed.offload": "cpu"}])
-def test_one_measured_step_only(more: dict):
-    with pytest.raises(UserError, match="accepted: one-shot and none"):
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"schedule.kind": "iterative", "recover.steps": 9}, "with schedule.kind iterative, accepted: one-shot"),
+        ({"distributed.offload": "cpu"}, "with distributed.offload cpu, accepted: none"),
+    ],
+)
+def test_one_measured_step_only(more: dict, reason: str):
+    with pytest.raises(UserError, match=f"prune.goal latency=0.7 {reason}; use params="):
         load_config(None, {"model.name": "m", "prune.pattern": "channels", "prune.goal": "latency=0.7"} | more)

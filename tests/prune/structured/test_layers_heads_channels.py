@@ -15,12 +15,13 @@ from tinygn_dist.errors import UserError
 from tinygn_dist.maths.counts import Mix, largest_of
 from tinygn_dist.maths.solve import least_squares
 from tinygn_dist.models.anatomy import read_anatomy
+from tinygn_dist.prune.sparsity.levels import Level
 from tinygn_dist.prune.sparsity.mask_selection import check_nm, choose_masks
 from tinygn_dist.prune.sparsity.sparsify import sparsify
 from tinygn_dist.prune.structured import layers_heads_channels as units
 from tinygn_dist.prune.structured.probing import UnitScores
 from tinygn_dist.prune.structured.removal import Trial
-from tinygn_dist.prune.structured.scores import score_units
+from tinygn_dist.prune.structured.scores import UnitScorer, score_units
 from tinygn_dist.prune.structured.shrink import smaller_config
 from tinygn_dist.prune.structured.trials import Trials
 
@@ -81,11 +82,17 @@ def test_layers_go_in_the_order_of_a_brute_force_greedy_search(backend, family: 
     assert order == gone
 
 
-def test_protected_layers_stay(backend):
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("criterion", ["removal", "gate", "magnitude", "activation", "random"])
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_protected_layers_stay(backend, criterion: str, compensate: bool, free: int):
+    protect = tuple(layer for layer in range(3) if layer != free)
+    options = PruneConfig(
+        pattern="layers", counts={"layers": 1}, criterion=criterion, compensate=compensate, protect=protect
+    )
     problem = tiny.problem("llama", backend)
-    for criterion in ("removal", "gate", "magnitude", "activation", "random"):
-        options = PruneConfig(pattern="layers", criterion=criterion, protect=(0, 2))
-        assert score_units(problem, Mix(layers=1), options, None).layer_order[0] == 1, criterion
+    kept, scores, *_ = remove_units(problem, plan_mixes(problem.anatomy, options), options)
+    assert scores.layer_order == [free] and kept.layers == protect
 
 
 @pytest.mark.parametrize("kind", ["heads", "channels"])
@@ -241,11 +248,13 @@ def test_heads_and_channels_are_fitted_to_the_shorter_model(backend, monkeypatch
     """As two runs would: one that removes the layers, and one of what it left. Of heads the first go."""
     inner = {"channels": 9} | ({"heads": 1} if family == "llama" else {})
 
-    def first_heads(problem, most, options, moments=None, scores=None):
-        for group in problem.anatomy.of_kind("heads"):
-            scores.by_group["heads", group.layer] = torch.arange(group.num_units, dtype=torch.float64)
+    class FirstHeads(UnitScorer):
+        def score(self, most: Mix) -> UnitScores:
+            for group in self.problem.anatomy.of_kind("heads"):
+                self.scores.by_group["heads", group.layer] = torch.arange(group.num_units, dtype=torch.float64)
+            return self.scores
 
-    monkeypatch.setattr(units, "score_units", first_heads)
+    monkeypatch.setattr(units, "UnitScorer", FirstHeads)
 
     def run(problem, counts: dict[str, int]):
         """The smaller model, in the setting of its own."""
@@ -398,7 +407,7 @@ def test_nan_scores_name_the_weight(backend):
     scores = {t.name: torch.ones(t.shape) for t in matrices}
     scores[matrices[1].name][0, 0] = torch.nan
     with pytest.raises(UserError, match=matrices[1].name):
-        choose_masks(problem.model, matrices, scores, sparsity=0.5, scope="layer", nm=None, backend=backend)
+        choose_masks(problem, matrices, scores, Level(0.5), "layer")
 
 
 def test_n_of_m_that_does_not_divide_is_refused_with_the_weight():

@@ -60,7 +60,7 @@ def test_channels_that_do_nothing_go_wherever_they_are(backend, gone: dict[int, 
             )
     dense = mean_loss(problem, "evaluating")
     options = asking(share_of(problem.anatomy, sum(gone.values())), criterion=criterion)
-    kept, _, trials, _ = cut(problem, options)
+    kept, _, trials, *_ = cut(problem, options)
     assert kept.channels == {layer: tuple(range(gone.get(layer, 0), WIDTH)) for layer in range(LAYERS)}
     assert mean_loss(problem, "evaluating") == pytest.approx(dense, abs=1e-5)
     assert [trial.loss for trial in trials] != [trials[0].loss] * len(trials), "the even cut is among what was tried"
@@ -79,7 +79,7 @@ def test_the_budget_is_met_and_the_best_on_held_out_sequences_is_taken(
     options = asking(share_of(problem.anatomy, 64), compensate=compensate, criterion=criterion, estimator="backprop")
     (even,) = plan_mixes(problem.anatomy, options)
     assert even == Mix(channels=16, uneven=(16,) * LAYERS) and str(even) == "16 to 16 channels of a layer, 64 in all"
-    kept, _, trials, shifts = cut(problem, options)
+    kept, _, trials, shifts, _ = cut(problem, options)
     gone = [WIDTH - len(kept.channels[layer]) for layer in range(LAYERS)]
     assert sum(gone) >= 64 and all(number % 8 == 0 for number in gone)
     assert trials[0].mix == even and min(trials, key=lambda trial: trial.loss).mix.uneven == tuple(gone)
