@@ -299,7 +299,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 LIMITED = (
     "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
-    "from tinygn_dist.cli import main; sys.exit(main())"
+    "from tinygn_dist.cli.main import main; sys.exit(main())"
 )
 
 
@@ -416,7 +416,7 @@ def test_ranks_that_disagree_about_the_config(process_groups, saved_model, tmp_p
     "broken",
     [
         "tinygn_dist.checkpoints.load.load_model",
-        "tinygn_dist.data.splits.load_splits",
+        "tinygn_dist.run.loading.load_splits",
         "tinygn_dist.checkpoints.output_folder.claim",
         "tinygn_dist.checkpoints.verification.read_back",
     ],
