@@ -345,7 +345,7 @@ def whole_runs(backend: Backend, folder: Path) -> dict[str, object]:
         recover = {"steps": steps, "batch_size": 4, "seq_len": 12, "learning_rate": 1e-3, **more}
         config = Config(**base, prune=prune, recover=recover, output={"dir": str(output), "overwrite": True})
         if name == "lora" and type(backend) is Offloaded:
-            continue  # refused by the config, which tests/unit/test_config.py sees
+            continue  # refused by the config, which tests/config/test_config.py sees
         report = compress(config, backend)
         facts = {"fingerprint": report.selection["fingerprint"], "loss": report.after["loss"]}
         facts |= {"params": report.after["num_params"], "zeros": report.sparsity["zeros"]}
