@@ -102,4 +102,4 @@ def test_the_cap_and_what_does_not_go_together_are_told(tmp_path: Path):
     with pytest.raises(ValueError, match="not the hidden states"):
         RecoverConfig(distill_hidden=1.0, teacher_cache_gib=1.0)
     with pytest.raises(ValueError, match="may remove layers"):
-        Config(model={"name": "m"}, prune={"pattern": "layers"}, recover={"distill_hidden": 1.0})
+        Config(model={"name": "m"}, prune={"pattern": "layers"}, recover={"steps": 1, "distill_hidden": 1.0})
