@@ -16,6 +16,7 @@ from tinygn_dist.checkpoints import load
 from tinygn_dist.config import load_config
 from tinygn_dist.data.splits import Splits
 from tinygn_dist.models.vgg import VggConfig, VggForImageClassification
+from tinygn_dist.run import loading
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def test_a_smaller_vgg_is_written_and_learns_again(tmp_path: Path, monkeypatch, 
         batches(64, 1),
         {n: {"source": "here", "sequences": 16} for n in ("calibration", "evaluation")},
     )
-    monkeypatch.setattr(pipeline.calibration, "load_splits", lambda *args, **kwargs: splits)
+    monkeypatch.setattr(loading, "load_splits", lambda *args, **kwargs: splits)
     asked = {"model.name": str(tmp_path / "dense"), "prune.pattern": "filters", "prune.sparsity": 0.4}
     asked |= {"prune.uneven": True, "prune.multiple_of": 2, "output.dir": str(tmp_path / "out")}
     asked |= {"recover.steps": 20, "recover.batch_size": 8, "recover.learning_rate": 0.02, "recover.distill": 0.0}

@@ -63,7 +63,7 @@ def test_recovery_follows_with_the_same_dense_model_as_teacher(compress, saved_m
         ),
         (
             ["--schedule.kind=cubic", "--recover-steps=400"],
-            "reconstruct.epochs 3 with schedule.kind cubic .* accepted: one-shot",
+            "reconstruct.epochs 3 after schedule.kind cubic .* accepted: one-shot",
         ),
     ],
 )
