@@ -81,7 +81,7 @@ def digits(seed: int) -> dict[str, datasets.Dataset]:
     parts = {"test": [i for n, i in enumerate(order) if n % 5 == 0], "train": [i for n, i in enumerate(order) if n % 5]}
     return {
         name: datasets.Dataset.from_dict(
-            {"image": [images[i] for i in part], "label": [int(found.matrix[i]) for i in part]}, features=features
+            {"image": [images[i] for i in part], "label": [int(found.target[i]) for i in part]}, features=features
         )
         for name, part in parts.items()
     }

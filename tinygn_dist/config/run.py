@@ -64,7 +64,7 @@ class EvaluateConfig(Section):
     prefill_tokens: int = Field(256, ge=8)
     """prompt length of the speed measurement"""
     batch_size: int = Field(1, ge=1)
-    """sequences or images in the forward that a matrix latency=... is measured on"""
+    """sequences or images in the forward that a goal latency=... is measured on"""
     decode_tokens: int = Field(32, ge=2)
     """tokens generated in the speed measurement"""
     tasks: tuple[str, ...] = ()
