@@ -42,8 +42,8 @@ def asking(dense: Path, text_file: Path, out: Path, **more):
     "more",
     [
         {"prune__sparsity": 0.15},
-        {"prune__target": "params=0.9"},
-        {"prune__target": "flops=0.9", "recover__steps": 6, "recover__seq_len": 16, "recover__batch_size": 4},
+        {"prune__goal": "params=0.9"},
+        {"prune__goal": "flops=0.9", "recover__steps": 6, "recover__seq_len": 16, "recover__batch_size": 4},
         {
             "prune__sparsity": 0.2,
             "recover__steps": 8,
@@ -63,9 +63,9 @@ def test_what_is_written_loads_and_meets_the_promise(dense: Path, text_file: Pat
     assert [layer.mlp.down_proj.in_features for layer in loaded.model.layers] == widths and widths[0] == 48
     assert sum(p.numel() for p in loaded.parameters()) == report.parameters["kept"] == report.after["num_params"]
     gone = report.parameters["removed"] / sum(p.numel() for p in before.model.layers.parameters())
-    if "prune__target" in more:
+    if "prune__goal" in more:
         whole = sum(p.numel() for p in before.parameters())
-        assert more["prune__target"].startswith("flops") or report.parameters["kept"] <= 0.9 * whole
+        assert more["prune__goal"].startswith("flops") or report.parameters["kept"] <= 0.9 * whole
     else:
         assert gone >= more["prune__sparsity"]
     if "prune__protect" in more:
