@@ -24,7 +24,8 @@ from tinygn_dist.cli.main import main
 from tinygn_dist.config import DistributedConfig, load_config
 from tinygn_dist.data import splits
 from tinygn_dist.evaluate import quality
-from tinygn_dist.prune.structured import latency, layers_heads_channels
+from tinygn_dist.prune.structured import latency
+from tinygn_dist.prune.structured.scores import UnitScorer
 from tinygn_dist.run import loading, verified_export
 from tinygn_dist.runtime import cpu_matmul
 
@@ -407,10 +408,10 @@ def test_losses_come_by_fast_products_and_speeds_by_those_of_stock_torch(saved_m
         (quality, "mean_loss"),
         (quality, "_median_seconds"),
         (latency, "_timed"),
-        (layers_heads_channels, "score_units"),
+        (UnitScorer, "score"),
     ):
         noting(owner, name)
     asked = {"model.name": str(saved_model("llama")), "data.name": str(text_file), "output.dir": str(tmp_path / "out")}
     asked |= {"prune.pattern": "layers", "prune.goal": "latency=0.9", "data.seq_len": 32, "data.num_samples": 8}
     assert main(["compress", *(f"--{key}={value}" for key, value in asked.items())]) == 0
-    assert seen == {"mean_loss": {"bf16"}, "_median_seconds": {before}, "_timed": {before}, "score_units": {"bf16"}}
+    assert seen == {"mean_loss": {"bf16"}, "_median_seconds": {before}, "_timed": {before}, "score": {"bf16"}}
