@@ -41,8 +41,8 @@ def cut(problem: Problem, options: PruneConfig) -> Found:
 
 GONE = ({1: 32}, {1: 40, 2: 16}, {0: 8, 3: 40})
 WEAK = pytest.mark.xfail(
-    reason="widths are measured around the even cut alone, and their costs do not add up: on some processors another cut "
-    "with 0.04 more loss is taken"
+    reason="widths are measured around the even cut alone, and their costs do not add up: on some processors another "
+    "cut with 0.04 more loss is taken"
 )
 
 
